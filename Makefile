@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine, .venv and build included: `make bench` and `make test`.
+# Needed beforehand: Python >= 3.10, a C++17 compiler, make, git. CMake and Ninja come from PyPI.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help install test bench lint format sanitize wheel clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(STAMP)  ## Make .venv and build gankern into it (editable; again when the C++ sources changed)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The build requirements go first and isolation is off, so that development builds use the pinned tools.
+$(STAMP): $(SOURCES) | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt setuptools pybind11 cmake ninja
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalty'
+	python -m pytest $(ARGS)
+
+bench: $(STAMP)  ## Train and time the reference GANs and the ops against stock PyTorch, into out/bench
+	gankern bench --main $(ARGS)
+
+lint: $(STAMP)  ## Check style and types
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(CXX_FILES)
+	mypy
+
+format: $(STAMP)  ## Rewrite the sources in the project's style
+	ruff check --fix
+	ruff format
+	clang-format -i $(CXX_FILES)
+
+sanitize: $(STAMP)  ## Run the C++ tests under AddressSanitizer and UBSan
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+		-DGANKERN_BUILD_PYTHON=OFF -DGANKERN_BUILD_TESTS=ON -DGANKERN_SANITIZE=ON
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure
+
+# setuptools would pack stale files left in build/.
+wheel: | $(VENV)/bin/python  ## Build a wheel into dist/, in isolation
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:  ## Remove what was built; .venv, out/ and runs/ stay
+	rm -rf build dist *.egg-info gankern/_C*.so $(STAMP) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find gankern tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

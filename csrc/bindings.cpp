@@ -1,0 +1,127 @@
+// The only file that knows Python. Tensors arrive as addresses: shapes, dtypes and layouts were checked in gankern.ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "gankern/parallel.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using namespace gankern;
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void bind_batch_norm_act(py::module_& m) {
+    py::class_<BatchNormActShape>(m, "BatchNormActShape")
+        .def(py::init([](int dtype, int64_t n, int64_t c, int64_t hw, bool channels_last, int activation,
+                         double negative_slope, int threads) {
+                 return BatchNormActShape{static_cast<Dtype>(dtype),           n,
+                                          c,                                   hw,
+                                          channels_last,                       static_cast<Activation>(activation),
+                                          negative_slope,                      threads};
+             }),
+             "dtype"_a, "n"_a, "c"_a, "hw"_a, "channels_last"_a, "activation"_a, "negative_slope"_a, "threads"_a);
+    m.def("batch_norm_act_scratch", &batch_norm_act_scratch, "channels"_a);
+    m.def(
+        "batch_norm_act_forward",
+        [](const BatchNormActShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
+           uintptr_t mean, uintptr_t invstd, uintptr_t var, uintptr_t scratch, bool training, double eps) {
+            py::gil_scoped_release release;
+            kernels().batch_norm_act_forward({shape, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                                              pointer(mean), pointer(invstd), pointer(var),
+                                              static_cast<double*>(pointer(scratch)), training, eps});
+        },
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "mean"_a, "invstd"_a, "var"_a, "scratch"_a,
+        "training"_a, "eps"_a);
+    m.def(
+        "batch_norm_act_backward",
+        [](const BatchNormActShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t weight, uintptr_t bias,
+           uintptr_t mean, uintptr_t invstd, uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias,
+           uintptr_t scratch, bool training) {
+            py::gil_scoped_release release;
+            kernels().batch_norm_act_backward({shape, pointer(grad_output), pointer(input), pointer(weight),
+                                               pointer(bias), pointer(mean), pointer(invstd), pointer(grad_input),
+                                               pointer(grad_weight), pointer(grad_bias),
+                                               static_cast<double*>(pointer(scratch)), training});
+        },
+        "shape"_a, "grad_output"_a, "input"_a, "weight"_a, "bias"_a, "mean"_a, "invstd"_a, "grad_input"_a,
+        "grad_weight"_a, "grad_bias"_a, "scratch"_a, "training"_a);
+}
+
+void bind_gradient_penalty(py::module_& m) {
+    m.def(
+        "interpolate",
+        [](int dtype, int64_t n, int64_t size, uintptr_t real, uintptr_t fake, uintptr_t alpha, uintptr_t points,
+           int threads) {
+            py::gil_scoped_release release;
+            kernels().interpolate({static_cast<Dtype>(dtype), n, size, pointer(real), pointer(fake), pointer(alpha),
+                                   pointer(points), threads});
+        },
+        "dtype"_a, "n"_a, "size"_a, "real"_a, "fake"_a, "alpha"_a, "points"_a, "threads"_a);
+    m.def(
+        "penalty_tail",
+        [](int dtype, int64_t n, int64_t size, uintptr_t grad, uintptr_t cotangent, uintptr_t loss, uintptr_t scratch,
+           double weight, double target, bool one_sided, bool squared, int threads) {
+            py::gil_scoped_release release;
+            kernels().penalty_tail({static_cast<Dtype>(dtype), n, size, pointer(grad), pointer(cotangent),
+                                    pointer(loss), static_cast<double*>(pointer(scratch)), weight, target, one_sided,
+                                    squared, threads});
+        },
+        "dtype"_a, "n"_a, "size"_a, "grad"_a, "cotangent"_a, "loss"_a, "scratch"_a, "weight"_a, "target"_a,
+        "one_sided"_a, "squared"_a, "threads"_a);
+}
+
+using Addresses = std::vector<uintptr_t>;
+
+std::vector<void*> pointers(const Addresses& addresses) {
+    std::vector<void*> out(addresses.size());
+    std::transform(addresses.begin(), addresses.end(), out.begin(), pointer);
+    return out;
+}
+
+void** list_or_null(std::vector<void*>& list) { return list.empty() ? nullptr : list.data(); }
+
+void bind_weight_clip(py::module_& m) {
+    m.def(
+        "clip_weights",
+        [](int dtype, const std::vector<int64_t>& sizes, const Addresses& params, double bound, int threads) {
+            py::gil_scoped_release release;
+            auto p = pointers(params);
+            kernels().clip_weights({{static_cast<Dtype>(dtype), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     threads},
+                                    p.data(), bound});
+        },
+        "dtype"_a, "sizes"_a, "params"_a, "bound"_a, "threads"_a);
+    m.def(
+        "rmsprop_clip",
+        [](int dtype, const std::vector<int64_t>& sizes, const Addresses& params, const Addresses& grads,
+           const Addresses& square_avgs, const Addresses& grad_avgs, const Addresses& momentum_buffers, double lr,
+           double alpha, double eps, double weight_decay, double momentum, bool maximize, double bound, int threads) {
+            py::gil_scoped_release release;
+            auto p = pointers(params), g = pointers(grads), v = pointers(square_avgs), mean = pointers(grad_avgs),
+                 buffer = pointers(momentum_buffers);
+            kernels().rmsprop_clip({{static_cast<Dtype>(dtype), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     threads},
+                                    p.data(), g.data(), v.data(), list_or_null(mean), list_or_null(buffer), lr, alpha, eps,
+                                    weight_decay, momentum, maximize, bound});
+        },
+        "dtype"_a, "sizes"_a, "params"_a, "grads"_a, "square_avgs"_a, "grad_avgs"_a, "momentum_buffers"_a, "lr"_a,
+        "alpha"_a, "eps"_a, "weight_decay"_a, "momentum"_a, "maximize"_a, "bound"_a, "threads"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    m.def("cpu_isa", &cpu_isa, "Instruction set that the kernels run with.");
+    m.def("threading_runtime", &threading_runtime, "Where the kernels' threads come from: openmp or serial.");
+    bind_batch_norm_act(m);
+    bind_gradient_penalty(m);
+    bind_weight_clip(m);
+}

@@ -1,0 +1,67 @@
+// The entry points of one instruction set, and the table that the bindings call through.
+#pragma once
+
+#include <type_traits>
+
+#include "gankern/batch_norm_act.h"
+#include "gankern/gradient_penalty.h"
+#include "gankern/types.h"
+#include "gankern/weight_clip.h"
+
+namespace gankern {
+
+#define GANKERN_KERNELS(X)                       \
+    X(batch_norm_act_forward, BatchNormActForward) \
+    X(batch_norm_act_backward, BatchNormActBackward) \
+    X(interpolate, Interpolate) \
+    X(penalty_tail, PenaltyTail) \
+    X(clip_weights, ClipWeights) \
+    X(rmsprop_clip, RmspropClip)
+
+struct KernelTable {
+#define GANKERN_FIELD(name, Args) void (*name)(const Args&);
+    GANKERN_KERNELS(GANKERN_FIELD)
+#undef GANKERN_FIELD
+};
+
+// The table for the instruction set in use: the best that the processor has, or the one that GANKERN_CPU_ISA names.
+const KernelTable& kernels();
+const char* cpu_isa();
+
+#ifdef GANKERN_ISA
+namespace GANKERN_ISA {
+
+#define GANKERN_DECLARE(name, Args) void name(const Args& args);
+GANKERN_KERNELS(GANKERN_DECLARE)
+#undef GANKERN_DECLARE
+
+template <class F>
+void with_dtype(Dtype dtype, const F& f) {
+    switch (dtype) {
+        case Dtype::kFloat32:
+            return f(float{});
+        case Dtype::kFloat64:
+            return f(double{});
+        case Dtype::kBFloat16:
+            return f(BFloat16{});
+    }
+}
+
+template <class F>
+void with_activation(Activation activation, const F& f) {
+    switch (activation) {
+        case Activation::kNone:
+            return f(std::integral_constant<Activation, Activation::kNone>{});
+        case Activation::kRelu:
+            return f(std::integral_constant<Activation, Activation::kRelu>{});
+        case Activation::kLeakyRelu:
+            return f(std::integral_constant<Activation, Activation::kLeakyRelu>{});
+        case Activation::kTanh:
+            return f(std::integral_constant<Activation, Activation::kTanh>{});
+    }
+}
+
+}  // namespace GANKERN_ISA
+#endif
+
+}  // namespace gankern

@@ -1,0 +1,27 @@
+"""Memory layouts: the one that a kernel gets, and tensors brought into it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last where a 4-d tensor is dense in that order and not in the contiguous one; else contiguous."""
+    if (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous or channels_last; copied where it is neither."""
+    return tensor.contiguous(memory_format=memory_format(tensor))
+
+
+def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the memory order of another of the same shape."""
+    return tensor.contiguous(memory_format=memory_format(other))

@@ -1,0 +1,42 @@
+"""The compiled CPU kernels: imported once, the reason kept where that fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    # torch comes first: its OpenMP runtime is the one whose threads the kernels use.
+    from gankern import _C as kernels
+except ImportError as error:
+    kernels: Any = None  # type: ignore[no-redef]
+    import_error: str | None = f"the compiled kernels do not import: {error}"
+else:
+    import_error = None
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3}
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    """Why the CPU kernels cannot run on these tensors; None if they can."""
+    if import_error is not None:
+        return import_error
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"needs tensors on the CPU; got {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"needs float32, float64 or bfloat16; got {tensor.dtype}"
+    return None
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type that arithmetic on a storage type is done in: float32 for the half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def address(tensor: Tensor | None) -> int:
+    """Address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,177 @@
+"""Which backend runs a call, and why the others do not."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+logger = logging.getLogger("gankern")
+
+#: Backends in the order in which ``auto`` tries them.
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run the call."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found for one call.
+
+    Attributes
+    ----------
+    op : str
+        Name of the op.
+    chosen : str or None
+        Backend that runs it; None where the one asked for by name cannot.
+    refused : dict of str to str
+        Why each other backend does not run it.
+    """
+
+    op: str
+    chosen: str | None
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'no backend'}"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.refused.items()])
+
+
+# The adapters of each op: {op: {backend: module}}; a module has refuse(*tensors) and the op's kernels.
+_adapters: dict[str, dict[str, ModuleType]] = {}
+_default = "auto"
+_override: ContextVar[str | None] = ContextVar("gankern_backend", default=None)
+_announced: set[tuple[str, str]] = set()
+
+
+def register(op: str, **adapters: ModuleType) -> None:
+    """Make the adapters of an op known, by backend name."""
+    _adapters[op] = adapters
+
+
+def _checked(name: str, origin: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"{origin} must be one of auto, {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of every later call in the process.
+
+    Parameters
+    ----------
+    name : str
+        ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of these.
+    """
+    global _default
+    _default = _checked(name, "name")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend of the calls inside a ``with`` block.
+
+    Parameters
+    ----------
+    name : str
+        As for :func:`set_backend`. The choice holds for backward passes that run inside the block.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of the known ones.
+    """
+    token = _override.set(_checked(name, "name"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested() -> str:
+    """Name in force: the innermost :func:`backend` block, else :func:`set_backend`, else ``GANKERN_BACKEND``."""
+    name = _override.get() or _default
+    if name == "auto":
+        name = _checked(os.environ.get("GANKERN_BACKEND") or "auto", "GANKERN_BACKEND")
+    return name
+
+
+def refusal(op: str, name: str, *tensors: Tensor) -> str | None:
+    """Why a backend cannot run an op on these tensors; None if it can."""
+    adapter = _adapters[op].get(name)
+    return f"{op} has no {name} kernels in this version" if adapter is None else adapter.refuse(*tensors)
+
+
+def select(op: str, *tensors: Tensor) -> Any:
+    """Adapter that runs an op on these tensors.
+
+    Raises
+    ------
+    BackendUnavailable
+        If a backend was asked for by name and cannot run the call.
+    """
+    name = requested()
+    if name != "auto":
+        reason = refusal(op, name, *tensors)
+        if reason is not None:
+            raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
+        return _adapters[op][name]
+    for name in NAMES:
+        if name in _adapters[op] and _adapters[op][name].refuse(*tensors) is None:
+            if (op, name) not in _announced:
+                _announced.add((op, name))
+                logger.info("%s runs on backend %s", op, name)
+            return _adapters[op][name]
+    raise BackendUnavailable(f"no backend can run {op}")
+
+
+def explain_call(op: str, *tensors: Tensor) -> Explanation:
+    """Choice and refusals for one op and its tensors, under the backend in force."""
+    name = requested()
+    refused = {n: r for n in NAMES if (r := refusal(op, n, *tensors)) is not None}
+    if name != "auto":
+        chosen = None if name in refused else name
+        others = {n: f"backend {name!r} was asked for by name" for n in NAMES if n != name and n not in refused}
+        return Explanation(op, chosen, refused | others)
+    chosen = next(n for n in NAMES if n not in refused)
+    others = {n: f"{chosen} comes first" for n in NAMES if n != chosen and n not in refused}
+    return Explanation(op, chosen, refused | others)
+
+
+def explain(op: str | Callable[..., Any], *args: Any) -> Explanation:
+    """Tell which backend would run a call and why the others would not.
+
+    Parameters
+    ----------
+    op : str or callable
+        A public op or its name, e.g. ``gankern.ops.batch_norm_act`` or ``"batch_norm_act"``.
+    *args
+        Arguments of the call; its tensors decide.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    ValueError
+        If there is no op of that name.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _adapters:
+        raise ValueError(f"op must be one of {', '.join(sorted(_adapters))}; got {name!r}")
+    return explain_call(name, *(a for a in args if isinstance(a, Tensor)))

@@ -1,0 +1,155 @@
+"""Tables, Markdown and the chart of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gankern.bench.results import OURS, STOCK, CaseResult, Measured, Report, TrainingResult
+from gankern.bench.timing import Spread
+
+CASE_COLUMNS = ("case", "fastest stock", "stock ms", "gankern ms", "ratio (p20-p80)", "peak MiB", "error")
+TRAINING_COLUMNS = (
+    "model",
+    "stock images/s",
+    "gankern images/s",
+    "ratio (p20-p80)",
+    "peak MiB",
+    "losses",
+    "weights",
+)
+
+
+def case_row(result: CaseResult) -> list[str]:
+    """Cells under `CASE_COLUMNS`."""
+    if result.best is None or result.ratio is None:
+        return [result.name, result.status.upper(), "", "", "", "", _error(result.error)]
+    stock, ours = result.sides[result.best], result.sides[OURS]
+    return [
+        result.name,
+        result.best,
+        f"{stock.seconds.median * 1e3:.2f}",
+        f"{ours.seconds.median * 1e3:.2f}",
+        _ratio(result.ratio),
+        _memory(stock, ours),
+        _error(result.error),
+    ]
+
+
+def training_row(result: TrainingResult) -> list[str]:
+    """Cells under `TRAINING_COLUMNS`."""
+    errors = [_error(result.loss_error), _error(result.parameter_error)]
+    if result.ratio is None:
+        return [result.model, result.status.upper(), "", "", "", *errors]
+    return [
+        result.model,
+        f"{result.images_per_second(STOCK):.0f}",
+        f"{result.images_per_second(OURS):.0f}",
+        _ratio(result.ratio),
+        _memory(result.sides[STOCK], result.sides[OURS]),
+        *errors,
+    ]
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the tables: ops first, then training."""
+    if report.cases:
+        console.print(_table("Against the fastest stock variant", CASE_COLUMNS, map(case_row, report.cases)))
+        for case in report.cases:
+            _explain(case.name, case, console)
+            for variant, why in case.left_out.items():
+                console.print(f"{case.name}: {variant} left out: {why}", style="dim", markup=False)
+    if report.training:
+        title = "Training on digits: same weights, batches and random numbers"
+        console.print(_table(title, TRAINING_COLUMNS, map(training_row, report.training)))
+        for training in report.training:
+            _explain(training.model, training, console)
+    console.print(machine_line(report.machine), style="dim", markup=False)
+
+
+def markdown(report: Report) -> str:
+    """Return the same tables in Markdown, with the machine and the command under them."""
+    parts = []
+    if report.cases:
+        parts.append(_markdown_table(CASE_COLUMNS, map(case_row, report.cases)))
+    if report.training:
+        parts.append(_markdown_table(TRAINING_COLUMNS, map(training_row, report.training)))
+    parts.append(f"{machine_line(report.machine)}. `{report.command}`")
+    return "\n\n".join(parts) + "\n"
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Say in one line where the numbers come from."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int | float))
+
+
+def save_chart(report: Report, path: Path) -> bool:
+    """Draw a bar per ratio, with its spread; return whether there was any to draw."""
+    bars = [(result.name, result.ratio) for result in report.cases if result.ratio is not None]
+    bars += [(f"training {result.model}", result.ratio) for result in report.training if result.ratio is not None]
+    if not bars:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.35 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = [name for name, _ in bars]
+    medians = [ratio.median for _, ratio in bars]
+    below = [max(0.0, ratio.median - ratio.p20) for _, ratio in bars]
+    above = [max(0.0, ratio.p80 - ratio.median) for _, ratio in bars]
+    drawn = axes.barh(names, medians, xerr=[below, above], color="#3b7dd8", ecolor="#555555")
+    axes.bar_label(drawn, [f"{median:.2f}x" for median in medians], padding=8)
+    axes.axvline(1.0, color="#999999", linestyle="--", linewidth=1)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of the fastest stock variant / time of gankern (median, p20 to p80)")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _explain(name: str, result: CaseResult | TrainingResult, console: Console) -> None:
+    if result.status != "ok":
+        style = "dim" if result.status == "skipped" else "red"
+        console.print(f"{name}: {result.status}: {result.message}", style=style, markup=False, soft_wrap=True)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[list[str]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(
+            *(cell.replace("[", r"\[") for cell in row), style="red" if row[1] in ("WRONG", "FAILED") else None
+        )
+    return table
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[list[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    rule = "|" + "|".join([":--"] + ["--:"] * (len(columns) - 1)) + "|"
+    return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def _ratio(ratio: Spread) -> str:
+    return f"{ratio.median:.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})"
+
+
+def _memory(stock: Measured, ours: Measured) -> str:
+    if stock.peak_bytes is None or ours.peak_bytes is None:
+        return "n/a"
+    return f"{stock.peak_bytes / 2**20:.1f} -> {ours.peak_bytes / 2**20:.1f}"
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}"

@@ -1,0 +1,7 @@
+"""The error that every loader raises."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A data set is missing or broken; one line names the path, what was expected and what was found."""

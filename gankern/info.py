@@ -1,0 +1,94 @@
+"""What gankern runs on: versions, processor, threads, GPUs, backends. Never raises."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gankern import _native, backends
+
+_PACKAGES = ("gankern", "torch", "numpy", "triton", "cupy-cuda12x", "cupy-cuda13x", "mlxtend", "matplotlib")
+
+
+def info() -> dict[str, Any]:
+    """Describe the environment.
+
+    Returns
+    -------
+    dict
+        JSON-ready: ``versions``, ``cpu`` (model, cores, isa, threading), ``threads``, ``memory_gib``, ``gpus``,
+        ``backends`` (None where available, else the reason), ``backend`` in force, ``commit``, ``python``, ``platform``.
+    """
+    return {
+        "versions": {name: v for name in _PACKAGES if (v := _safe(lambda n=name: importlib.metadata.version(n)))},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "commit": _safe(_commit),
+        "cpu": {
+            "model": _safe(_cpu_model),
+            "cores": os.cpu_count(),
+            "isa": _safe(lambda: _native.kernels.cpu_isa()),
+            "threading": _safe(lambda: _native.kernels.threading_runtime()),
+        },
+        "threads": torch.get_num_threads(),
+        "memory_gib": _safe(lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)),
+        "gpus": _safe(_gpus) or [],
+        "backend": _safe(backends.requested),
+        "backends": {
+            "reference": None,
+            "cpu": _native.import_error,
+            "triton": "no Triton kernels in this version",
+            "cuda": "no CUDA kernels in this version",
+        },
+    }
+
+
+def format_info(report: dict[str, Any] | None = None) -> str:
+    """:func:`info` as one page of text."""
+    report = info() if report is None else report
+    cpu = report["cpu"]
+    lines = [
+        "gankern " + report["versions"].get("gankern", "(not installed)") + f", commit {report['commit'] or 'unknown'}",
+        "versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if k != "gankern"),
+        f"python {report['python']} on {report['platform']}",
+        f"cpu: {cpu['model']}, {cpu['cores']} cores, kernels for {cpu['isa']}, threads from {cpu['threading']}",
+        f"threads: {report['threads']}, memory: {report['memory_gib']} GiB",
+        "gpus: " + (", ".join(report["gpus"]) or "none"),
+        f"backend in force: {report['backend']}",
+    ]
+    lines += [f"  {name}: {reason or 'available'}" for name, reason in report["backends"].items()]
+    return "\n".join(lines)
+
+
+def _safe(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception:
+        return None
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()

@@ -1,0 +1,114 @@
+"""One block of stock modules, run as one op: shared by the modules and by fuse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
+from gankern.ops.conv_transpose_bn_act.reference import activate
+
+Conv = nn.Conv2d | nn.ConvTranspose2d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches the module's own calls."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def refusal(conv: nn.Module | None, bn: nn.Module) -> str | None:
+    """Why a convolution (or None) and a batch norm cannot run as one op; None if they can."""
+    if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return f"{type(bn).__name__} is not a plain batch norm"
+    if conv is not None:
+        if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
+            return f"{type(conv).__name__} is not a plain 2-d convolution"
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return f"padding {conv.padding!r} with padding_mode {conv.padding_mode!r} is not supported"
+        if type(bn) is not nn.BatchNorm2d or bn.num_features != conv.out_channels:
+            return f"the batch norm does not fit {conv.out_channels} channels"
+    for module in (conv, bn):
+        if module is None:
+            continue
+        if has_hooks(module):
+            return f"a hook on {type(module).__name__}"
+        if module.__dict__.get("forward") is not None:
+            return f"{type(module).__name__} has a forward of its own"
+    return None
+
+
+def run_block(input: Tensor, conv: Conv | None, bn: Norm, activation: str, negative_slope: float) -> Tensor:
+    """Run ``activation(bn(conv(input)))`` as one op; module by module where that would not mean the same."""
+    if refusal(conv, bn) is not None or (conv is not None and input.dim() != 4):
+        return activate(bn(input if conv is None else conv(input)), activation, negative_slope)
+    training = bn.training or bn.running_mean is None
+    momentum = _update_count(bn)
+    # Running statistics are updated only in training mode, as in torch.nn.
+    updates = not training or (bn.training and bn.track_running_stats)
+    mean, var = (bn.running_mean, bn.running_var) if updates else (None, None)
+    if conv is None:
+        return batch_norm_act(
+            input,
+            mean,
+            var,
+            bn.weight,
+            bn.bias,
+            training=training,
+            momentum=momentum,
+            eps=bn.eps,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+    if isinstance(conv, nn.ConvTranspose2d):
+        return conv_transpose2d_bn_act(
+            input,
+            conv.weight,
+            conv.bias,
+            mean,
+            var,
+            bn.weight,
+            bn.bias,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            output_padding=conv.output_padding,  # type: ignore[arg-type]
+            groups=conv.groups,
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            training=training,
+            momentum=momentum,
+            eps=bn.eps,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+    return conv2d_bn_act(
+        input,
+        conv.weight,
+        conv.bias,
+        mean,
+        var,
+        bn.weight,
+        bn.bias,
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        groups=conv.groups,
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def _update_count(bn: Norm) -> float:
+    """Counts the batch as torch.nn does; the weight of this batch in the running statistics."""
+    if not (bn.training and bn.track_running_stats and bn.num_batches_tracked is not None):
+        return 0.0 if bn.momentum is None else bn.momentum
+    with torch.no_grad():
+        bn.num_batches_tracked.add_(1)
+    return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum

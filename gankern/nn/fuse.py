@@ -1,0 +1,163 @@
+"""Fusing the modules of models as people write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from gankern.nn import block
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of an ``nn.Sequential`` that a fused op can stand for.
+
+    Attributes
+    ----------
+    module : str
+        Qualified name of the sequential.
+    names : tuple of str
+        Names of its children in the stretch.
+    reason : str or None
+        Why it stays stock; None where it is fused.
+    """
+
+    module: str
+    names: tuple[str, ...]
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Children [start, stop) of a sequential: maybe a convolution, a batch norm, maybe an activation."""
+
+    start: int
+    stop: int
+    conv: block.Conv | None
+    bn: block.Norm
+    activation: nn.Module | None
+
+    def refusal(self) -> str | None:
+        reason = block.refusal(self.conv, self.bn)
+        if reason is None and self.activation is not None and block.has_hooks(self.activation):
+            reason = f"a hook on {type(self.activation).__name__}"
+        return reason
+
+    def run(self, input: Tensor) -> Tensor:
+        slope = getattr(self.activation, "negative_slope", 0.0)
+        return block.run_block(input, self.conv, self.bn, _ACTIVATIONS[type(self.activation)], slope)
+
+
+_ACTIVATIONS: dict[type, str] = {
+    type(None): "none",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+}
+_CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _stretches(children: list[nn.Module]) -> list[_Stretch]:
+    found = []
+    for i, bn in enumerate(children):
+        if not isinstance(bn, _NORMS):
+            continue
+        before = children[i - 1] if i else None
+        after = children[i + 1] if i + 1 < len(children) else None
+        conv = before if isinstance(before, _CONVS) else None
+        activation = after if after is not None and type(after) in _ACTIVATIONS else None
+        found.append(_Stretch(i - (conv is not None), i + 1 + (activation is not None), conv, bn, activation))
+    return found
+
+
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential`` that runs convolution + batch norm + activation stretches of its children as fused ops."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        children = list(self)
+        position = 0
+        for stretch in _stretches(children):
+            for module in children[position : stretch.start]:
+                input = module(input)
+            position = stretch.start
+            if stretch.refusal() is None:
+                input = stretch.run(input)
+                position = stretch.stop
+        for module in children[position:]:
+            input = module(input)
+        return input
+
+
+def fuse(module: M) -> M:
+    """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
+
+    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh]. Modules, parameters, buffers, their names
+    and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A run with a hook on one of its
+    modules, or with an option that has no kernel, runs stock: :func:`fusion_report` tells.
+
+    Parameters
+    ----------
+    module : nn.Module
+
+    Returns
+    -------
+    nn.Module
+        The same module.
+
+    Raises
+    ------
+    TypeError
+        If module is not an ``nn.Module``.
+    """
+    return _reclass(module, nn.Sequential, FusedSequential)
+
+
+def unfuse(module: M) -> M:
+    """Undo :func:`fuse`, in place."""
+    return _reclass(module, FusedSequential, nn.Sequential)
+
+
+def _reclass(module: M, old: type[nn.Sequential], new: type[nn.Sequential]) -> M:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module; got {type(module).__name__}")
+    for child in module.modules():
+        if type(child) is old and (new is nn.Sequential or _stretches(list(child))):
+            child.__class__ = new
+    return module
+
+
+def fusion_report(module: nn.Module) -> list[Run]:
+    """List the runs of a model that fuse or could, each with the reason where it stays stock.
+
+    Parameters
+    ----------
+    module : nn.Module
+
+    Returns
+    -------
+    list of Run
+
+    Raises
+    ------
+    TypeError
+        If module is not an ``nn.Module``.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module; got {type(module).__name__}")
+    report = []
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.Sequential):
+            continue
+        names = list(child._modules)
+        for stretch in _stretches(list(child)):
+            reason = stretch.refusal()
+            if reason is None and not isinstance(child, FusedSequential):
+                plain = type(child).forward is nn.Sequential.forward
+                reason = "not fused: call gankern.fuse" if plain else "the sequential has a forward of its own"
+            report.append(Run(name, tuple(names[stretch.start : stretch.stop]), reason))
+    return report

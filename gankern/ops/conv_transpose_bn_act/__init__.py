@@ -1,0 +1,375 @@
+"""Transposed convolution (or convolution) + batch norm + activation: the DCGAN blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gankern import _native
+from gankern.ops import _check
+from gankern.ops.conv_transpose_bn_act import autograd
+
+__all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
+
+Size2 = int | tuple[int, int]
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Batch normalisation followed by an activation, in one op.
+
+    Computes ``act((x - mean) / sqrt(var + eps) * weight + bias)`` per channel: two passes over memory forward
+    (statistics; normalise and activate), two backward, with the activation's derivative recomputed from the input.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (N, C, *), float32, float64 or bfloat16 (float16 by the reference); any layout. channels_last stays so.
+    running_mean, running_var : Tensor or None
+        Shape (C,). Updated in place when training as ``torch.nn.functional.batch_norm`` does (unbiased variance); used
+        instead of the batch's statistics otherwise. With None the batch's statistics are used in either mode.
+    weight, bias : Tensor or None, optional
+        Shape (C,), of the input's dtype or float32.
+    training : bool
+        Whether to normalise with the statistics of this batch.
+    momentum : float, optional
+        Weight of this batch in the running statistics.
+    eps : float, optional
+        Added to the variance.
+    activation : {"relu", "leaky_relu", "tanh", "none"}, optional
+    negative_slope : float, optional
+        Slope of leaky_relu below zero.
+
+    Returns
+    -------
+    Tensor
+        Of the input's shape, dtype and memory format.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the rule and what was received. As in stock, training with one value a channel is refused.
+
+    Notes
+    -----
+    Differentiable to any order: first derivatives are kernels, higher ones plain torch. Statistics and reductions of
+    bfloat16 inputs are in float32; all sums are shifted by a mean of the channel and carried in float64. Results have the same bits
+    on every run, for any number of threads.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2 and the gradients of section 3.
+    """
+    _check.floating("input", input)
+    if input.dim() < 2:
+        raise ValueError(f"input must have shape (N, C, ...); got {tuple(input.shape)}")
+    _check_norm(input.size(1), input, running_mean, running_var, weight, bias, "weight", "bias")
+    _check_options(training, momentum, eps, activation, negative_slope)
+    _check_statistics(input.shape, training, running_mean, running_var)
+    return autograd.batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope
+    )
+
+
+def conv_transpose2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    *,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    output_padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Transposed convolution, batch normalisation and activation: the DCGAN generator block.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (N, C_in, H, W), float32, float64 or bfloat16; contiguous or channels_last is kept, other layouts work.
+    weight : Tensor
+        Shape (C_in, C_out // groups, kH, kW), of the input's dtype.
+    bias : Tensor or None
+        Shape (C_out,): the convolution's own.
+    running_mean, running_var, bn_weight, bn_bias : Tensor or None
+        Shape (C_out,): as in :func:`batch_norm_act`.
+    stride, padding, output_padding, groups, dilation
+        As in :func:`torch.nn.functional.conv_transpose2d`.
+    training, momentum, eps, activation, negative_slope
+        As in :func:`batch_norm_act`.
+
+    Returns
+    -------
+    Tensor
+        Shape (N, C_out, H_out, W_out).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the rule and what was received.
+
+    Notes
+    -----
+    Differentiable to any order. In eval mode without gradients the normalisation is folded into the convolution's
+    weight and bias.
+
+    References
+    ----------
+    Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
+    """
+    _check_conv(input, weight, bias, groups, transposed=True)
+    _check_norm(
+        weight.size(1) * groups, input, running_mean, running_var, bn_weight, bn_bias, "bn_weight", "bn_bias"
+    )
+    _check_options(training, momentum, eps, activation, negative_slope)
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding), _pair("dilation", dilation, 1)
+    output_padding = _pair("output_padding", output_padding)
+    if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
+        raise ValueError(
+            f"output_padding must be smaller than stride or dilation; got {output_padding} "
+            f"with stride {stride} and dilation {dilation}"
+        )
+    size = [
+        (i - 1) * s - 2 * p + d * (k - 1) + o + 1
+        for i, k, s, p, d, o in zip(
+            input.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
+        )
+    ]
+    _check_output_size(size)
+    _check_statistics((input.size(0), weight.size(1) * groups, *size), training, running_mean, running_var)
+
+    def convolve(w: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv_transpose2d(input, w, b, stride, padding, output_padding, groups, dilation)
+
+    if _foldable(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, training=training):
+        assert running_mean is not None and running_var is not None
+        scale, shift = _fold(bias, running_mean, running_var, bn_weight, bn_bias, eps)
+        per_group = scale.view(groups, 1, -1, 1, 1)
+        folded = (weight.unflatten(0, (groups, -1)) * per_group).flatten(0, 1)
+        return _activate_(convolve(folded.to(weight.dtype), shift.to(weight.dtype)), activation, negative_slope)
+    return autograd.batch_norm_act(
+        convolve(weight, bias),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+    )
+
+
+def conv2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    *,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Convolution, batch normalisation and activation: the DCGAN discriminator block.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (N, C_in, H, W), float32, float64 or bfloat16.
+    weight : Tensor
+        Shape (C_out, C_in // groups, kH, kW), of the input's dtype.
+    bias : Tensor or None
+        Shape (C_out,): the convolution's own.
+    running_mean, running_var, bn_weight, bn_bias : Tensor or None
+        Shape (C_out,): as in :func:`batch_norm_act`.
+    stride, padding, groups, dilation
+        As in :func:`torch.nn.functional.conv2d`.
+    training, momentum, eps, activation, negative_slope
+        As in :func:`batch_norm_act`.
+
+    Returns
+    -------
+    Tensor
+        Shape (N, C_out, H_out, W_out).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the rule and what was received.
+
+    Notes
+    -----
+    Differentiable to any order. In eval mode without gradients the normalisation is folded into the convolution's
+    weight and bias.
+
+    References
+    ----------
+    Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
+    """
+    _check_conv(input, weight, bias, groups, transposed=False)
+    _check_norm(weight.size(0), input, running_mean, running_var, bn_weight, bn_bias, "bn_weight", "bn_bias")
+    _check_options(training, momentum, eps, activation, negative_slope)
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding), _pair("dilation", dilation, 1)
+    size = [
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    _check_output_size(size)
+    _check_statistics((input.size(0), weight.size(0), *size), training, running_mean, running_var)
+
+    def convolve(w: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv2d(input, w, b, stride, padding, dilation, groups)
+
+    if _foldable(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, training=training):
+        assert running_mean is not None and running_var is not None
+        scale, shift = _fold(bias, running_mean, running_var, bn_weight, bn_bias, eps)
+        folded = weight * scale.view(-1, 1, 1, 1)
+        return _activate_(convolve(folded.to(weight.dtype), shift.to(weight.dtype)), activation, negative_slope)
+    return autograd.batch_norm_act(
+        convolve(weight, bias),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+    )
+
+
+def _foldable(*tensors: Tensor | None, training: bool) -> bool:
+    given = [t for t in tensors if t is not None]
+    has_statistics = tensors[3] is not None and tensors[4] is not None
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return not training and has_statistics and not needs_grad
+
+
+def _fold(
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift per output channel that the normalisation amounts to."""
+    acc = _native.acc_dtype(running_mean.dtype)
+    scale = (running_var.to(acc) + eps).rsqrt()
+    if bn_weight is not None:
+        scale = scale * bn_weight
+    shift = -running_mean.to(acc) if bias is None else bias - running_mean.to(acc)
+    shift = shift * scale
+    return scale, shift if bn_bias is None else shift + bn_bias
+
+
+def _activate_(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    if activation == "relu":
+        return z.relu_()
+    if activation == "leaky_relu":
+        return F.leaky_relu_(z, negative_slope)
+    return z.tanh_() if activation == "tanh" else z
+
+
+def _pair(name: str, value: Size2, least: int = 0) -> tuple[int, int]:
+    return _check.int_pair(name, value, least)
+
+
+def _check_conv(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, *, transposed: bool) -> None:
+    _check.floating("input", input)
+    _check.ndim("input", input, 4, "(N, C_in, H, W)")
+    _check.floating("weight", weight)
+    form = "(C_in, C_out // groups, kH, kW)" if transposed else "(C_out, C_in // groups, kH, kW)"
+    _check.ndim("weight", weight, 4, form)
+    _check.positive_int("groups", groups)
+    # Under autocast the convolution casts both.
+    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(f"weight must have input's dtype {input.dtype}; got {weight.dtype}")
+    _check.same_device("weight", weight, "input", input)
+    channels_in = weight.size(0) if transposed else weight.size(1) * groups
+    if input.size(1) != channels_in or weight.size(0) % groups:
+        raise ValueError(
+            f"weight must have shape {form} for an input with C_in = {input.size(1)} and groups = {groups}; "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        _check.vector("bias", bias, weight.size(1) * groups if transposed else weight.size(0))
+        _check.same_device("bias", bias, "input", input)
+
+
+def _check_norm(
+    channels: int,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_name: str,
+    bias_name: str,
+) -> None:
+    named = {"running_mean": running_mean, "running_var": running_var, weight_name: weight, bias_name: bias}
+    for name, tensor in named.items():
+        if tensor is not None:
+            _check.vector(name, tensor, channels)
+            _check.same_device(name, tensor, "input", input)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing} must be given where the other running statistic is; got None")
+
+
+def _check_options(training: bool, momentum: float, eps: float, activation: str, negative_slope: float) -> None:
+    _check.boolean("training", training)
+    _check.number("momentum", momentum, low=0, high=1)
+    _check.number("eps", eps, low=0)
+    _check.one_of("activation", activation, tuple(_native.ACTIVATIONS))
+    _check.number("negative_slope", negative_slope)
+
+
+def _check_output_size(size: list[int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"input must be large enough for the convolution; got an output of {size[0]} x {size[1]}")
+
+
+def _check_statistics(
+    shape: tuple[int, ...] | torch.Size, training: bool, running_mean: Tensor | None, running_var: Tensor | None
+) -> None:
+    """Batch statistics need two values a channel, as in stock."""
+    values = shape[0]
+    for size in shape[2:]:
+        values *= size
+    uses_batch = training or running_mean is None or running_var is None
+    if uses_batch and values == 1:
+        raise ValueError(f"input must have more than 1 value per channel when training; got {tuple(shape)}")

@@ -1,0 +1,161 @@
+"""Plain torch: the oracle of tests and benchmarks, and the ``reference`` backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    return torch.tanh(z) if activation == "tanh" else z
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activate(z, activation, negative_slope)
+
+
+def conv_transpose2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    z = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return activate(z, activation, negative_slope)
+
+
+def conv2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    z = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return activate(z, activation, negative_slope)
+
+
+# The kernels' own functions, in terms of the statistics; differentiable to any order.
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    return None
+
+
+def _channels(stat: Tensor, input: Tensor) -> Tensor:
+    return stat.view(1, -1, *[1] * (input.dim() - 2))
+
+
+def _reduced(input: Tensor) -> list[int]:
+    return [0, *range(2, input.dim())]
+
+
+def statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, 1 / sqrt(var + eps) and biased variance of each channel."""
+    var, mean = torch.var_mean(input, _reduced(input), correction=0)
+    return mean, (var + eps).rsqrt(), var
+
+
+def _normalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    scale = invstd if weight is None else invstd * weight
+    z = (input - _channels(mean, input)) * _channels(scale, input)
+    return z if bias is None else z + _channels(bias, input)
+
+
+def forward_train(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str, negative_slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = input.double() if input.dtype == torch.float64 else input.float()
+    mean, invstd, var = statistics(wide, eps)
+    output = activate(_normalize(wide, weight, bias, mean, invstd), activation, negative_slope)
+    return output.to(input.dtype), mean, invstd, var
+
+
+def forward_eval(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    wide = input.double() if input.dtype == torch.float64 else input.float()
+    return activate(_normalize(wide, weight, bias, mean, invstd), activation, negative_slope).to(input.dtype)
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias (Ioffe and Szegedy 2015, section 3, behind the activation's derivative)."""
+    wide, grad = input.to(mean.dtype), grad_output.to(mean.dtype)
+    z = _normalize(wide, weight, bias, mean, invstd)
+    if activation == "relu":
+        grad = grad * (z > 0)
+    elif activation == "leaky_relu":
+        grad = torch.where(z > 0, grad, grad * negative_slope)
+    elif activation == "tanh":
+        grad = grad * (1 - torch.tanh(z).square())
+    dims = _reduced(input)
+    normalized = (wide - _channels(mean, input)) * _channels(invstd, input)
+    grad_bias = grad.sum(dims)
+    grad_weight = (grad * normalized).sum(dims)
+    if training:
+        count = input.numel() // input.size(1)
+        grad = grad - _channels(grad_bias / count, input) - normalized * _channels(grad_weight / count, input)
+    scale = invstd if weight is None else invstd * weight
+    return (grad * _channels(scale, input)).to(input.dtype), grad_weight, grad_bias

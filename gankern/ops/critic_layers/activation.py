@@ -1,0 +1,52 @@
+"""ReLU and LeakyReLU: piecewise linear, so that no second derivative reaches the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LeakyRelu(torch.autograd.Function):
+    """``input`` where positive, ``negative_slope * input`` elsewhere; ReLU with slope 0. In place if asked."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, negative_slope: float, inplace: bool) -> Tensor:  # type: ignore[override]
+        if inplace:
+            ctx.mark_dirty(input)
+            output = F.relu_(input) if negative_slope == 0 else F.leaky_relu_(input, negative_slope)
+        else:
+            output = F.relu(input) if negative_slope == 0 else F.leaky_relu(input, negative_slope)
+        # With a slope of zero or more the output is positive just where the input is.
+        ctx.save_for_backward(output)
+        ctx.negative_slope = negative_slope
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if grad_output is None:
+            return None, None, None
+        (output,) = ctx.saved_tensors
+        return LeakyReluGrad.apply(grad_output, output.detach(), ctx.negative_slope), None, None
+
+
+class LeakyReluGrad(torch.autograd.Function):
+    """Multiplication by the slope at a point: linear, its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(output)
+        ctx.negative_slope = negative_slope
+        ctx.set_materialize_grads(False)
+        if negative_slope == 0:
+            return torch.ops.aten.threshold_backward.default(grad_output, output, 0)
+        return torch.ops.aten.leaky_relu_backward.default(grad_output, output, negative_slope, True)
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        if tangent is None:
+            return None, None, None
+        return LeakyReluGrad.apply(tangent, ctx.saved_tensors[0], ctx.negative_slope), None, None

@@ -1,0 +1,207 @@
+"""Penalties on the norm of a critic's input gradient, with their double backward."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gankern.ops import _check
+from gankern.ops.gradient_penalty import autograd, reference
+from gankern.ops.gradient_penalty.autograd import Critic
+
+__all__ = ["check_points", "gradient_penalty", "penalty_at", "penalty_points"]
+
+
+def gradient_penalty(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    target: float = 1.0,
+    one_sided: bool = False,
+    alpha: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    params: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    r"""Gradient penalty of WGAN-GP: ``weight * mean_i (||grad_x critic(x_i)||_2 - target)^2``.
+
+    The points are ``x_i = alpha_i * real_i + (1 - alpha_i) * fake_i`` with one uniform alpha a sample; the norm is over
+    all dimensions of a sample. The critic is called once, unmodified. Second derivatives are taken inside; the result's
+    graph is one first-order node that holds the gradients of the critic's parameters, so one ordinary ``backward()`` of
+    the critic's whole loss works, under torch.compile, DistributedDataParallel, autocast and GradScaler too.
+
+    Parameters
+    ----------
+    critic : nn.Module or callable
+        Maps a batch (N, ...) to scores of any shape, summed over each sample.
+    real, fake : Tensor
+        Shape (N, ...) with N >= 1, float32, float64 or bfloat16, of one shape, dtype and device. Gradients flow to
+        those that require them.
+    weight : float, optional
+        The paper's lambda.
+    target : float, optional
+        Norm that is not penalised, 1 in the paper.
+    one_sided : bool, optional
+        Penalise only norms above the target: ``max(0, norm - target)^2``.
+    alpha : Tensor or None, optional
+        One number a sample, shape (N,) or (N, 1, ..., 1); drawn uniformly from [0, 1) on real's device by default.
+    generator : torch.Generator or None, optional
+        Draws alpha.
+    params : iterable of Tensor or None, optional
+        Parameters of a critic that is not an ``nn.Module``; those of a module are found.
+    create_graph : bool, optional
+        Return the ordinary differentiable penalty in stock operations instead, for third order.
+
+    Returns
+    -------
+    Tensor
+        Scalar of real's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the rule and what was received.
+    RuntimeError
+        By the backward pass, if it is asked for a graph and ``create_graph`` was False.
+
+    Notes
+    -----
+    Every parameter that requires a gradient gets one, zeros where the penalty does not depend on it (a bias at the
+    critic's end). At a gradient of exactly zero the subgradient is 0. A critic with batch norm couples its samples, so
+    that the norm is not one sample's own; it works as in stock PyTorch, and warns once.
+
+    For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of the
+    size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
+    gradient. See :mod:`gankern.ops.critic_layers`.
+
+    References
+    ----------
+    Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, equation 3 and algorithm 1; one-sided: section 4.
+    """
+    points = penalty_points(real, fake, alpha, generator)
+    return penalty_at(
+        critic, points, weight=weight, target=target, one_sided=one_sided, params=params, create_graph=create_graph
+    )
+
+
+def penalty_points(
+    real: Tensor, fake: Tensor, alpha: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """Checked ``alpha * real + (1 - alpha) * fake``; see :func:`gradient_penalty`."""
+    check_points("real", real)
+    check_points("fake", fake)
+    _check.same_shape("fake", fake, "real", real)
+    _check.same_dtype("fake", fake, "real", real)
+    _check.same_device("fake", fake, "real", real)
+    _check.generator("generator", generator)
+    n = real.size(0)
+    if alpha is None:
+        dtype = torch.float64 if real.dtype == torch.float64 else torch.float32
+        alpha = torch.rand(n, dtype=dtype, device=real.device, generator=generator)
+    else:
+        _check.floating("alpha", alpha)
+        _check.same_device("alpha", alpha, "real", real)
+        if generator is not None:
+            raise ValueError("generator must be None where alpha is given; got a Generator")
+        if tuple(alpha.shape) not in ((n,), (n, *[1] * (real.dim() - 1))):
+            raise ValueError(f"alpha must have one number a sample, shape ({n},); got {tuple(alpha.shape)}")
+    return autograd.interpolate(real, fake, alpha.detach().reshape(n))
+
+
+def penalty_at(
+    critic: Critic,
+    points: Tensor,
+    *,
+    weight: float,
+    target: float = 0.0,
+    one_sided: bool = False,
+    squared: bool = False,
+    params: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """Penalty at given points: what the whole family is made of.
+
+    Parameters
+    ----------
+    critic, weight, target, one_sided, params, create_graph
+        As in :func:`gradient_penalty`.
+    points : Tensor
+        Shape (N, ...), where the gradient is taken.
+    squared : bool, optional
+        Penalise ``norm^2``, as a sum of squares without a root; target and one_sided play no part.
+
+    Returns
+    -------
+    Tensor
+        Scalar of the points' dtype.
+    """
+    if not callable(critic):
+        raise TypeError(f"critic must be an nn.Module or another callable; got {type(critic).__name__}")
+    _check.number("weight", weight)
+    _check.number("target", target, low=0)
+    _check.boolean("one_sided", one_sided)
+    _check.boolean("create_graph", create_graph)
+    critic = _inner_module(critic)
+    found = _trainable(critic, params)
+    if create_graph:
+        return reference.penalty_at(
+            critic, points, weight=weight, target=target, one_sided=one_sided, squared=squared
+        )
+    options = (float(weight), float(target), one_sided, squared)
+    if params is None:
+        assert isinstance(critic, nn.Module)
+        _warn_of_batch_norm(critic)
+        return autograd.penalty(autograd.module_handle(critic), found, points, *options)
+    with autograd.callable_handle(critic, found) as handle:
+        return autograd.penalty(handle, found, points, *options)
+
+
+def _inner_module(critic: Critic) -> Critic:
+    """The module inside torch.compile's wrapper, which refuses double backward."""
+    return getattr(critic, "_orig_mod", critic) if isinstance(critic, nn.Module) else critic
+
+
+def _trainable(critic: Critic, params: Iterable[Tensor] | None) -> list[Tensor]:
+    if params is None:
+        if not isinstance(critic, nn.Module):
+            raise ValueError(
+                f"params must be given for a critic that is not an nn.Module; got None for {type(critic).__name__}"
+            )
+        params = critic.parameters()
+    elif isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable of Tensors; got {type(params).__name__}")
+    params = list(params)
+    for p in params:
+        _check.tensor("params", p)
+    return [p for p in params if p.requires_grad]
+
+
+def check_points(name: str, value: Any) -> None:
+    """Refuse what is not a batch of at least one sample."""
+    _check.floating(name, value)
+    if value.dim() < 1 or value.size(0) < 1:
+        raise ValueError(f"{name} must have shape (N, ...) with N >= 1; got {tuple(value.shape)}")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must have at least one value a sample; got shape {tuple(value.shape)}")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "the critic has batch norm in training mode, which couples the samples of a batch: the gradient penalty is then "
+        "not on one sample's own gradient norm (Gulrajani et al. 2017, section 4, use layer norm instead)",
+        stacklevel=4,
+    )
+
+
+def _warn_of_batch_norm(critic: nn.Module) -> None:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in critic.modules()):
+        _warn_once()

@@ -1,0 +1,57 @@
+"""Operators of weight clipping and of RMSProp with clipping. Nothing is differentiable: both are updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gankern import _library, backends
+from gankern.ops.weight_clip import cpu, reference
+
+OPS = ("clip_weights_", "rmsprop_clip_")
+for _op in OPS:
+    backends.register(_op, cpu=cpu, reference=reference)
+
+
+def _by_kind(params: list[Tensor], *others: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """The lists, cut into groups of one device and dtype; an empty list stays empty."""
+    kinds = [(p.device, p.dtype) for p in params]
+    for kind in dict.fromkeys(kinds):
+        yield [[t for t, k in zip(ts, kinds, strict=True) if k == kind] if ts else [] for ts in (params, *others)]
+
+
+def _clip_weights(params: list[Tensor], c: float) -> None:
+    increment_version(params)
+    for (group,) in _by_kind(params):
+        backends.select("clip_weights_", group[0]).clip_weights(group, c)
+
+
+def _rmsprop_clip(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *options: Any,
+) -> None:
+    increment_version([*params, *square_avgs, *grad_avgs, *momentum_buffers])
+    for group in _by_kind(params, grads, square_avgs, grad_avgs, momentum_buffers):
+        backends.select("rmsprop_clip_", group[0][0]).rmsprop_clip(*group, *options)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+clip_weights_ = _library.define("clip_weights_(Tensor(a!)[] params, float c) -> ()", _clip_weights, _nothing)
+rmsprop_clip_ = _library.define(
+    "rmsprop_clip_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs,"
+    " Tensor(d!)[] momentum_buffers, float lr, float alpha, float eps, float weight_decay, float momentum,"
+    " bool maximize, float? clip) -> ()",
+    _rmsprop_clip,
+    _nothing,
+)

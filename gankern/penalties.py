@@ -1,0 +1,147 @@
+"""The gradient penalty's relatives: other centres and other points, the same machinery.
+
+All return a scalar whose graph is first order unless ``create_graph``; see :func:`gankern.gradient_penalty` for
+``params`` and ``create_graph``. Zero-centred ones use sums of squares, never a root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gankern.ops import _check
+from gankern.ops.gradient_penalty import Critic, check_points, penalty_at, penalty_points
+
+__all__ = ["dragan", "r1", "r2", "zero_centered"]
+
+
+def r1(
+    critic: Critic,
+    real: Tensor,
+    *,
+    weight: float = 10.0,
+    params: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """``weight / 2 * mean ||grad critic(real)||^2`` (Mescheder et al. 2018, equation 9).
+
+    Parameters
+    ----------
+    critic : nn.Module or callable
+    real : Tensor
+        Shape (N, ...) with N >= 1.
+    weight : float, optional
+        The paper's gamma.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+    """
+    return _squared("real", critic, real, weight, params, create_graph)
+
+
+def r2(
+    critic: Critic,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    params: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """``weight / 2 * mean ||grad critic(fake)||^2`` (Mescheder et al. 2018, equation 10).
+
+    Parameters
+    ----------
+    critic : nn.Module or callable
+    fake : Tensor
+        Shape (N, ...) with N >= 1.
+    weight : float, optional
+        The paper's gamma.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+    """
+    return _squared("fake", critic, fake, weight, params, create_graph)
+
+
+def _squared(
+    name: str, critic: Critic, points: Tensor, weight: float, params: Iterable[Tensor] | None, create_graph: bool
+) -> Tensor:
+    check_points(name, points)
+    _check.number("weight", weight)
+    return penalty_at(critic, points, weight=weight / 2, squared=True, params=params, create_graph=create_graph)
+
+
+def dragan(
+    critic: Critic,
+    real: Tensor,
+    *,
+    weight: float = 10.0,
+    target: float = 1.0,
+    scale: float = 0.5,
+    generator: torch.Generator | None = None,
+    params: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """``weight * mean (||grad critic(real + delta)|| - target)^2`` near real samples (Kodali et al. 2017, equation 5).
+
+    Parameters
+    ----------
+    critic : nn.Module or callable
+    real : Tensor
+        Shape (N, ...) with N >= 1.
+    weight, target : float, optional
+        The paper's lambda and k.
+    scale : float, optional
+        The noise is ``scale * std(real)`` times uniform numbers from [0, 1), as in the authors' implementation.
+    generator : torch.Generator or None, optional
+        Draws the noise.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+    """
+    check_points("real", real)
+    _check.number("scale", scale, low=0)
+    _check.generator("generator", generator)
+    noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
+    points = real + scale * real.detach().std(correction=0) * noise
+    return penalty_at(critic, points, weight=weight, target=target, params=params, create_graph=create_graph)
+
+
+def zero_centered(
+    critic: Critic,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    alpha: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    params: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """``weight * mean ||grad critic(x)||^2`` at points between real and fake (Thanh-Tung et al. 2019, section 5).
+
+    Parameters
+    ----------
+    critic : nn.Module or callable
+    real, fake : Tensor
+        Shape (N, ...) with N >= 1, of one shape, dtype and device.
+    weight : float, optional
+        The paper's lambda.
+    alpha, generator
+        As in :func:`gankern.gradient_penalty`.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+    """
+    points = penalty_points(real, fake, alpha, generator)
+    return penalty_at(critic, points, weight=weight, squared=True, params=params, create_graph=create_graph)

@@ -1,0 +1,108 @@
+"""What the package promises before a kernel runs: a light build, a light import, consistent metadata."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gankern
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest depends on it there
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def makefile():
+    return (ROOT / "Makefile").read_text()
+
+
+def project_name(requirement):
+    return re.match(r"[\w.-]+", requirement).group().lower()
+
+
+def test_build_needs_neither_torch_nor_nvcc(pyproject):
+    setup = ast.parse((ROOT / "setup.py").read_text())
+    imported = set()
+    for node in ast.walk(setup):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    required = {project_name(r) for r in pyproject["build-system"]["requires"]}
+    allowed = required | set(sys.stdlib_module_names)
+    assert imported <= allowed
+    assert required == {"setuptools", "pybind11", "cmake", "ninja"}
+
+    docstrings = {
+        ast.get_docstring(n, clean=False)
+        for n in ast.walk(setup)
+        if isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef)
+    }
+    strings = [n.value for n in ast.walk(setup) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    assert not [s for s in strings if s not in docstrings and re.search("nvcc|cuda", s, re.IGNORECASE)]
+
+
+def test_cmake_asks_for_neither_torch_nor_cuda():
+    text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+    assert not re.search(
+        r"find_package\(\s*(Torch|CUDA)|enable_language\(\s*CUDA|LANGUAGES[^)]*CUDA", text, re.IGNORECASE
+    )
+
+
+def test_makefile_names_extras_and_build_requirements_that_exist(pyproject, makefile):
+    extras = {name for group in re.findall(r"'\.\[([\w,]+)\]'", makefile) for name in group.split(",")}
+    assert extras
+    assert extras <= pyproject["project"]["optional-dependencies"].keys()
+    installed_first = re.search(r"constraints\.txt ([a-z0-9 ]+)$", makefile, re.MULTILINE).group(1).split()
+    assert set(installed_first) == {project_name(r) for r in pyproject["build-system"]["requires"]}
+
+
+def test_every_development_requirement_is_pinned(pyproject):
+    pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
+    pinned = set(re.findall(r"^([\w.-]+)==", pins, re.MULTILINE))
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *pyproject["build-system"]["requires"]]
+    wanted += [r for extra in ("data", "train", "bench", "test", "dev") for r in extras[extra]]
+    assert {project_name(r) for r in wanted} - {"gankern"} <= pinned
+
+
+def test_version_is_the_same_everywhere():
+    assert importlib.metadata.version("gankern") == gankern.__version__
+
+
+def test_type_marker_is_installed_beside_the_package():
+    assert (Path(gankern.__file__).parent / "py.typed").is_file()
+
+
+def test_import_works_without_a_gpu_and_brings_no_optional_package(tmp_path):
+    # torch itself imports some of these where they are installed: only what gankern adds counts.
+    code = """
+import sys, torch
+before = set(sys.modules)
+import gankern
+optional = {"PIL", "cupy", "matplotlib", "mlxtend", "pandas", "pytest", "rich", "tqdm", "triton"}
+print(sorted({name.split(".")[0] for name in sys.modules.keys() - before} & optional))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
