@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <vector>
 
 #include "gankern/parallel.h"
@@ -94,26 +96,139 @@ void bind_weight_clip(py::module_& m) {
         [](int dtype, const std::vector<int64_t>& sizes, const Addresses& params, double bound, int threads) {
             py::gil_scoped_release release;
             auto p = pointers(params);
-            kernels().clip_weights({{static_cast<Dtype>(dtype), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     threads},
-                                    p.data(), bound});
+            kernels().clip_weights(
+                {{static_cast<Dtype>(dtype), static_cast<int64_t>(sizes.size()), sizes.data(), threads},
+                 p.data(),
+                 bound});
         },
         "dtype"_a, "sizes"_a, "params"_a, "bound"_a, "threads"_a);
     m.def(
         "rmsprop_clip",
         [](int dtype, const std::vector<int64_t>& sizes, const Addresses& params, const Addresses& grads,
            const Addresses& square_avgs, const Addresses& grad_avgs, const Addresses& momentum_buffers, double lr,
-           double alpha, double eps, double weight_decay, double momentum, bool maximize, double bound, int threads) {
+           double alpha, double eps, double weight_decay, double momentum, bool maximize, std::optional<double> clip,
+           int threads) {
             py::gil_scoped_release release;
             auto p = pointers(params), g = pointers(grads), v = pointers(square_avgs), mean = pointers(grad_avgs),
                  buffer = pointers(momentum_buffers);
-            kernels().rmsprop_clip({{static_cast<Dtype>(dtype), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     threads},
-                                    p.data(), g.data(), v.data(), list_or_null(mean), list_or_null(buffer), lr, alpha, eps,
-                                    weight_decay, momentum, maximize, bound});
+            kernels().rmsprop_clip(
+                {{static_cast<Dtype>(dtype), static_cast<int64_t>(sizes.size()), sizes.data(), threads},
+                 p.data(),
+                 g.data(),
+                 v.data(),
+                 list_or_null(mean),
+                 list_or_null(buffer),
+                 lr,
+                 alpha,
+                 eps,
+                 weight_decay,
+                 momentum,
+                 maximize,
+                 clip.value_or(std::numeric_limits<double>::infinity())});
         },
         "dtype"_a, "sizes"_a, "params"_a, "grads"_a, "square_avgs"_a, "grad_avgs"_a, "momentum_buffers"_a, "lr"_a,
-        "alpha"_a, "eps"_a, "weight_decay"_a, "momentum"_a, "maximize"_a, "bound"_a, "threads"_a);
+        "alpha"_a, "eps"_a, "weight_decay"_a, "momentum"_a, "maximize"_a, "clip"_a, "threads"_a);
+}
+
+void bind_minibatch_discrimination(py::module_& m) {
+    py::class_<MinibatchShape>(m, "MinibatchShape")
+        .def(py::init([](int dtype, int64_t n, int64_t b, int64_t c, int threads) {
+                 return MinibatchShape{static_cast<Dtype>(dtype), n, b, c, threads};
+             }),
+             "dtype"_a, "n"_a, "b"_a, "c"_a, "threads"_a);
+    m.def("minibatch_discrimination_scratch", &minibatch_discrimination_scratch, "shape"_a);
+    m.def("l1_distance_scratch", &l1_distance_scratch, "shape"_a);
+    m.def(
+        "minibatch_discrimination_forward",
+        [](const MinibatchShape& shape, uintptr_t x, uintptr_t output, uintptr_t scratch, bool include_self) {
+            py::gil_scoped_release release;
+            kernels().minibatch_discrimination_forward(
+                {shape, pointer(x), pointer(output), pointer(scratch), include_self});
+        },
+        "shape"_a, "m"_a, "output"_a, "scratch"_a, "include_self"_a);
+    m.def(
+        "minibatch_discrimination_backward",
+        [](const MinibatchShape& shape, uintptr_t grad_output, uintptr_t x, uintptr_t grad_m, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().minibatch_discrimination_backward(
+                {shape, pointer(grad_output), pointer(x), pointer(grad_m), pointer(scratch)});
+        },
+        "shape"_a, "grad_output"_a, "m"_a, "grad_m"_a, "scratch"_a);
+    m.def(
+        "minibatch_discrimination_double_backward",
+        [](const MinibatchShape& shape, uintptr_t cotangent, uintptr_t grad_output, uintptr_t x,
+           uintptr_t grad_grad_output, uintptr_t grad_m, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().minibatch_discrimination_double_backward({shape, pointer(cotangent), pointer(grad_output), pointer(x),
+                                                                pointer(grad_grad_output), pointer(grad_m),
+                                                                pointer(scratch)});
+        },
+        "shape"_a, "cotangent"_a, "grad_output"_a, "m"_a, "grad_grad_output"_a, "grad_m"_a, "scratch"_a);
+    m.def(
+        "l1_distance_forward",
+        [](const MinibatchShape& shape, uintptr_t x, uintptr_t output, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().l1_distance_forward({shape, pointer(x), pointer(output), pointer(scratch)});
+        },
+        "shape"_a, "m"_a, "output"_a, "scratch"_a);
+    m.def(
+        "l1_distance_backward",
+        [](const MinibatchShape& shape, uintptr_t grad_output, uintptr_t x, uintptr_t grad_m, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().l1_distance_backward({shape, pointer(grad_output), pointer(x), pointer(grad_m), pointer(scratch)});
+        },
+        "shape"_a, "grad_output"_a, "m"_a, "grad_m"_a, "scratch"_a);
+    m.def(
+        "l1_distance_tangent",
+        [](const MinibatchShape& shape, uintptr_t tangent, uintptr_t x, uintptr_t output, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().l1_distance_tangent({shape, pointer(tangent), pointer(x), pointer(output), pointer(scratch)});
+        },
+        "shape"_a, "tangent"_a, "m"_a, "output"_a, "scratch"_a);
+}
+
+void bind_layer_norm(py::module_& m) {
+    py::class_<LayerNormShape>(m, "LayerNormShape")
+        .def(py::init([](int dtype, int64_t rows, int64_t size, int threads) {
+                 return LayerNormShape{static_cast<Dtype>(dtype), rows, size, threads};
+             }),
+             "dtype"_a, "rows"_a, "size"_a, "threads"_a);
+    m.def("layer_norm_parts", &layer_norm_parts, "rows"_a);
+    m.def(
+        "layer_norm_forward",
+        [](const LayerNormShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
+           uintptr_t mean, uintptr_t rstd, double eps) {
+            py::gil_scoped_release release;
+            kernels().layer_norm_forward({shape, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                                          static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)),
+                                          eps});
+        },
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "mean"_a, "rstd"_a, "eps"_a);
+    m.def(
+        "layer_norm_backward",
+        [](const LayerNormShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t weight, uintptr_t mean,
+           uintptr_t rstd, uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().layer_norm_backward({shape, pointer(grad_output), pointer(input), pointer(weight),
+                                           static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)),
+                                           pointer(grad_input), pointer(grad_weight), pointer(grad_bias),
+                                           pointer(scratch)});
+        },
+        "shape"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_input"_a, "grad_weight"_a,
+        "grad_bias"_a, "scratch"_a);
+    m.def(
+        "layer_norm_double_backward",
+        [](const LayerNormShape& shape, uintptr_t tangent, uintptr_t grad_output, uintptr_t input, uintptr_t weight,
+           uintptr_t mean, uintptr_t rstd, uintptr_t grad_grad_output, uintptr_t grad_input, uintptr_t grad_weight,
+           uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().layer_norm_double_backward(
+                {shape, pointer(tangent), pointer(grad_output), pointer(input), pointer(weight),
+                 static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)), pointer(grad_grad_output),
+                 pointer(grad_input), pointer(grad_weight), pointer(scratch)});
+        },
+        "shape"_a, "tangent"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_grad_output"_a,
+        "grad_input"_a, "grad_weight"_a, "scratch"_a);
 }
 
 }  // namespace
@@ -123,5 +238,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("threading_runtime", &threading_runtime, "Where the kernels' threads come from: openmp or serial.");
     bind_batch_norm_act(m);
     bind_gradient_penalty(m);
+    bind_layer_norm(m);
+    bind_minibatch_discrimination(m);
     bind_weight_clip(m);
 }

@@ -5,6 +5,8 @@
 
 #include "gankern/batch_norm_act.h"
 #include "gankern/gradient_penalty.h"
+#include "gankern/layer_norm.h"
+#include "gankern/minibatch_discrimination.h"
 #include "gankern/types.h"
 #include "gankern/weight_clip.h"
 
@@ -13,6 +15,15 @@ namespace gankern {
 #define GANKERN_KERNELS(X)                       \
     X(batch_norm_act_forward, BatchNormActForward) \
     X(batch_norm_act_backward, BatchNormActBackward) \
+    X(layer_norm_forward, LayerNormForward) \
+    X(layer_norm_backward, LayerNormBackward) \
+    X(layer_norm_double_backward, LayerNormDoubleBackward) \
+    X(l1_distance_forward, L1DistanceForward) \
+    X(l1_distance_backward, L1DistanceBackward) \
+    X(l1_distance_tangent, L1DistanceTangent) \
+    X(minibatch_discrimination_forward, MinibatchDiscriminationForward) \
+    X(minibatch_discrimination_backward, MinibatchDiscriminationBackward) \
+    X(minibatch_discrimination_double_backward, MinibatchDiscriminationDoubleBackward) \
     X(interpolate, Interpolate) \
     X(penalty_tail, PenaltyTail) \
     X(clip_weights, ClipWeights) \

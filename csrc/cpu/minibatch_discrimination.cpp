@@ -65,6 +65,7 @@ void pack(const S* src, int64_t stride, int64_t n, int64_t c, int64_t begin, int
         A* panel = panels + p * c * L;
         for (int64_t lane = 0; lane < L; ++lane) {
             const S* row = src + (p * L + lane) * stride;
+            __builtin_prefetch(row + c);
             bool inside = p * L + lane < n;
             for (int64_t k = 0; k < c; ++k) panel[k * L + lane] = inside ? to_acc(row[k]) : A(0);
         }
@@ -168,19 +169,24 @@ template <class A>
 GANKERN_INLINE void reduce_rows(const Feature<A>& f, const PairSums<A>& out, int64_t i0) {
     constexpr int64_t L = kLanes<A>;
     typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
+    auto quad = [](const A* p) {
+        Quad q;
+        std::memcpy(&q, p, sizeof q);
+        return q;
+    };
     A* grad = out.grad + f.row(i0);
-    for (int64_t k = 0; k < f.c; ++k) {
-        Quad part[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            const A* row = out.rows + (k * kRows + r) * L;
-            std::memcpy(&part[r], row, sizeof(Quad));
-            for (int64_t lane = 4; lane < L; lane += 4) {
-                Quad next;
-                std::memcpy(&next, row + lane, sizeof next);
-                part[r] += next;
+    for (int64_t k = 0; k < f.c; ++k, grad += L) {
+        const A* row = out.rows + k * kRows * L;
+        for (int r = 0; r < kRows; r += 4, row += 4 * L) {
+            Quad p[4];
+            for (int i = 0; i < 4; ++i) {
+                p[i] = quad(row + i * L);
+                for (int64_t lane = 4; lane < L; lane += 4) p[i] += quad(row + i * L + lane);
             }
+            Quad sum = quad(grad + r);
+            for (int i = 0; i < 4; ++i) sum += Quad{p[0][i], p[1][i], p[2][i], p[3][i]};
+            std::memcpy(grad + r, &sum, sizeof sum);
         }
-        for (int r = 0; r < kRows; ++r) grad[k * L + r] += (part[r][0] + part[r][1]) + (part[r][2] + part[r][3]);
     }
 }
 
@@ -214,7 +220,9 @@ void add_pairs(const Feature<A>& f, const PairSums<A>& out, int64_t part, int64_
                 }
                 if constexpr (pass != Pass::kBackward) {
                     for (int r = 0; r < kRows; ++r) row_sums[r].add(term[r]);
-                    add_wide<A>(out.sums + j0, (term[0] + term[1]) + (term[2] + term[3]));
+                    Vec<A> column{};
+                    for (int r = 0; r < kRows; ++r) column += term[r];
+                    add_wide<A>(out.sums + j0, column);
                 }
                 if constexpr (pass != Pass::kForward) {
                     Vec<A> g = load(f.g + j0);
@@ -277,45 +285,58 @@ void write_feature(const PairTensors<S>& t, const Feature<Acc<S>>& f, const Pair
     }
 }
 
+// One feature and the first of its parts in a slot of scratch.
+template <class A>
+struct Slot {
+    Lines lines;
+    Feature<A> feature;
+    char* parts;
+    PairSums<A> first;
+    Slot(const MinibatchShape& s, const PairPlan& plan, void* scratch, int64_t slot)
+        : lines{static_cast<char*>(scratch) + slot * plan.slot() * kLineBytes},
+          feature(s, plan, lines),
+          parts(lines.at),
+          first(plan, lines) {}
+};
+
 template <class S, Pass pass>
 void run_pairs(const PairTensors<S>& t, void* scratch) {
     using A = Acc<S>;
     const PairPlan plan(t.s);
-    auto* base = static_cast<char*>(scratch);
+    const int threads = plan.threads;
     if (plan.parts == 1) {
-        int threads = plan.threads;
         parallel_for(threads, threads, [&](int64_t from, int64_t to) {
-            for (int64_t slot = from; slot < to; ++slot) {
-                Lines lines{base + slot * (plan.feature() + plan.part()) * kLineBytes};
-                Feature<A> f(t.s, plan, lines);
-                PairSums<A> sums(plan, lines);
-                for (int64_t b = t.s.b * slot / threads; b < t.s.b * (slot + 1) / threads; ++b) {
-                    pack_feature<S, pass>(t, f, b, 0, plan.panels);
-                    add_pairs<A, pass>(f, sums, 0, 1);
-                    write_feature<S, pass>(t, f, sums, 1, 0, b, 0, t.s.n);
+            for (int64_t thread = from; thread < to; ++thread) {
+                Slot<A> slot(t.s, plan, scratch, thread);
+                for (int64_t b = t.s.b * thread / threads; b < t.s.b * (thread + 1) / threads; ++b) {
+                    pack_feature<S, pass>(t, slot.feature, b, 0, plan.panels);
+                    add_pairs<A, pass>(slot.feature, slot.first, 0, 1);
+                    write_feature<S, pass>(t, slot.feature, slot.first, 1, 0, b, 0, t.s.n);
                 }
             }
         });
         return;
     }
-    Lines lines{base};
-    const Feature<A> f(t.s, plan, lines);
     const int64_t stride = plan.part() * kLineBytes;
-    Lines first_part = lines;
-    const PairSums<A> first(plan, first_part);
-    for (int64_t b = 0; b < t.s.b; ++b) {
-        parallel_for(plan.panels, plan.threads,
-                     [&](int64_t begin, int64_t end) { pack_feature<S, pass>(t, f, b, begin, end); });
-        parallel_for(plan.parts, plan.threads, [&](int64_t begin, int64_t end) {
-            for (int64_t k = begin; k < end; ++k) {
-                Lines part{lines.at + k * stride};
-                add_pairs<A, pass>(f, PairSums<A>(plan, part), k, plan.parts);
-            }
-        });
-        parallel_for(t.s.n, plan.threads, [&](int64_t begin, int64_t end) {
-            write_feature<S, pass>(t, f, first, plan.parts, stride, b, begin, end);
-        });
-    }
+    parallel_for(t.s.b * plan.panels, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+            int64_t b = k / plan.panels, panel = k % plan.panels;
+            pack_feature<S, pass>(t, Slot<A>(t.s, plan, scratch, b).feature, b, panel, panel + 1);
+        }
+    });
+    parallel_for(t.s.b * plan.parts, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+            Slot<A> slot(t.s, plan, scratch, k / plan.parts);
+            Lines part{slot.parts + k % plan.parts * stride};
+            add_pairs<A, pass>(slot.feature, PairSums<A>(plan, part), k % plan.parts, plan.parts);
+        }
+    });
+    parallel_for(t.s.n, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t b = 0; b < t.s.b; ++b) {
+            Slot<A> slot(t.s, plan, scratch, b);
+            write_feature<S, pass>(t, slot.feature, slot.first, plan.parts, stride, b, begin, end);
+        }
+    });
 }
 
 // ---- L1 distance

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=_positive, default=25, metavar="N", help="rounds at most, default %(default)s")
     parser.add_argument("--seconds", type=float, default=2.5, help="seconds a case at most, default %(default)s")
     parser.add_argument(
-        "--train-seconds", type=float, default=28.0, help="seconds a model in --main, default %(default)s"
+        "--train-seconds", type=float, default=24.0, help="seconds a model in --main, default %(default)s"
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--batch", type=_positive, metavar="N", help="batch size in place of each case's own")

@@ -84,8 +84,18 @@ def markdown(report: Report) -> str:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """Say in one line where the numbers come from."""
-    return ", ".join(f"{key} {value}" for key, value in machine.items() if isinstance(value, str | int | float))
+    """Say in one line where the numbers come from; `machine` is `gankern.info()`."""
+    cpu, versions = machine.get("cpu", {}), machine.get("versions", {})
+    parts = [
+        str(cpu.get("model", "unknown CPU")),
+        f"{cpu.get('cores', '?')} cores",
+        str(cpu.get("isa", "")),
+        f"{machine.get('threads', '?')} threads",
+        f"torch {versions.get('torch', '?')}",
+        f"Python {machine.get('python', '?')}",
+        f"commit {machine['commit']}" if machine.get("commit") else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def save_chart(report: Report, path: Path) -> bool:

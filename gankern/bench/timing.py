@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import statistics
 import time
@@ -117,7 +116,6 @@ def peak_memory(work: Work, device: str = "cpu") -> int | None:
     int or None
         None where the system offers no such mark (not Linux, or a sandbox that forbids the reset).
     """
-    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -21,8 +21,8 @@ from gankern.train.steps import critic_step, generator_step
 CHECKED = 3
 LOSS_TOLERANCE = 1e-3
 # Adam and RMSProp divide by the gradient's size: where that is near zero, a rounding error decides the sign of a full
-# step, so a few weights in ten thousand part by twice the step. A wrong gradient parts all of them.
-PARAMETER_TOLERANCE = 5e-2
+# step. Stock PyTorch leaves itself by up to 0.09 when only its memory layout changes; a wrong gradient gives about 1.
+PARAMETER_TOLERANCE = 0.2
 
 Progress = Callable[[float], None]
 
@@ -78,7 +78,7 @@ def train_both(
     images: Tensor,
     *,
     seed: int = 0,
-    seconds: float = 25.0,
+    seconds: float = 24.0,
     iterations: int = 10_000,
     clock: timing.Clock = time.perf_counter,
     progress: Progress = lambda fraction: None,

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gankern import fuse
 from gankern.models.checks import check_image_size, check_positive, check_positive_int
-from gankern.nn import fuse
 
 OPS = ("gankern", "stock")
 

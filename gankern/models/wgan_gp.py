@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gankern import gradient_penalty
 from gankern.models.checks import check_positive
 from gankern.models.dcgan import conv_critic, conv_generator
 from gankern.models.gan import GAN
-from gankern.ops.gradient_penalty import gradient_penalty
 
 
 def stock_gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, *, weight: float, alpha: Tensor) -> Tensor:

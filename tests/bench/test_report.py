@@ -26,7 +26,7 @@ def report():
         ratio=Spread(2.0, 1.5, 2.5),
         losses={STOCK: [1.0], OURS: [1.0]},
     )
-    return Report("gankern bench --main", {"cpu": "x86", "threads": 2}, cases, [training])
+    return Report("gankern bench --main", {"cpu": {"model": "Abacus 9", "cores": 2}, "threads": 1}, cases, [training])
 
 
 def test_json_round_trip(report, tmp_path):
@@ -66,6 +66,7 @@ def test_markdown(report):
     text = reports.markdown(report)
     assert "| fake.forward | compile | 2000.00 | 1000.00 | 2.00 (2.00-2.00) |" in text
     assert text.count("|:--|") == 2
+    assert "Abacus 9, 2 cores, 1 threads" in text
     assert "`gankern bench --main`" in text
 
 

@@ -34,7 +34,7 @@ def test_a_different_optimizer_is_wrong_and_has_no_time(images, monkeypatch):
     def other(*args, ops, **overrides):
         gan = build(*args, ops=ops, **overrides)
         if ops == OURS:
-            gan.critic_optimizer.param_groups[0]["lr"] *= 1.1
+            gan.critic_optimizer.param_groups[0]["lr"] *= 1.5
         return gan
 
     monkeypatch.setattr(training.models, "build", other)

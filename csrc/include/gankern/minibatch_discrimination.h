@@ -69,28 +69,29 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t minibatch_lanes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 16; }
 
 // How the pairs of samples are shared out. Whole features go to the threads, each with a workspace of its own; a few
-// features of many samples go one after the other, each cut into parts that are summed in order. The cut follows from
-// the shape alone, so that the bits are the same for any number of threads.
+// features of many samples are each cut into parts, summed in order. The cut follows from the shape alone, so that the
+// bits are the same for any number of threads.
 struct PairPlan {
     static constexpr int64_t kRows = 4;    // samples i of a tile
-    static constexpr int64_t kPanels = 4;  // vectors of samples j of a tile
-    static constexpr int64_t kParts = 16;
+    static constexpr int64_t kPanels = 2;  // vectors of samples j of a tile
+    static constexpr int64_t kItems = 16;
     static constexpr int64_t kLongWork = 1 << 20, kShortWork = 1 << 17;
 
-    int64_t panels, c, parts;
+    int64_t panels, b, c, parts;
     int threads;
 
     explicit PairPlan(const MinibatchShape& s)
-        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))), c(s.c), parts(1), threads(s.threads) {
+        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))), b(s.b), c(s.c), parts(1), threads(s.threads) {
         double work = static_cast<double>(s.n) * static_cast<double>(s.n) * static_cast<double>(s.c + 1);
-        if (s.b < kParts && work >= kLongWork) parts = kParts;
+        if (s.b < kItems && work >= kLongWork) parts = ceil_div(kItems, s.b);
         if (work * static_cast<double>(s.b) < kShortWork) threads = 1;
     }
     int64_t values() const { return panels * c; }  // lines of one feature of m
     int64_t feature() const { return 2 * values() + panels; }
     int64_t part() const { return values() + 2 * panels + (kPanels + 1) * kRows * c; }
-    int64_t slots() const { return parts > 1 ? 1 : threads; }
-    int64_t lines() const { return slots() * (feature() + parts * part()); }
+    int64_t slots() const { return parts > 1 ? b : threads; }
+    int64_t slot() const { return feature() + parts * part(); }
+    int64_t lines() const { return slots() * slot(); }
 };
 
 // How distances are shared out: blocks of rows i against blocks of columns j, m as n * b rows of c values.

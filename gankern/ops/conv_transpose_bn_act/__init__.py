@@ -311,6 +311,8 @@ def _pair(name: str, value: Size2, least: int = 0) -> tuple[int, int]:
 def _check_conv(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, *, transposed: bool) -> None:
     _check.floating("input", input)
     _check.ndim("input", input, 4, "(N, C_in, H, W)")
+    if 0 in input.shape[1:]:
+        raise ValueError(f"input must have at least one channel and pixel; got {tuple(input.shape)}")
     _check.floating("weight", weight)
     form = "(C_in, C_out // groups, kH, kW)" if transposed else "(C_out, C_in // groups, kH, kW)"
     _check.ndim("weight", weight, 4, form)

@@ -154,8 +154,8 @@ def batch_norm_act(
         if running_mean is not None and running_var is not None:
             count = input.numel() // input.size(1)
             with torch.no_grad():
-                running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-                running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / max(count - 1, 1))
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
         return output
     mean = running_mean.to(acc).contiguous()
     invstd = (running_var.to(acc) + eps).rsqrt().contiguous()

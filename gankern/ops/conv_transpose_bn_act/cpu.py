@@ -38,7 +38,8 @@ def forward_train(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output = torch.empty_like(input, memory_format=memory_format(input))
-    mean, invstd, var = torch.empty(3, input.size(1), dtype=acc_dtype(input.dtype)).unbind()
+    mean = torch.empty(input.size(1), dtype=acc_dtype(input.dtype))
+    invstd, var = torch.empty_like(mean), torch.empty_like(mean)
     scratch = _scratch(input.size(1))
     kernels.batch_norm_act_forward(
         _shape(input, activation, negative_slope),
@@ -95,7 +96,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_output = like_layout(grad_output, input)
     grad_input = torch.empty_like(input, memory_format=memory_format(input))
-    grad_weight, grad_bias = torch.empty(2, input.size(1), dtype=mean.dtype).unbind()
+    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     scratch = _scratch(input.size(1))
     kernels.batch_norm_act_backward(
         _shape(input, activation, negative_slope),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gankern.ops.critic_layers.activation import LeakyRelu
+from gankern.ops.critic_layers.layer_norm import LayerNorm
 from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear
 from gankern.ops.critic_layers.scope import Scope
 
@@ -94,6 +96,28 @@ def _leaky_relu_(scope: Scope, input: Tensor, negative_slope: float = 0.01) -> A
     return _leaky_relu(scope, input, negative_slope, True)
 
 
+def _layer_norm(
+    scope: Scope,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    dims = len(normalized_shape)
+    params = [t for t in (weight, bias) if t is not None]
+    if (
+        not input.numel()
+        or tuple(input.shape[-dims:]) != tuple(normalized_shape)
+        or any(t.dtype != input.dtype for t in params)
+        or torch.is_autocast_enabled(input.device.type)
+    ):
+        return NotImplemented
+    rows = input.contiguous().view(-1, math.prod(normalized_shape))
+    flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
+    return LayerNorm.apply(rows, *flat, eps, scope).view(input.shape)
+
+
 _TAKEN: dict[Any, Callable[..., Any]] = {
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
@@ -109,6 +133,7 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     Tensor.relu_: _relu_,
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
+    F.layer_norm: _layer_norm,
 }
 
 

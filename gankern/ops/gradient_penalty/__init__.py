@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern.ops import _check
-from gankern.ops.gradient_penalty import autograd, reference
+from gankern.ops.gradient_penalty import autograd
 from gankern.ops.gradient_penalty.autograd import Critic
 
 __all__ = ["check_points", "gradient_penalty", "penalty_at", "penalty_points"]
@@ -57,7 +57,7 @@ def gradient_penalty(
     params : iterable of Tensor or None, optional
         Parameters of a critic that is not an ``nn.Module``; those of a module are found.
     create_graph : bool, optional
-        Return the ordinary differentiable penalty in stock operations instead, for third order.
+        Return the ordinary differentiable penalty instead, with a graph of any order.
 
     Returns
     -------
@@ -151,7 +151,7 @@ def penalty_at(
     critic = _inner_module(critic)
     found = _trainable(critic, params)
     if create_graph:
-        return reference.penalty_at(
+        return autograd.differentiable_penalty(
             critic, points, weight=weight, target=target, one_sided=one_sided, squared=squared
         )
     options = (float(weight), float(target), one_sided, squared)

@@ -192,6 +192,16 @@ def penalty(
     return _penalty_op(points.detach(), [], *args, False, False, autocast)[0]
 
 
+def differentiable_penalty(critic: Critic, points: Tensor, **options: Any) -> Tensor:
+    """The same with a graph of any order: through the critic layers, whose third derivatives are exact."""
+
+    def scores(x: Tensor) -> Tensor:
+        with CriticLayers(Scope()):
+            return critic(x)
+
+    return reference.penalty_at(scores, points, **options)
+
+
 class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:  # type: ignore[override]

@@ -17,9 +17,7 @@ Clippable = nn.Module | Tensor | Iterable[Tensor] | Iterable[Mapping[str, Any]]
 T = TypeVar("T", bound=Clippable)
 
 
-def clip_weights_(
-    module_or_params: T, c: float, *, exclude: type[nn.Module] | tuple[type[nn.Module], ...] = ()
-) -> T:
+def clip_weights_(module_or_params: T, c: float, *, exclude: type[nn.Module] | tuple[type[nn.Module], ...] = ()) -> T:
     """Clamp parameters to ``[-c, c]`` in place, all in one kernel call.
 
     Parameters
@@ -65,8 +63,10 @@ def clip_weights_(
         raise ValueError(f"exclude needs a module as module_or_params; got {type(module_or_params).__name__}")
     else:
         params = list(_tensors(module_or_params))
+    # The full check only where it fails: this is most of the time that small tensors take.
     for param in params:
-        _check.floating("module_or_params", param)
+        if not (isinstance(param, Tensor) and param.is_floating_point() and param.layout is torch.strided):
+            _check.floating("module_or_params", param)
     with torch.no_grad():
         autograd.clip_weights_(params, c)
     return module_or_params
@@ -84,14 +84,14 @@ def _parameters(module: nn.Module, exclude: tuple[type[nn.Module], ...]) -> Iter
 def _tensors(source: Any) -> Iterator[Any]:
     if isinstance(source, Tensor):
         yield source
-    elif isinstance(source, Mapping) or isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
+    elif isinstance(source, (Mapping, str)) or not isinstance(source, Iterable):
         raise TypeError(
             "module_or_params must be a Module, a Tensor, tensors or an optimizer's param_groups; "
             f"got {type(source).__name__}"
         )
     else:
         for item in source:
-            if isinstance(item, Mapping) and "params" in item:
+            if not isinstance(item, Tensor) and isinstance(item, Mapping) and "params" in item:
                 yield from _tensors(item["params"])
             else:
                 yield item

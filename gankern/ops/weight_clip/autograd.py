@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -17,11 +17,14 @@ for _op in OPS:
     backends.register(_op, cpu=cpu, reference=reference)
 
 
-def _by_kind(params: list[Tensor], *others: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+def _by_kind(params: list[Tensor], *others: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """The lists, cut into groups of one device and dtype; an empty list stays empty."""
+    if len({p.dtype for p in params}) == len({p.device for p in params}) == 1:
+        yield params, *others
+        return
     kinds = [(p.device, p.dtype) for p in params]
     for kind in dict.fromkeys(kinds):
-        yield [[t for t, k in zip(ts, kinds, strict=True) if k == kind] if ts else [] for ts in (params, *others)]
+        yield tuple(list(compress(tensors, (k == kind for k in kinds))) for tensors in (params, *others))
 
 
 def _clip_weights(params: list[Tensor], c: float) -> None:

@@ -30,6 +30,8 @@ def rmsprop_clip(
     clip: float | None,
 ) -> None:
     """``torch.optim.RMSprop``'s step, then the clamp; centered and with momentum where their states are given."""
+    if not params:
+        return
     if maximize:
         grads = list(torch._foreach_neg(grads))
     if weight_decay != 0:

@@ -1,0 +1,73 @@
+"""Plain torch: the ``reference`` backend of the critic layers, and their derivatives of any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    return None
+
+
+def vjp(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], cotangent: Tensor, create_graph: bool
+) -> list[Tensor | None]:
+    """Gradients of a function's inputs that require one, by running it again under autograd."""
+    with torch.enable_grad():
+        output = function(*inputs)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        grads = iter(torch.autograd.grad(output, wanted, cotangent, create_graph=create_graph, allow_unused=True))
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def layer_norm_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (M, D) normalised; the mean and 1 / sqrt(var + eps) of each, in float64."""
+    var, mean = torch.var_mean(input.double(), 1, correction=0)
+    return F.layer_norm(input, input.shape[1:], weight, bias, eps), mean, (var + eps).rsqrt()
+
+
+def _normalize(input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    rstd = rstd.to(input.dtype).unsqueeze(1)
+    return (input - mean.to(input.dtype).unsqueeze(1)) * rstd, rstd
+
+
+def _project(u: Tensor, normalized: Tensor) -> Tensor:
+    return u - u.mean(1, keepdim=True) - normalized * (u * normalized).mean(1, keepdim=True)
+
+
+def layer_norm_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of input and, if wanted, of weight and bias."""
+    normalized, scale = _normalize(input, weight, mean, rstd)
+    grad_input = scale * _project(grad_output if weight is None else grad_output * weight, normalized)
+    if not want_params:
+        return grad_input, None, None
+    return grad_input, (grad_output * normalized).sum(0), grad_output.sum(0)
+
+
+def layer_norm_double_backward(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Derivatives of ``grad_input`` along a cotangent, to grad_output, input and weight; csrc's layer_norm.h has the formula."""
+    normalized, scale = _normalize(input, weight, mean, rstd)
+    weighted = grad_output if weight is None else grad_output * weight
+    pv, pa = _project(tangent, normalized), _project(weighted, normalized)
+    p = (tangent * normalized).mean(1, keepdim=True)
+    q = (weighted * normalized).mean(1, keepdim=True)
+    curvature = (pv * weighted).mean(1, keepdim=True)
+    grad_input = -scale.square() * (curvature * normalized + q * pv + p * pa)
+    grad_grad_output = scale * pv if weight is None else scale * pv * weight
+    return grad_grad_output, grad_input, (grad_output * scale * pv).sum(0) if want_weight else None

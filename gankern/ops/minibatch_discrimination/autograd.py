@@ -1,0 +1,157 @@
+"""Operators and derivatives of L1 distances and minibatch discrimination.
+
+A backward takes the operator itself where nobody differentiates it, which torch.compile traces; else a Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankern import _library, backends
+from gankern.ops.minibatch_discrimination import cpu, reference
+
+backends.register("l1_distance", cpu=cpu, reference=reference)
+backends.register("minibatch_discrimination", cpu=cpu, reference=reference)
+
+
+def _kernel(op: str, name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        return getattr(backends.select(op, *tensors), name)(*args)
+
+    return run
+
+
+def _like_m(grad_output: Tensor, m: Tensor) -> Tensor:
+    return m.new_empty(m.shape)
+
+
+def _pairs(m: Tensor) -> Tensor:
+    n, b, _ = m.shape
+    return m.new_empty((n, n, b))
+
+
+_features_op = _library.define(
+    "minibatch_discrimination(Tensor m, bool include_self) -> Tensor",
+    _kernel("minibatch_discrimination", "features"),
+    lambda m, include_self: m.new_empty(m.shape[:2]),
+)
+_features_backward_op = _library.define(
+    "minibatch_discrimination_backward(Tensor grad_output, Tensor m) -> Tensor",
+    _kernel("minibatch_discrimination", "features_backward"),
+    _like_m,
+)
+_features_double_backward_op = _library.define(
+    "minibatch_discrimination_double_backward(Tensor cotangent, Tensor grad_output, Tensor m)"
+    " -> (Tensor grad_grad_output, Tensor grad_m)",
+    _kernel("minibatch_discrimination", "features_double_backward"),
+    lambda cotangent, grad_output, m: (m.new_empty(m.shape[:2]), m.new_empty(m.shape)),
+)
+_distance_op = _library.define("l1_distance(Tensor m) -> Tensor", _kernel("l1_distance", "distance"), _pairs)
+_distance_backward_op = _library.define(
+    "l1_distance_backward(Tensor grad_output, Tensor m) -> Tensor",
+    _kernel("l1_distance", "distance_backward"),
+    _like_m,
+)
+_distance_tangent_op = _library.define(
+    "l1_distance_tangent(Tensor tangent, Tensor m) -> Tensor",
+    _kernel("l1_distance", "distance_tangent"),
+    lambda tangent, m: _pairs(m),
+)
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, m: Tensor, include_self: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(m)
+        return _features_op(m, include_self)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        run = _FeaturesBackward.apply if torch.is_grad_enabled() else _features_backward_op
+        return run(grad_output, *ctx.saved_tensors), None
+
+
+class _FeaturesBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(grad_output, m)
+        return _features_backward_op(grad_output, m)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        run = _FeaturesDoubleBackward.apply if torch.is_grad_enabled() else _features_double_backward_op
+        return run(cotangent, *ctx.saved_tensors)
+
+
+class _FeaturesDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, cotangent: Tensor, grad_output: Tensor, m: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cotangent, grad_output, m)
+        return _features_double_backward_op(cotangent, grad_output, m)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # Third and higher orders: plain torch.
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, so that one tensor in two places gets the gradient of each place.
+            inputs = [t.view_as(t) for t in ctx.saved_tensors]
+            outputs = reference.features_double_backward(*inputs)
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+# The distances' backward is linear in grad_output and their tangent its transpose: each is the other's derivative, to
+# any order, and neither changes with m except at ties.
+
+
+class _Distance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, m: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(m)
+        return _distance_op(m)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        run = _DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
+        return run(grad_output, *ctx.saved_tensors)
+
+
+class _DistanceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(m)
+        return _distance_backward_op(grad_output, m)
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        run = _DistanceTangent.apply if torch.is_grad_enabled() else _distance_tangent_op
+        return run(tangent, *ctx.saved_tensors), None
+
+
+class _DistanceTangent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tangent: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(m)
+        return _distance_tangent_op(tangent, m)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        run = _DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
+        return run(grad_output, *ctx.saved_tensors), None
+
+
+def minibatch_discrimination(m: Tensor, include_self: bool) -> Tensor:
+    return _Features.apply(m, include_self)
+
+
+def l1_distance(m: Tensor) -> Tensor:
+    return _Distance.apply(m)

@@ -1,0 +1,190 @@
+"""RMSProp whose kernel also clips the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gankern.ops import _check
+from gankern.ops.weight_clip import autograd
+
+
+class RMSprop(torch.optim.RMSprop):
+    """RMSProp with weight clipping: update and clamp of all parameters in one pass over memory.
+
+    ``torch.optim.RMSprop``'s signature, arithmetic and ``state_dict`` (which loads either way), plus ``clip``. One
+    kernel call for each parameter group on the CPU (float32, float64, bfloat16), ``torch._foreach`` elsewhere.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters, or dicts that define parameter groups; every option can be set by group.
+    lr : float or Tensor, optional
+        Learning rate; a tensor must have one element.
+    alpha : float, optional
+        Smoothing constant of the average of squared gradients.
+    eps : float, optional
+        Added to the root of that average.
+    weight_decay : float, optional
+        L2 penalty.
+    momentum : float, optional
+    centered : bool, optional
+        Whether to divide by an estimate of the gradient's standard deviation.
+    capturable : bool, optional
+        Must be False.
+    foreach : bool or None, optional
+        Accepted for compatibility; the parameters always go to the kernel as one list.
+    maximize : bool, optional
+        Whether to ascend.
+    differentiable : bool, optional
+        Must be False: the step is not recorded by autograd.
+    clip : float or None, optional
+        Parameters are clamped to ``[-clip, clip]`` after the update; with None they are not.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the rule and what was received.
+
+    Notes
+    -----
+    ``v = alpha * v + (1 - alpha) * g**2``, then ``p = clamp(p - lr * g / (sqrt(v) + eps), -clip, clip)``. Parameters
+    without a gradient are left alone: they are not clipped either. A checkpoint of ``torch.optim.RMSprop`` has no
+    ``clip``: loading it keeps the group's own. Results have the same bits on every run, for any number of threads.
+
+    References
+    ----------
+    Arjovsky, Chintala and Bottou, "Wasserstein GAN", 2017, algorithm 1, lines 6 and 7.
+    Hinton, "Neural Networks for Machine Learning", 2012, lecture 6e.
+
+    Examples
+    --------
+    >>> optimizer = gankern.optim.RMSprop(critic.parameters(), lr=5e-5, clip=0.01)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        clip: float | None = None,
+    ) -> None:
+        _check_options(
+            {
+                "lr": lr,
+                "alpha": alpha,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "centered": centered,
+                "capturable": capturable,
+                "foreach": foreach,
+                "maximize": maximize,
+                "differentiable": differentiable,
+                "clip": clip,
+            }
+        )
+        super().__init__(
+            params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
+        )
+        self.defaults["clip"] = clip
+        for group in self.param_groups:
+            group.setdefault("clip", clip)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            _check_options({k: v for k, v in param_group.items() if k not in ("params", "param_names")})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = [group.get("clip") for group in self.__dict__.get("param_groups", [])]
+        super().__setstate__(state)
+        for i, group in enumerate(self.param_groups):
+            group.setdefault("clip", own[i] if i < len(own) else None)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update and clip the parameters.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Evaluates the model again and returns the loss.
+
+        Returns
+        -------
+        Any
+            What the closure returned; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        # A loaded state_dict brings options that no constructor has seen.
+        _refuse_modes(group)
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        square_avgs: list[Tensor] = []
+        grad_avgs: list[Tensor] = []
+        momentum_buffers: list[Tensor] = []
+        steps: list[Tensor] = []
+        if self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps):
+            raise TypeError("params must be real; got a complex parameter")
+        if not params:
+            return
+        # A tensor: a number would be wrapped into one for every step.
+        torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)
+        autograd.rmsprop_clip_(
+            params,
+            grads,
+            square_avgs,
+            grad_avgs,
+            momentum_buffers,
+            float(group["lr"]),
+            group["alpha"],
+            group["eps"],
+            group["weight_decay"],
+            group["momentum"],
+            group["maximize"],
+            group["clip"],
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    lr = options.get("lr", 0)
+    if not isinstance(lr, Tensor):
+        _check.number("lr", lr, low=0)
+    elif lr.numel() != 1:
+        raise ValueError(f"lr must have one element; got shape {tuple(lr.shape)}")
+    for name in ("alpha", "eps", "weight_decay", "momentum"):
+        _check.number(name, options.get(name, 0), low=0)
+    for name in ("centered", "capturable", "maximize", "differentiable"):
+        _check.boolean(name, options.get(name, False))
+    if options.get("foreach") is not None:
+        _check.boolean("foreach", options["foreach"])
+    if options.get("clip") is not None:
+        _check.number("clip", options["clip"], low=0)
+    _refuse_modes(options)
+
+
+def _refuse_modes(options: dict[str, Any]) -> None:
+    for name in ("capturable", "differentiable"):
+        if options.get(name):
+            raise ValueError(f"{name} must be False: gankern's step has no such mode; got True")

@@ -1,0 +1,109 @@
+"""Critics that penalties are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gankern
+
+
+class Residual(nn.Module):
+    """Layer norm, functional activations, a shortcut and mean pooling."""
+
+    def __init__(self, channels: int = 4, size: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, 1, 1)
+        self.norm = nn.LayerNorm([channels, size, size])
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.head = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.avg_pool2d(x + self.conv(F.relu(self.norm(x))), 2)
+        return self.head(x.relu().mean((2, 3))).flatten()
+
+
+class Minibatch(nn.Module):
+    """Layer norm and minibatch discrimination: couples the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6), nn.LayerNorm(6), nn.Tanh())
+        self.minibatch = gankern.nn.MinibatchDiscrimination(6, 3, 2)
+        self.head = nn.Linear(9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.minibatch(self.features(x)))
+
+
+class InPlace(nn.Module):
+    """A shortcut around an activation that overwrites its input: stock adds the overwritten values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return F.leaky_relu_(self.second(F.relu(y, inplace=True)) + y, 0.1).flatten(1).sum(1)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.LeakyReLU(0.2), nn.Linear(192, 192), nn.ReLU())
+    model[3].weight = model[1].weight
+    return model
+
+
+def frozen() -> nn.Module:
+    model = plain()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(6, 8, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 1, 2, 1, 0),
+        nn.Flatten(0),
+    )
+
+
+CRITICS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "residual": Residual,
+    "minibatch": Minibatch,
+    "in place": InPlace,
+    "tied": tied,
+    "frozen": frozen,
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 7), nn.ReLU(), nn.Linear(7, 1, bias=False)),
+    "unknown layers": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding="same"), nn.GELU(), nn.Conv2d(4, 4, 3, padding_mode="reflect", padding=1), nn.SiLU()
+    ),
+    "patch map": lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1, bias=False), nn.ReLU(True), nn.Conv2d(4, 1, 3)),
+    "grouped, dilated": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, dilation=2, groups=3), nn.LeakyReLU(0.0)),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.LeakyReLU(0.3, True), nn.AvgPool2d(2)),
+    "group norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.InstanceNorm2d(4)),
+    "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)),
+    "spectral norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 4, 2, 1)), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4)
+    ),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 4)),
+    "smooth, layer norm without weights": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 6, 6], elementwise_affine=False), nn.Softplus(), nn.LayerNorm(6), nn.Conv2d(4, 1, 3)
+    ),
+}
+
+
+def batch(n: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Real, fake and alpha."""
+    return tuple(torch.randn(n, 3, 8, 8, dtype=torch.float64).to(dtype) for _ in range(2)) + (  # type: ignore[return-value]
+        torch.rand(n, 1, 1, 1, dtype=torch.float64).to(dtype),
+    )
