@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import gankern
 from gankern.bench import timing
-from gankern.bench.cases import CASES, Run
+from gankern.bench.cases import CASES, OURS_CHANNELS_LAST, Run
 from gankern.bench.cli import VARIANTS
 from gankern.bench.measure import checked
 from gankern.bench.results import OURS
@@ -28,7 +28,7 @@ def prepared(name: str) -> tuple[dict[str, Run], float, dict[str, str]]:
     return checked(case.setup(case.size, torch.float32, "cpu"))
 
 
-@pytest.mark.parametrize("side", [OURS, *VARIANTS])
+@pytest.mark.parametrize("side", [OURS, OURS_CHANNELS_LAST, *VARIANTS])
 @pytest.mark.parametrize("name", OPS)
 def test_op(benchmark: BenchmarkFixture, name: str, side: str) -> None:
     runs, error, left_out = prepared(name)

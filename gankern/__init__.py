@@ -1,15 +1,11 @@
 """Kernel-accelerated GAN training for PyTorch."""
 
-from gankern import nn, ops, penalties
-try:
-    from gankern import optim
-    from gankern.ops.weight_clip import clip_weights_
-except ImportError:
-    pass
+from gankern import nn, ops, optim, penalties
 from gankern.backends import BackendUnavailable, backend, explain, set_backend
 from gankern.info import info
 from gankern.nn.fuse import fuse, fusion_report, unfuse
 from gankern.ops.gradient_penalty import gradient_penalty
+from gankern.ops.weight_clip import clip_weights_
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,9 @@
 // Samples are packed into panels of one vector: panel[c][lane], so that one load serves a vector of samples j and the
 // values of a row i are broadcast from memory.
 //
-// Minibatch discrimination goes over the upper triangle of sample pairs in tiles of kRows rows i by kPanels vectors of
-// j. The first phase of a tile adds up distances and keeps the signs of the differences in L1; the second adds weight
-// times sign to the gradients of both sides.
+// Minibatch discrimination goes over the upper triangle of sample pairs in tiles of kRows rows i by some vectors of
+// j. The first phase of a tile adds up distances and keeps the signs of the differences, few enough for L1; the second
+// adds weight times sign to the gradients of both sides.
 #include "gankern/minibatch_discrimination.h"
 
 #ifdef __AVX512F__
@@ -65,7 +65,6 @@ void pack(const S* src, int64_t stride, int64_t n, int64_t c, int64_t begin, int
         A* panel = panels + p * c * L;
         for (int64_t lane = 0; lane < L; ++lane) {
             const S* row = src + (p * L + lane) * stride;
-            __builtin_prefetch(row + c);
             bool inside = p * L + lane < n;
             for (int64_t k = 0; k < c; ++k) panel[k * L + lane] = inside ? to_acc(row[k]) : A(0);
         }
@@ -79,13 +78,14 @@ enum class Pass { kForward, kBackward, kDoubleBackward };
 // One feature of all samples.
 template <class A>
 struct Feature {
-    int64_t n, c, panels;
+    int64_t n, c, panels, width;
     A *x, *v, *g;  // m and the cotangent in panels; grad_output
 
     Feature(const MinibatchShape& s, const PairPlan& plan, Lines& lines)
         : n(s.n),
           c(s.c),
           panels(plan.panels),
+          width(plan.width),
           x(lines.take<A>(plan.values())),
           v(lines.take<A>(plan.values())),
           g(lines.take<A>(plan.panels)) {}
@@ -104,7 +104,7 @@ struct PairSums {
         : sums(lines.take<double>(2 * plan.panels)),
           grad(lines.take<A>(plan.values())),
           rows(lines.take<A>(kRows * plan.c)),
-          signs(lines.take<A>(kPanels * kRows * plan.c)) {}
+          signs(lines.take<A>(plan.width * kRows * plan.c)) {}
 };
 
 // Distances of kRows samples from i0 on to the samples of one panel; beside them their change along the cotangent.
@@ -169,23 +169,17 @@ template <class A>
 GANKERN_INLINE void reduce_rows(const Feature<A>& f, const PairSums<A>& out, int64_t i0) {
     constexpr int64_t L = kLanes<A>;
     typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
-    auto quad = [](const A* p) {
-        Quad q;
-        std::memcpy(&q, p, sizeof q);
-        return q;
-    };
     A* grad = out.grad + f.row(i0);
-    for (int64_t k = 0; k < f.c; ++k, grad += L) {
-        const A* row = out.rows + k * kRows * L;
-        for (int r = 0; r < kRows; r += 4, row += 4 * L) {
-            Quad p[4];
-            for (int i = 0; i < 4; ++i) {
-                p[i] = quad(row + i * L);
-                for (int64_t lane = 4; lane < L; lane += 4) p[i] += quad(row + i * L + lane);
+    for (int64_t k = 0; k < f.c; ++k) {
+        for (int r = 0; r < kRows; ++r) {
+            const A* row = out.rows + (k * kRows + r) * L;
+            Quad sum{};
+            for (int64_t lane = 0; lane < L; lane += 4) {
+                Quad part;
+                std::memcpy(&part, row + lane, sizeof part);
+                sum += part;
             }
-            Quad sum = quad(grad + r);
-            for (int i = 0; i < 4; ++i) sum += Quad{p[0][i], p[1][i], p[2][i], p[3][i]};
-            std::memcpy(grad + r, &sum, sizeof sum);
+            grad[k * L + r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
         }
     }
 }
@@ -202,8 +196,8 @@ void add_pairs(const Feature<A>& f, const PairSums<A>& out, int64_t part, int64_
     for (int64_t i0 = part * kRows; i0 < f.n; i0 += parts * kRows) {
         if constexpr (pass != Pass::kForward) std::memset(out.rows, 0, sizeof(A) * kRows * L * f.c);
         WideSum<A> row_sums[kRows];
-        for (int64_t first = i0 / L; first < f.panels; first += kPanels) {
-            int64_t count = f.panels - first < kPanels ? f.panels - first : kPanels;
+        for (int64_t first = i0 / L; first < f.panels; first += f.width) {
+            int64_t count = f.panels - first < f.width ? f.panels - first : f.width;
             Vec<A> weight[kPanels][kRows];
             for (int64_t q = 0; q < count; ++q) {
                 int64_t panel = first + q, j0 = panel * L;

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from gankern.bench import stock
 from gankern.bench.check import Results
+from gankern.bench.results import OURS
 
 Run = Callable[[], Results]
 Size = Mapping[str, int]
 
 MODELS = ("dcgan", "wgan", "wgan-gp")
 CLIP = 0.01
+OURS_CHANNELS_LAST = f"{OURS} channels_last"
 DOUBLE_BACKWARD = "torch.compile does not support double backward"
 # Relative error in norm against float64; bfloat16 carries 8 bits, and a gradient sums many of its roundings.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -36,8 +38,9 @@ class Sides:
         The expected results; run once, never timed.
     stock : dict of str to callable
         Variants of stock PyTorch. One that fails or computes something else is left out, with the reason.
-    ours : callable
-        The same through gankern.
+    ours : dict of str to callable
+        The same through gankern, under "gankern" and, where stock PyTorch may choose its memory layout,
+        "gankern channels_last".
     work : int
         How many `unit` one call gets through.
     unit : str
@@ -50,7 +53,7 @@ class Sides:
 
     reference: Run
     stock: dict[str, Run]
-    ours: Run
+    ours: dict[str, Run]
     work: int
     unit: str
     tolerance: float
@@ -71,6 +74,8 @@ class Case:
         ``setup(size, dtype, device)`` makes the inputs and the sides.
     size : mapping of str to int
         The default sizes; ``tiny`` replaces them where only correctness counts.
+    not_in_main : mapping of str to str
+        Stock variants that the main job has no time for, and why.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Case:
     size: Size
     tiny: Size
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    not_in_main: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> str:
@@ -216,7 +222,7 @@ def _norm_case(
     return Sides(
         reference=side(fused(oracle), to=torch.float64),
         stock=variants,
-        ours=side(fused(op)),
+        ours={OURS: side(fused(op)), OURS_CHANNELS_LAST: side(fused(op), memory_format=torch.channels_last)},
         work=n,
         unit="images",
         tolerance=TOLERANCE[dtype],
@@ -249,7 +255,7 @@ def _pairs_case(size: Size, dtype: torch.dtype, device: str, *, op: str, order: 
     return Sides(
         reference=side(getattr(reference, op), m.detach().double().requires_grad_(order > 0)),
         stock=variants,
-        ours=side(getattr(gankern().ops, op)),
+        ours={OURS: side(getattr(gankern().ops, op))},
         work=n * n * b,
         unit="elements",
         tolerance=TOLERANCE[dtype],
@@ -300,7 +306,7 @@ def _penalty_case(size: Size, dtype: torch.dtype, device: str, *, critic: type[n
             "func_grad": side(stock.gradient_penalty_func),
             "compile": side(torch.compile(stock.gradient_penalty_func, dynamic=False)),
         },
-        ours=side(ours),
+        ours={OURS: side(ours), OURS_CHANNELS_LAST: side(ours, channels_last=True)},
         work=n,
         unit="images",
         # The gradient of a gradient rounds twice.
@@ -348,7 +354,7 @@ def _weights_case(size: Size, dtype: torch.dtype, device: str, *, optimizer: boo
             "eager": side(stock.clip_loop, foreach=False),
             "foreach": side(stock.clip_foreach, foreach=True),
         },
-        ours=side(None if optimizer else gankern().clip_weights_),
+        ours={OURS: side(None if optimizer else gankern().clip_weights_)},
         work=sum(p.numel() for p in params),
         unit="elements",
         tolerance=TOLERANCE[dtype],
@@ -406,7 +412,7 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
     return Sides(
         reference=side("stock"),
         stock={variant: side("stock", variant) for variant in variants},
-        ours=side("gankern"),
+        ours={OURS: side("gankern"), OURS_CHANNELS_LAST: side("gankern", "channels_last")},
         work=n,
         unit="images",
         tolerance=1e-3 if dtype is torch.float32 else 1e-1,
@@ -428,7 +434,10 @@ _PAIRS: dict[str, Any] = {
     "size": {"batch": 128, "kernels": 100, "dims": 8},
     "tiny": {"batch": 5, "kernels": 3, "dims": 2},
 }
-_PENALTY: dict[str, Any] = {"tiny": {"batch": 3, "channels": 2, "width": 4, "image_size": 8}}
+_PENALTY: dict[str, Any] = {
+    "tiny": {"batch": 3, "channels": 2, "width": 4, "image_size": 8},
+    "not_in_main": {"compile": "takes 15 to 40 s to compile; `gankern bench gradient_penalty` has it"},
+}
 _WEIGHTS: dict[str, Any] = {"size": {"width": 64}, "tiny": {"width": 3}}
 _STEP: dict[str, Any] = {
     "size": {"batch": 64, "width": 32, "image_size": 32},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from gankern.bench import timing
 from gankern.bench.cases import Case, Run, Sides
 from gankern.bench.check import Wrong, compare
-from gankern.bench.results import OURS, CaseResult, Measured
+from gankern.bench.results import CaseResult, Measured
 
 
 def run_case(
@@ -22,6 +22,7 @@ def run_case(
     device: str = "cpu",
     batch: int | None = None,
     against: Collection[str] | None = None,
+    without: Mapping[str, str] | None = None,
     repeat: int = 15,
     budget: float = 3.0,
     tiny: bool = False,
@@ -37,6 +38,8 @@ def run_case(
         Passed to the case's setup; `batch` replaces its batch size, `tiny` all its sizes.
     against : collection of str, optional
         The stock variants to compare with; all by default.
+    without : mapping of str to str, optional
+        Stock variants to leave out, each with the reason to report.
     repeat : int
         Rounds.
     budget : float
@@ -61,7 +64,7 @@ def run_case(
     torch.manual_seed(0)
     try:
         sides = case.setup(size, dtype, device)
-        runs, error, left_out = checked(sides, against)
+        runs, error, left_out = checked(sides, against, without)
     except Wrong as wrong:
         return replace(result, status="wrong", message=str(wrong))
     except Exception as failure:
@@ -69,27 +72,30 @@ def run_case(
     result = replace(
         result, error=error, tolerance=sides.tolerance, work=sides.work, unit=sides.unit, left_out=left_out
     )
-    if len(runs) == 1:
+    if runs.keys() == sides.ours.keys():
         return replace(result, message="no stock variant to compare with")
 
     calls = timing.calls_per_sample(runs, clock=clock, device=device)
     times = timing.rounds(runs, repeat, calls=calls, budget=budget, clock=clock, device=device)
-    best, ratio = timing.ratio(times, OURS)
+    best, ours, ratio = timing.ratio(times, sides.ours.keys())
     return replace(
         result,
         status="ok",
         message="",
-        rounds=len(times[OURS]),
+        rounds=len(times[ours]),
         calls=calls,
         sides={
             name: Measured(timing.Spread.of(times[name]), timing.peak_memory(run, device)) for name, run in runs.items()
         },
         best=best,
+        ours=ours,
         ratio=ratio,
     )
 
 
-def checked(sides: Sides, against: Collection[str] | None = None) -> tuple[dict[str, Run], float, dict[str, str]]:
+def checked(
+    sides: Sides, against: Collection[str] | None = None, without: Mapping[str, str] | None = None
+) -> tuple[dict[str, Run], float, dict[str, str]]:
     """Run every side once and compare it with the reference.
 
     Returns
@@ -104,11 +110,13 @@ def checked(sides: Sides, against: Collection[str] | None = None) -> tuple[dict[
         Where gankern's results are not the reference's.
     """
     want = {name: [t if t is None else t.detach() for t in group] for name, group in sides.reference().items()}
-    error = compare(sides.ours(), want, sides.tolerance)
+    error = max(compare(run(), want, sides.tolerance) for run in sides.ours.values())
     runs: dict[str, Run] = {}
-    left_out = {name: why for name, why in sides.left_out.items() if against is None or name in against}
+    left_out = {**sides.left_out, **(without or {})}
+    if against is not None:
+        left_out = {name: why for name, why in left_out.items() if name in against}
     for name, run in sides.stock.items():
-        if against is not None and name not in against:
+        if name in left_out or (against is not None and name not in against):
             continue
         try:
             with warnings.catch_warnings():
@@ -117,7 +125,7 @@ def checked(sides: Sides, against: Collection[str] | None = None) -> tuple[dict[
             runs[name] = run
         except Exception as failure:
             left_out[name] = _one_line(failure)
-    return {**runs, OURS: sides.ours}, error, left_out
+    return {**runs, **sides.ours}, error, left_out
 
 
 def _one_line(failure: Exception) -> str:

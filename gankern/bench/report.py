@@ -13,7 +13,7 @@ from rich.table import Table
 from gankern.bench.results import OURS, STOCK, CaseResult, Measured, Report, TrainingResult
 from gankern.bench.timing import Spread
 
-CASE_COLUMNS = ("case", "fastest stock", "stock ms", "gankern ms", "ratio (p20-p80)", "peak MiB", "error")
+CASE_COLUMNS = ("case", "fastest stock, ms", "gankern, ms", "ratio (p20-p80)", "peak MiB", "error")
 TRAINING_COLUMNS = (
     "model",
     "stock images/s",
@@ -27,14 +27,13 @@ TRAINING_COLUMNS = (
 
 def case_row(result: CaseResult) -> list[str]:
     """Cells under `CASE_COLUMNS`."""
-    if result.best is None or result.ratio is None:
-        return [result.name, result.status.upper(), "", "", "", "", _error(result.error)]
-    stock, ours = result.sides[result.best], result.sides[OURS]
+    if result.best is None or result.ours is None or result.ratio is None:
+        return [result.name, result.status.upper(), "", "", "", _error(result.error)]
+    stock, ours = result.sides[result.best], result.sides[result.ours]
     return [
         result.name,
-        result.best,
-        f"{stock.seconds.median * 1e3:.2f}",
-        f"{ours.seconds.median * 1e3:.2f}",
+        f"{result.best} {stock.seconds.median * 1e3:.2f}",
+        f"{result.ours.removeprefix(OURS)} {ours.seconds.median * 1e3:.2f}".strip(),
         _ratio(result.ratio),
         _memory(stock, ours),
         _error(result.error),
@@ -114,12 +113,19 @@ def save_chart(report: Report, path: Path) -> bool:
     medians = [ratio.median for _, ratio in bars]
     below = [max(0.0, ratio.median - ratio.p20) for _, ratio in bars]
     above = [max(0.0, ratio.p80 - ratio.median) for _, ratio in bars]
-    drawn = axes.barh(names, medians, xerr=[below, above], color="#3b7dd8", ecolor="#555555")
-    axes.bar_label(drawn, [f"{median:.2f}x" for median in medians], padding=8)
-    axes.axvline(1.0, color="#999999", linestyle="--", linewidth=1)
-    axes.margins(x=0.15)
+    colors = ["#3b7dd8" if median >= 1 else "#d9822b" for median in medians]
+    axes.barh(names, [median - 1 for median in medians], left=1, color=colors)
+    axes.errorbar(medians, names, xerr=[below, above], fmt="none", ecolor="#555555")
+    for name, ratio in bars:
+        axes.annotate(
+            f"{ratio.median:.2f}x", (max(ratio.p80, 1), name), (6, 0), textcoords="offset points", va="center"
+        )
+    axes.axvline(1.0, color="#555555", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.set_xlim(min(0.5, *medians) * 0.9, max(2.0, *(ratio.p80 for _, ratio in bars)) * 1.7)
     axes.invert_yaxis()
-    axes.set_xlabel("time of the fastest stock variant / time of gankern (median, p20 to p80)")
+    axes.set_xlabel("fastest stock time / gankern time: median, p20 to p80")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -135,7 +141,7 @@ def _explain(name: str, result: CaseResult | TrainingResult, console: Console) -
 def _table(title: str, columns: Sequence[str], rows: Iterable[list[str]]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number > 0)
     for row in rows:
         table.add_row(
             *(cell.replace("[", r"\[") for cell in row), style="red" if row[1] in ("WRONG", "FAILED") else None

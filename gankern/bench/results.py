@@ -38,10 +38,10 @@ class CaseResult:
         Why there is no time, unless `status` is "ok".
     error : float or None
         The largest relative error of gankern's results against the reference.
-    best : str or None
-        The fastest stock variant.
+    best, ours : str or None
+        The fastest stock variant, and the fastest of gankern's sides.
     ratio : Spread or None
-        Time of `best` / time of gankern, over the rounds.
+        Time of `best` / time of `ours`, over the rounds.
     left_out : dict of str to str
         Stock variants that could not run, and why.
     """
@@ -61,6 +61,7 @@ class CaseResult:
     calls: int = 0
     sides: dict[str, Measured] = field(default_factory=dict)
     best: str | None = None
+    ours: str | None = None
     ratio: Spread | None = None
     left_out: dict[str, str] = field(default_factory=dict)
 

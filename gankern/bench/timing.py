@@ -6,7 +6,7 @@ import ctypes
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,16 +90,19 @@ def calls_per_sample(sides: Mapping[str, Work], *, clock: Clock = time.perf_coun
     return max(1, math.ceil(MIN_SAMPLE_SECONDS / max(fastest, 1e-9)))
 
 
-def ratio(times: Mapping[str, Sequence[float]], ours: str) -> tuple[str, Spread]:
-    """Compare `ours` with the fastest other side.
+def ratio(times: Mapping[str, Sequence[float]], ours: Collection[str]) -> tuple[str, str, Spread]:
+    """Compare the fastest of `ours` with the fastest other side.
 
     Returns
     -------
-    tuple of str and Spread
-        The other side with the lowest median, and the spread over the rounds of its time / the time of `ours`.
+    tuple of str, str and Spread
+        The other side and the one of `ours` with the lowest medians, and the spread over the rounds of the time of the
+        former / the time of the latter.
     """
-    best = min((name for name in times if name != ours), key=lambda name: statistics.median(times[name]))
-    return best, Spread.of([stock / mine for stock, mine in zip(times[best], times[ours], strict=True)])
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    stock = min(medians.keys() - ours, key=medians.__getitem__)
+    mine = min(ours, key=medians.__getitem__)
+    return stock, mine, Spread.of([theirs / own for theirs, own in zip(times[stock], times[mine], strict=True)])
 
 
 def peak_memory(work: Work, device: str = "cpu") -> int | None:

@@ -157,7 +157,7 @@ def train_both(
         name: Measured(timing.Spread.of(times[name]), timing.peak_memory(partial(iteration, gan, batch)))
         for name, gan in sides.items()
     }
-    _, ratio = timing.ratio(times, OURS)
+    *_, ratio = timing.ratio(times, [OURS])
     return replace(common, iterations=len(times[OURS]), sides=measured, ratio=ratio), sides[OURS]
 
 

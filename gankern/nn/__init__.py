@@ -1,9 +1,6 @@
 """Modules made of the ops."""
 
 from gankern.nn.conv_bn_act import ConvBnAct2d, ConvTransposeBnAct2d
-try:
-    from gankern.nn.minibatch_discrimination import MinibatchDiscrimination
-except ImportError:
-    pass
+from gankern.nn.minibatch_discrimination import MinibatchDiscrimination
 
 __all__ = ["ConvBnAct2d", "ConvTransposeBnAct2d", "MinibatchDiscrimination"]

@@ -37,7 +37,7 @@ def case(clock: Clock, name: str = "fake.forward", ours: float = 1.0, **stock: C
         return Sides(
             reference=clock.work("reference", 0.0),
             stock=stock or {"eager": clock.work("eager", 3.0), "compile": clock.work("compile", 2.0)},
-            ours=clock.work("gankern", 1.0, ours),
+            ours={"gankern": clock.work("gankern", 1.0, ours)},
             work=3,
             unit="elements",
             tolerance=1e-4,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fakes import Clock, case
+from bench.fakes import Clock, case
 
 from gankern.bench import cases, cli
 
@@ -82,7 +82,7 @@ def test_ctrl_c_leaves_the_results_so_far(registry, tmp_path):
 def test_main_trains_and_leaves_digits(registry, tmp_path, monkeypatch):
     from gankern.bench import training
 
-    monkeypatch.setattr(cli, "MODELS", ("wgan",))
+    monkeypatch.setattr(cli, "TRAINING", {"wgan": 1.0})
     monkeypatch.setattr("gankern.data.load", lambda name, image_size: torch.zeros(16, 1, 8, 8))
     train_both = training.train_both
     small = {"width": 4, "latent_dim": 8, "batch_size": 4, "n_critic": 1, "iterations": 2}

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from fakes import Clock, case
+from bench.fakes import Clock, case
 
 from gankern.bench.check import Results
 from gankern.bench.measure import run_case
@@ -52,6 +52,14 @@ def test_against_picks_the_variants():
     assert set(run_case(case(clock), against=["eager"], clock=clock).sides) == {"eager", "gankern"}
     nothing = run_case(case(clock), against=["foreach"], clock=clock)
     assert (nothing.status, nothing.message) == ("skipped", "no stock variant to compare with")
+
+
+def test_without_leaves_variants_out_with_the_reason():
+    clock = Clock()
+    result = run_case(case(clock), without={"compile": "too slow"}, clock=clock)
+    assert set(result.sides) == {"eager", "gankern"}
+    assert result.left_out["compile"] == "too slow"
+    assert "compile" not in clock.order
 
 
 def test_a_failing_case_is_reported_and_a_foreign_dtype_is_skipped():

@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from fakes import Clock, case
+from bench.fakes import Clock, case
 from rich.console import Console
 
 from gankern.bench import report as reports
@@ -64,7 +64,7 @@ def test_tables_show_no_time_for_a_wrong_case(report):
 
 def test_markdown(report):
     text = reports.markdown(report)
-    assert "| fake.forward | compile | 2000.00 | 1000.00 | 2.00 (2.00-2.00) |" in text
+    assert "| fake.forward | compile 2000.00 | 1000.00 | 2.00 (2.00-2.00) |" in text
     assert text.count("|:--|") == 2
     assert "Abacus 9, 2 cores, 1 threads" in text
     assert "`gankern bench --main`" in text

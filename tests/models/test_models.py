@@ -12,6 +12,15 @@ NAMES = sorted(models.MODELS)
 SMALL = {"image_size": 16, "width": 8, "latent_dim": 16, "batch_size": 8}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine, threads wait for each other far longer than they compute at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)

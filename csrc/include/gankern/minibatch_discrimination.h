@@ -73,22 +73,24 @@ constexpr int64_t minibatch_lanes(Dtype dtype) { return dtype == Dtype::kFloat64
 // bits are the same for any number of threads.
 struct PairPlan {
     static constexpr int64_t kRows = 4;    // samples i of a tile
-    static constexpr int64_t kPanels = 2;  // vectors of samples j of a tile
+    static constexpr int64_t kPanels = 4;  // vectors of samples j of a tile, at most
+    static constexpr int64_t kSigns = 256;  // lines of signs that a tile of more than one vector may have
     static constexpr int64_t kItems = 16;
     static constexpr int64_t kLongWork = 1 << 20, kShortWork = 1 << 17;
 
-    int64_t panels, b, c, parts;
+    int64_t panels, b, c, width, parts;
     int threads;
 
     explicit PairPlan(const MinibatchShape& s)
-        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))), b(s.b), c(s.c), parts(1), threads(s.threads) {
+        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))), b(s.b), c(s.c), width(kPanels), parts(1), threads(s.threads) {
+        while (width > 1 && width * kRows * c > kSigns) width /= 2;
         double work = static_cast<double>(s.n) * static_cast<double>(s.n) * static_cast<double>(s.c + 1);
         if (s.b < kItems && work >= kLongWork) parts = ceil_div(kItems, s.b);
         if (work * static_cast<double>(s.b) < kShortWork) threads = 1;
     }
     int64_t values() const { return panels * c; }  // lines of one feature of m
     int64_t feature() const { return 2 * values() + panels; }
-    int64_t part() const { return values() + 2 * panels + (kPanels + 1) * kRows * c; }
+    int64_t part() const { return values() + 2 * panels + (width + 1) * kRows * c; }
     int64_t slots() const { return parts > 1 ? b : threads; }
     int64_t slot() const { return feature() + parts * part(); }
     int64_t lines() const { return slots() * slot(); }

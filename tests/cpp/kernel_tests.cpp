@@ -1,0 +1,362 @@
+// Every kernel on odd shapes, in buffers of exactly the size it may touch, against the formula written plainly. Meant for
+// AddressSanitizer and UBSan: `make sanitize`.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace gankern;
+
+namespace {
+
+constexpr int kThreads = 2;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+std::mt19937 generator(0);
+int failures = 0;
+
+template <class S>
+constexpr Dtype kDtype = std::is_same_v<S, double> ? Dtype::kFloat64
+                         : std::is_same_v<S, float> ? Dtype::kFloat32
+                                                    : Dtype::kBFloat16;
+
+double value(double x) { return x; }
+double value(float x) { return x; }
+double value(BFloat16 x) {
+    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+void assign(double& to, double x) { to = x; }
+void assign(float& to, double x) { to = static_cast<float>(x); }
+void assign(BFloat16& to, double x) {
+    float f = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    to.bits = static_cast<uint16_t>(bits >> 16);
+}
+
+// A heap block of just n values: one element beyond it is an error that the sanitizer sees.
+template <class S>
+struct Buffer {
+    std::unique_ptr<S[]> data;
+    int64_t size;
+
+    Buffer(int64_t n, double fill) : data(new S[static_cast<size_t>(n)]), size(n) {
+        for (int64_t i = 0; i < n; ++i) assign(data[i], fill);
+    }
+    static Buffer random(int64_t n) {
+        Buffer b(n, 0);
+        std::normal_distribution<double> normal;
+        for (int64_t i = 0; i < n; ++i) assign(b.data[i], normal(generator));
+        return b;
+    }
+    double operator[](int64_t i) const { return value(data[i]); }
+    S* get() { return data.get(); }
+};
+
+template <class S>
+double tolerance() {
+    return std::is_same_v<S, double> ? 1e-10 : std::is_same_v<S, float> ? 2e-4 : 6e-2;
+}
+
+template <class S>
+void expect_near(const std::string& what, double got, double want) {
+    if (std::abs(got - want) <= tolerance<S>() * (1 + std::abs(want))) return;
+    if (++failures <= 20) std::printf("FAILED %s: got %g, want %g\n", what.c_str(), got, want);
+}
+
+template <class S>
+using AccOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class S>
+void test_batch_norm_act(int64_t n, int64_t c, int64_t hw, bool channels_last, Activation activation) {
+    using A = AccOf<S>;
+    const double slope = 0.3, eps = 0.01;
+    int64_t size = n * c * hw;
+    BatchNormActShape shape{kDtype<S>, n, c, hw, channels_last, activation, slope, kThreads};
+    auto x = Buffer<S>::random(size), dy = Buffer<S>::random(size);
+    auto weight = Buffer<A>::random(c), bias = Buffer<A>::random(c);
+    Buffer<S> y(size, kNan), dx(size, kNan);
+    Buffer<A> mean(c, kNan), invstd(c, kNan), var(c, kNan), dweight(c, kNan), dbias(c, kNan);
+    Buffer<double> scratch(batch_norm_act_scratch(c), kNan);
+    kernels().batch_norm_act_forward({shape, x.get(), weight.get(), bias.get(), y.get(), mean.get(), invstd.get(),
+                                      var.get(), scratch.get(), true, eps});
+    kernels().batch_norm_act_backward({shape, dy.get(), x.get(), weight.get(), bias.get(), mean.get(), invstd.get(),
+                                       dx.get(), dweight.get(), dbias.get(), scratch.get(), true});
+    for (int64_t k = 0; k < c; ++k) {
+        auto at = [&](int64_t i) {
+            return channels_last ? i * c + k : (i / hw * c + k) * hw + i % hw;
+        };
+        double count = static_cast<double>(n * hw), m = 0, v = 0, db = 0, dw = 0;
+        for (int64_t i = 0; i < n * hw; ++i) m += x[at(i)] / count;
+        for (int64_t i = 0; i < n * hw; ++i) v += (x[at(i)] - m) * (x[at(i)] - m) / count;
+        double r = 1 / std::sqrt(v + eps);
+        std::vector<double> dz(static_cast<size_t>(n * hw)), normalized(dz.size());
+        for (int64_t i = 0; i < n * hw; ++i) {
+            double h = (x[at(i)] - m) * r, z = h * weight[k] + bias[k], out = z, d = 1;
+            if (activation == Activation::kRelu) out = z > 0 ? z : 0, d = z > 0;
+            if (activation == Activation::kLeakyRelu) out = z > 0 ? z : slope * z, d = z > 0 ? 1 : slope;
+            if (activation == Activation::kTanh) out = std::tanh(z), d = 1 - out * out;
+            expect_near<S>("batch_norm_act output", y[at(i)], out);
+            // A kink that rounding may cross decides nothing here.
+            if (std::abs(z) < 1e-6) d = kNan;
+            normalized[static_cast<size_t>(i)] = h;
+            dz[static_cast<size_t>(i)] = dy[at(i)] * d;
+            db += dz[static_cast<size_t>(i)];
+            dw += dz[static_cast<size_t>(i)] * h;
+        }
+        expect_near<S>("batch_norm_act var", var[k], v);
+        expect_near<S>("batch_norm_act grad_bias", dbias[k] / count, db / count);
+        expect_near<S>("batch_norm_act grad_weight", dweight[k] / count, dw / count);
+        for (int64_t i = 0; i < n * hw; ++i) {
+            size_t j = static_cast<size_t>(i);
+            double want = weight[k] * r * (dz[j] - db / count - normalized[j] * dw / count);
+            expect_near<S>("batch_norm_act grad_input", dx[at(i)], want);
+        }
+    }
+}
+
+template <class S>
+void test_layer_norm(int64_t rows, int64_t size) {
+    using A = AccOf<S>;
+    const double eps = 0.1;
+    LayerNormShape shape{kDtype<S>, rows, size, kThreads};
+    auto x = Buffer<S>::random(rows * size), g = Buffer<S>::random(rows * size), v = Buffer<S>::random(rows * size);
+    auto w = Buffer<S>::random(size), b = Buffer<S>::random(size);
+    Buffer<S> y(rows * size, kNan), dx(rows * size, kNan), dw(size, kNan), db(size, kNan);
+    Buffer<S> dg2(rows * size, kNan), dx2(rows * size, kNan), dw2(size, kNan);
+    Buffer<double> mean(rows, kNan), rstd(rows, kNan);
+    Buffer<A> scratch(2 * layer_norm_parts(rows) * size, kNan), scratch2(layer_norm_parts(rows) * size, kNan);
+    kernels().layer_norm_forward({shape, x.get(), w.get(), b.get(), y.get(), mean.get(), rstd.get(), eps});
+    kernels().layer_norm_backward({shape, g.get(), x.get(), w.get(), mean.get(), rstd.get(), dx.get(), dw.get(), db.get(),
+                                   scratch.get()});
+    kernels().layer_norm_double_backward({shape, v.get(), g.get(), x.get(), w.get(), mean.get(), rstd.get(), dg2.get(),
+                                          dx2.get(), dw2.get(), scratch2.get()});
+    // The input gradient as a function of input and incoming gradient, for differences in float64.
+    auto input_grad = [&](const std::vector<double>& xs, const std::vector<double>& gs) {
+        double d = static_cast<double>(size), m = 0, s = 0, a = 0, ah = 0;
+        for (double e : xs) m += e / d;
+        for (double e : xs) s += (e - m) * (e - m) / d;
+        double r = 1 / std::sqrt(s + eps);
+        std::vector<double> out(xs.size());
+        for (size_t i = 0; i < xs.size(); ++i) a += gs[i] * w[i] / d, ah += gs[i] * w[i] * (xs[i] - m) * r / d;
+        for (size_t i = 0; i < xs.size(); ++i) out[i] = r * (gs[i] * w[i] - a - (xs[i] - m) * r * ah);
+        return out;
+    };
+    for (int64_t row = 0; row < rows; ++row) {
+        std::vector<double> xs, gs, vs;
+        for (int64_t i = 0; i < size; ++i) {
+            xs.push_back(x[row * size + i]), gs.push_back(g[row * size + i]), vs.push_back(v[row * size + i]);
+        }
+        auto along = [&] {
+            auto grad = input_grad(xs, gs);
+            double sum = 0;
+            for (size_t i = 0; i < grad.size(); ++i) sum += grad[i] * vs[i];
+            return sum;
+        };
+        auto want = input_grad(xs, gs);
+        auto slope = [&](double& at) {
+            const double h = 1e-5, kept = at;
+            at = kept + h;
+            double up = along();
+            at = kept - h;
+            double down = along();
+            at = kept;
+            return (up - down) / (2 * h);
+        };
+        for (int64_t i = 0; i < size; ++i) {
+            size_t j = static_cast<size_t>(i);
+            expect_near<S>("layer_norm output", y[row * size + i],
+                           (xs[j] - mean[row]) * rstd[row] * w[i] + b[i]);
+            expect_near<S>("layer_norm grad_input", dx[row * size + i], want[j]);
+            expect_near<float>("layer_norm d2 grad_output", dg2[row * size + i] / 10, slope(gs[j]) / 10);
+            expect_near<float>("layer_norm d2 input", dx2[row * size + i] / 10, slope(xs[j]) / 10);
+        }
+    }
+    for (int64_t i = 0; i < size; ++i) {
+        double sum = 0;
+        for (int64_t row = 0; row < rows; ++row) sum += g[row * size + i];
+        expect_near<S>("layer_norm grad_bias", db[i], sum);
+    }
+}
+
+template <class S>
+void test_penalty(int64_t n, int64_t size) {
+    using A = AccOf<S>;
+    auto real = Buffer<S>::random(n * size), fake = Buffer<S>::random(n * size);
+    Buffer<A> alpha(n, 0.25);
+    Buffer<S> points(n * size, kNan), cotangent(n * size, kNan), loss(1, kNan);
+    Buffer<double> scratch(n, kNan);
+    kernels().interpolate({kDtype<S>, n, size, real.get(), fake.get(), alpha.get(), points.get(), kThreads});
+    kernels().penalty_tail({kDtype<S>, n, size, real.get(), cotangent.get(), loss.get(), scratch.get(), 10, 1, false,
+                            false, kThreads});
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        double square = 0;
+        for (int64_t j = i * size; j < (i + 1) * size; ++j) square += real[j] * real[j];
+        double norm = std::sqrt(square);
+        total += 10 * (norm - 1) * (norm - 1) / static_cast<double>(n);
+        for (int64_t j = i * size; j < (i + 1) * size; ++j) {
+            expect_near<S>("interpolate", points[j], 0.25 * real[j] + 0.75 * fake[j]);
+            expect_near<S>("penalty_tail cotangent", cotangent[j],
+                           20 * (norm - 1) / norm * real[j] / static_cast<double>(n));
+        }
+    }
+    expect_near<S>("penalty_tail loss", loss[0], total);
+}
+
+template <class S>
+void test_lists(const std::vector<int64_t>& sizes) {
+    const double bound = 0.5, lr = 0.1, alpha = 0.9, eps = 0.1;
+    std::vector<Buffer<S>> clipped, params, grads, averages;
+    std::vector<void*> clipped_at, params_at, averages_at;
+    std::vector<const void*> grads_at;
+    for (int64_t size : sizes) {
+        clipped.push_back(Buffer<S>::random(size));
+        params.push_back(Buffer<S>::random(size));
+        grads.push_back(Buffer<S>::random(size));
+        averages.push_back(Buffer<S>(size, 0.5));
+    }
+    std::vector<std::vector<double>> before(sizes.size()), clip_before(sizes.size());
+    for (size_t t = 0; t < sizes.size(); ++t) {
+        for (int64_t i = 0; i < sizes[t]; ++i) {
+            before[t].push_back(params[t][i]);
+            clip_before[t].push_back(clipped[t][i]);
+        }
+        clipped_at.push_back(clipped[t].get());
+        params_at.push_back(params[t].get());
+        grads_at.push_back(grads[t].get());
+        averages_at.push_back(averages[t].get());
+    }
+    TensorList list{kDtype<S>, static_cast<int64_t>(sizes.size()), sizes.data(), kThreads};
+    kernels().clip_weights({list, clipped_at.data(), bound});
+    kernels().rmsprop_clip({list, params_at.data(), grads_at.data(), averages_at.data(), nullptr, nullptr, lr, alpha, eps,
+                            0, 0, false, bound});
+    auto clamp = [&](double x) { return std::fmin(std::fmax(x, -bound), bound); };
+    for (size_t t = 0; t < sizes.size(); ++t)
+        for (int64_t i = 0; i < sizes[t]; ++i) {
+            double g = grads[t][i], average = alpha * 0.5 + (1 - alpha) * g * g;
+            size_t j = static_cast<size_t>(i);
+            expect_near<S>("clip_weights", clipped[t][i], clamp(clip_before[t][j]));
+            expect_near<S>("rmsprop square_avg", averages[t][i], average);
+            expect_near<S>("rmsprop param", params[t][i], clamp(before[t][j] - lr * g / (std::sqrt(average) + eps)));
+        }
+}
+
+// Scratch comes as 64-byte lines.
+struct Lines {
+    void* at;
+    explicit Lines(int64_t lines) : at(std::aligned_alloc(64, static_cast<size_t>(lines > 0 ? lines : 1) * 64)) {}
+    ~Lines() { std::free(at); }
+    Lines(const Lines&) = delete;
+    Lines& operator=(const Lines&) = delete;
+};
+
+template <class S>
+void test_minibatch(int64_t n, int64_t b, int64_t c) {
+    MinibatchShape shape{kDtype<S>, n, b, c, kThreads};
+    auto m = Buffer<S>::random(n * b * c), g = Buffer<S>::random(n * b), v = Buffer<S>::random(n * b * c);
+    auto gd = Buffer<S>::random(n * n * b);
+    Buffer<S> out(n * b, kNan), dm(n * b * c, kNan), dg2(n * b, kNan), dm2(n * b * c, kNan);
+    Buffer<S> distances(n * n * b, kNan), dmd(n * b * c, kNan), tangent(n * n * b, kNan);
+    {
+        Lines scratch(minibatch_discrimination_scratch(shape));
+        kernels().minibatch_discrimination_forward({shape, m.get(), out.get(), scratch.at, false});
+        kernels().minibatch_discrimination_backward({shape, g.get(), m.get(), dm.get(), scratch.at});
+        kernels().minibatch_discrimination_double_backward(
+            {shape, v.get(), g.get(), m.get(), dg2.get(), dm2.get(), scratch.at});
+    }
+    {
+        Lines scratch(l1_distance_scratch(shape));
+        kernels().l1_distance_forward({shape, m.get(), distances.get(), scratch.at});
+        kernels().l1_distance_backward({shape, gd.get(), m.get(), dmd.get(), scratch.at});
+        kernels().l1_distance_tangent({shape, v.get(), m.get(), tangent.get(), scratch.at});
+    }
+    for (int64_t k = 0; k < b; ++k)
+        for (int64_t i = 0; i < n; ++i) {
+            double o = 0, dg = 0;
+            std::vector<double> first(static_cast<size_t>(c)), second(first.size()), third(first.size());
+            for (int64_t j = 0; j < n; ++j) {
+                double distance = 0, t = 0;
+                auto at = [&](int64_t s, int64_t l) { return (s * b + k) * c + l; };
+                auto sign = [&](int64_t l) {
+                    double d = m[at(i, l)] - m[at(j, l)];
+                    return d > 0 ? 1.0 : d < 0 ? -1.0 : 0.0;
+                };
+                for (int64_t l = 0; l < c; ++l) {
+                    distance += std::abs(m[at(i, l)] - m[at(j, l)]);
+                    t += (v[at(i, l)] - v[at(j, l)]) * sign(l);
+                }
+                expect_near<S>("l1_distance", distances[(i * n + j) * b + k], distance);
+                expect_near<S>("l1_distance tangent", tangent[(i * n + j) * b + k] / 4, t / 4);
+                double e = i == j ? 0 : std::exp(-distance), w = g[i * b + k] + g[j * b + k];
+                o += e;
+                dg -= e * t;
+                for (int64_t l = 0; l < c; ++l) {
+                    size_t s = static_cast<size_t>(l);
+                    first[s] -= w * e * sign(l);
+                    second[s] += w * e * t * sign(l);
+                    third[s] += (gd[(i * n + j) * b + k] + gd[(j * n + i) * b + k]) * sign(l);
+                }
+            }
+            expect_near<S>("minibatch_discrimination", out[i * b + k], o);
+            expect_near<S>("minibatch_discrimination d2 grad_output", dg2[i * b + k], dg);
+            for (int64_t l = 0; l < c; ++l) {
+                size_t s = static_cast<size_t>(l);
+                int64_t at = (i * b + k) * c + l;
+                expect_near<S>("minibatch_discrimination grad_m", dm[at], first[s]);
+                expect_near<S>("minibatch_discrimination d2 m", dm2[at], second[s]);
+                expect_near<S>("l1_distance grad_m", dmd[at] / 8, third[s] / 8);
+            }
+        }
+}
+
+template <class S>
+void test_all() {
+    for (auto activation : {Activation::kNone, Activation::kRelu, Activation::kLeakyRelu, Activation::kTanh})
+        for (bool channels_last : {false, true}) {
+            // The formula's kinks are not bfloat16's.
+            if (std::is_same_v<S, BFloat16> && activation != Activation::kNone) continue;
+            test_batch_norm_act<S>(3, 5, 7, channels_last, activation);
+            test_batch_norm_act<S>(2, 17, 33, channels_last, activation);
+            test_batch_norm_act<S>(41, 3, 1, channels_last, activation);
+        }
+    if (!std::is_same_v<S, BFloat16>) {
+        test_layer_norm<S>(1, 9);
+        test_layer_norm<S>(19, 37);
+    }
+    test_penalty<S>(1, 1);
+    test_penalty<S>(5, 67);
+    test_lists<S>({0, 1, 15, 16, 17, 40000});
+    test_minibatch<S>(1, 1, 1);
+    test_minibatch<S>(7, 3, 5);
+    test_minibatch<S>(37, 2, 3);
+    test_minibatch<S>(20, 19, 1);
+}
+
+}  // namespace
+
+int main() {
+    try {
+        cpu_isa();
+    } catch (const std::runtime_error& error) {
+        std::printf("skipped: %s\n", error.what());
+        return 77;
+    }
+    test_all<float>();
+    test_all<double>();
+    test_all<BFloat16>();
+    std::printf("%s: %d failures\n", cpu_isa(), failures);
+    return failures != 0;
+}

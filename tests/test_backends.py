@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import gankern
+from gankern import _native, backends, ops
+from gankern.info import format_info
+
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def automatic() -> Any:
+    yield
+    gankern.set_backend("auto")
+
+
+def test_auto_picks_the_kernels_and_says_why_not_others() -> None:
+    x = torch.randn(2, 3)
+    found = gankern.explain(ops.batch_norm_act, x)
+    assert found.chosen == "cpu"
+    assert set(found.refused) == {"cuda", "triton", "reference"}
+    assert "cpu" in str(found)
+    half = gankern.explain("batch_norm_act", x.half())
+    assert half.chosen == "reference"
+    assert "float16" in half.refused["cpu"]
+
+
+def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3)
+    call = lambda x: ops.batch_norm_act(x, None, None, training=True)  # noqa: E731
+    with gankern.backend("triton"), pytest.raises(gankern.BackendUnavailable, match=r"triton.*batch_norm_act"):
+        call(x)
+    gankern.set_backend("cpu")
+    with pytest.raises(gankern.BackendUnavailable, match="float16"):
+        call(x.half())
+    with gankern.backend("reference"):
+        assert gankern.explain("batch_norm_act", x).chosen == "reference"
+        reference = call(x)
+    gankern.set_backend("auto")
+    monkeypatch.setenv("GANKERN_BACKEND", "cuda")
+    assert gankern.explain("batch_norm_act", x).chosen is None
+    with pytest.raises(gankern.BackendUnavailable, match="cuda"):
+        call(x)
+    monkeypatch.delenv("GANKERN_BACKEND")
+    torch.testing.assert_close(call(x), reference)
+
+
+def test_without_the_extension_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "import_error", "the compiled kernels do not import: gone")
+    found = gankern.explain("batch_norm_act", torch.randn(2, 3))
+    assert found.chosen == "reference"
+    assert "gone" in found.refused["cpu"]
+
+
+def test_bad_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="name must be one of"):
+        gankern.set_backend("gpu")
+    with pytest.raises(ValueError, match="name must be one of"), gankern.backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="op must be one of"):
+        gankern.explain("softmax")
+    monkeypatch.setenv("GANKERN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="GANKERN_BACKEND must be one of"):
+        backends.requested()
+
+
+def test_info_is_json_and_one_page() -> None:
+    report = gankern.info()
+    assert json.loads(json.dumps(report)) == report
+    assert report["backends"]["cpu"] is None
+    assert report["cpu"]["isa"] in ISAS
+    assert report["cpu"]["threading"] == "openmp"
+    assert report["cpu"]["isa"] in format_info()
+    assert len(format_info().splitlines()) < 25
+
+
+def test_kernels_share_torchs_threads() -> None:
+    code = "import gankern, os; print([l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert len(set(eval(loaded))) == 1, "two OpenMP runtimes in one process"
+
+
+def supported_isas() -> list[str]:
+    code = "from gankern import _native; print(_native.kernels.cpu_isa())"
+    run = lambda isa: subprocess.run([sys.executable, "-c", code], env={**os.environ, "GANKERN_CPU_ISA": isa}, capture_output=True)  # noqa: E731
+    return [isa for isa in ISAS if run(isa).returncode == 0]
+
+
+@pytest.mark.slow
+def test_kernels_under_every_instruction_set() -> None:
+    isas = supported_isas()
+    assert "baseline" in isas
+    for isa in isas:
+        if isa == _native.kernels.cpu_isa():
+            continue
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", "tests/ops", "tests/optim"]
+        done = subprocess.run(
+            command, env={**os.environ, "GANKERN_CPU_ISA": isa}, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__))
+        )
+        assert done.returncode == 0, f"{isa}:\n{done.stdout[-4000:]}"
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    code = "from gankern import _native; _native.kernels.cpu_isa()"
+    environment = {**os.environ, "GANKERN_CPU_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "GANKERN_CPU_ISA must be one of" in done.stderr
+    assert "mmx" in done.stderr
+
+
+SIGNATURES = {
+    "ops.conv_transpose2d_bn_act": "input weight bias running_mean running_var bn_weight bn_bias * stride=1 padding=0 "
+    "output_padding=0 groups=1 dilation=1 training momentum=0.1 eps=1e-05 activation='relu' negative_slope=0.2",
+    "ops.batch_norm_act": "input running_mean running_var weight=None bias=None * training momentum=0.1 eps=1e-05 "
+    "activation='relu' negative_slope=0.2",
+    "ops.l1_distance": "m",
+    "ops.minibatch_discrimination": "m * include_self=False",
+    "gradient_penalty": "critic real fake * weight=10.0 target=1.0 one_sided=False alpha=None generator=None "
+    "params=None create_graph=False",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_signatures(name: str) -> None:
+    function: Any = gankern
+    for part in name.split("."):
+        function = getattr(function, part)
+    words, star = [], False
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not star:
+            words.append("*")
+            star = True
+        words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+    assert " ".join(words) == SIGNATURES[name]
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for module in (gankern, ops, gankern.penalties, gankern.optim, gankern.nn):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
