@@ -132,7 +132,7 @@ def zero_centered(
     ----------
     critic : nn.Module or callable
     real, fake : Tensor
-        Shape (N, ...) with N >= 1, of one shape, dtype and device.
+        Shape (N, ...) with N >= 1, of one shape and device.
     weight : float, optional
         The paper's lambda.
     alpha, generator

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from gankern._layout import memory_format
 from gankern.nn import block
 
 M = TypeVar("M", bound=nn.Module)
@@ -80,8 +82,19 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         children = list(self)
+        stretches = _stretches(children)
+        # The CPU's convolutions are faster in channels_last; the caller gets its own layout back.
+        turned = (
+            input.dim() == 4
+            and input.device.type == "cpu"
+            and memory_format(input) == torch.contiguous_format
+            and any(s.conv is not None and s.refusal() is None for s in stretches)
+        )
+        if turned:
+            # A copy, because one pixel an image leaves the strides open and convolutions go by them.
+            input = torch.empty_like(input, memory_format=torch.channels_last).copy_(input)
         position = 0
-        for stretch in _stretches(children):
+        for stretch in stretches:
             for module in children[position : stretch.start]:
                 input = module(input)
             position = stretch.start
@@ -90,7 +103,7 @@ class FusedSequential(nn.Sequential):
                 position = stretch.stop
         for module in children[position:]:
             input = module(input)
-        return input
+        return input.contiguous() if turned else input
 
 
 def fuse(module: M) -> M:

@@ -85,9 +85,9 @@ def test_main_trains_and_leaves_digits(registry, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "TRAINING", {"wgan": 1.0})
     monkeypatch.setattr("gankern.data.load", lambda name, image_size: torch.zeros(16, 1, 8, 8))
     train_both = training.train_both
-    small = {"width": 4, "latent_dim": 8, "batch_size": 4, "n_critic": 1, "iterations": 2}
+    small = {"width": 4, "latent_dim": 8, "n_critic": 1, "iterations": 2}
     monkeypatch.setattr(training, "train_both", lambda *args, **options: train_both(*args, **options, **small))
-    assert cli.main(["--main", "--quick", "--out", str(tmp_path)]) == 0
+    assert cli.main(["--main", "--quick", "--batch", "4", "--out", str(tmp_path)]) == 0
     (result,) = json.loads((tmp_path / "bench.json").read_text())["training"]
     assert set(result["sides"]) == {"stock", "gankern"}
     assert (tmp_path / "digits-wgan.png").read_bytes().startswith(b"\x89PNG")

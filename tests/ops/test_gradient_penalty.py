@@ -377,6 +377,16 @@ def test_autocast_and_grad_scaler() -> None:
     assert_as_accurate(got, low, exact, "autocast")
 
 
+def test_fake_of_another_dtype_is_promoted() -> None:
+    ours, stock = both(plain, torch.float32)
+    real, fake, alpha = batch(dtype=torch.float32)
+    got, want = (
+        gradients(critic, function(critic, real, fake.bfloat16(), alpha=alpha))
+        for function, critic in ((gradient_penalty, ours), (reference.gradient_penalty, stock))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_no_graph_is_kept() -> None:
     critic = plain()
     real, fake, _ = batch(dtype=torch.float32)
@@ -470,7 +480,7 @@ LINEAR = nn.Linear(2, 1)
         ({"real": torch.ones(0, 2), "fake": torch.ones(0, 2)}, ValueError, "real"),
         ({"real": torch.ones(3, 0), "fake": torch.ones(3, 0)}, ValueError, "real"),
         ({"fake": torch.ones(4, 2)}, ValueError, "fake"),
-        ({"fake": torch.ones(3, 2, dtype=torch.float64)}, TypeError, "fake"),
+        ({"fake": torch.ones(3, 2, dtype=torch.int64)}, TypeError, "fake"),
         ({"fake": torch.ones(3, 2, device="meta")}, ValueError, "fake"),
         ({"weight": "10"}, TypeError, "weight"),
         ({"weight": float("nan")}, ValueError, "weight"),

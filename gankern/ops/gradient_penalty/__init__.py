@@ -42,8 +42,8 @@ def gradient_penalty(
     critic : nn.Module or callable
         Maps a batch (N, ...) to scores of any shape, summed over each sample.
     real, fake : Tensor
-        Shape (N, ...) with N >= 1, float32, float64 or bfloat16, of one shape, dtype and device. Gradients flow to
-        those that require them.
+        Shape (N, ...) with N >= 1, float32, float64 or bfloat16, of one shape and device; of two dtypes the wider is
+        used. Gradients flow to those that require them.
     weight : float, optional
         The paper's lambda.
     target : float, optional
@@ -62,7 +62,7 @@ def gradient_penalty(
     Returns
     -------
     Tensor
-        Scalar of real's dtype.
+        Scalar of that dtype.
 
     Raises
     ------
@@ -98,9 +98,11 @@ def penalty_points(
     check_points("real", real)
     check_points("fake", fake)
     _check.same_shape("fake", fake, "real", real)
-    _check.same_dtype("fake", fake, "real", real)
     _check.same_device("fake", fake, "real", real)
     _check.generator("generator", generator)
+    # Under autocast the fake comes in a half type; as in stock arithmetic, the wider type wins.
+    wider = torch.promote_types(real.dtype, fake.dtype)
+    real, fake = real.to(wider), fake.to(wider)
     n = real.size(0)
     if alpha is None:
         dtype = torch.float64 if real.dtype == torch.float64 else torch.float32

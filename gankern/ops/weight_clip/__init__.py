@@ -58,17 +58,12 @@ def clip_weights_(module_or_params: T, c: float, *, exclude: type[nn.Module] | t
     if not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
         raise TypeError(f"exclude must be a type of module or a tuple of them; got {exclude!r}")
     if isinstance(module_or_params, nn.Module):
-        params = list(_parameters(module_or_params, types))
+        source: Any = _parameters(module_or_params, types)
     elif types:
         raise ValueError(f"exclude needs a module as module_or_params; got {type(module_or_params).__name__}")
     else:
-        params = list(_tensors(module_or_params))
-    # The full check only where it fails: this is most of the time that small tensors take.
-    for param in params:
-        if not (isinstance(param, Tensor) and param.is_floating_point() and param.layout is torch.strided):
-            _check.floating("module_or_params", param)
-    with torch.no_grad():
-        autograd.clip_weights_(params, c)
+        source = module_or_params
+    autograd.clip_weights_(_tensors(source), c)
     return module_or_params
 
 
@@ -81,17 +76,19 @@ def _parameters(module: nn.Module, exclude: tuple[type[nn.Module], ...]) -> Iter
             yield from _parameters(child, exclude)
 
 
-def _tensors(source: Any) -> Iterator[Any]:
-    if isinstance(source, Tensor):
-        yield source
-    elif isinstance(source, (Mapping, str)) or not isinstance(source, Iterable):
+def _tensors(source: Any) -> list[Tensor]:
+    if isinstance(source, (Mapping, str)) or not isinstance(source, Iterable):
         raise TypeError(
             "module_or_params must be a Module, a Tensor, tensors or an optimizer's param_groups; "
             f"got {type(source).__name__}"
         )
-    else:
-        for item in source:
-            if not isinstance(item, Tensor) and isinstance(item, Mapping) and "params" in item:
-                yield from _tensors(item["params"])
-            else:
-                yield item
+    tensors: list[Tensor] = []
+    for item in [source] if isinstance(source, Tensor) else source:
+        # The full check only where it fails: checks are most of the time that small tensors take.
+        if isinstance(item, Tensor) and item.is_floating_point() and item.layout is torch.strided:
+            tensors.append(item)
+        elif isinstance(item, Mapping) and "params" in item:
+            tensors += _tensors(item["params"])
+        else:
+            _check.floating("module_or_params", item)
+    return tensors
