@@ -7,14 +7,12 @@ from torch import Tensor
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """channels_last where a 4-d tensor is dense in that order and not in the contiguous one; else contiguous."""
-    if (
-        tensor.dim() == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return torch.channels_last
-    return torch.contiguous_format
+    """channels_last where a 4-d tensor is dense in that order, going by the strides where both are; else contiguous."""
+    if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    # Images of one pixel are dense in both orders, and tell by the strides that no element needs.
+    by_strides = tensor.size(1) > 1 and tensor.stride(3) == tensor.size(1)
+    return torch.channels_last if by_strides or not tensor.is_contiguous() else torch.contiguous_format
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ void add_pairs(const Feature<A>& f, const PairSums<A>& out, int64_t part, int64_
     const auto lane = lane_index<A>();
     if constexpr (pass != Pass::kBackward) std::memset(out.sums, 0, sizeof(double) * f.panels * L);
     if constexpr (pass != Pass::kForward) std::memset(out.grad, 0, sizeof(A) * f.panels * L * f.c);
-    for (int64_t i0 = part * kRows; i0 < f.n; i0 += parts * kRows) {
+    for (int64_t i0 = part * kRows; i0 + 1 < f.n; i0 += parts * kRows) {
         if constexpr (pass != Pass::kForward) std::memset(out.rows, 0, sizeof(A) * kRows * L * f.c);
         WideSum<A> row_sums[kRows];
         for (int64_t first = i0 / L; first < f.panels; first += f.width) {
@@ -336,7 +336,7 @@ void run_pairs(const PairTensors<S>& t, void* scratch) {
             for (int64_t thread = from; thread < to; ++thread) {
                 Slot<A> slot(t.s, plan, scratch, thread);
                 for (int64_t b = t.s.b * thread / threads; b < t.s.b * (thread + 1) / threads; ++b) {
-                    pack_feature<S, pass>(t, slot.feature, b, 0, plan.panels);
+                    if (t.s.n > 1) pack_feature<S, pass>(t, slot.feature, b, 0, plan.panels);
                     add_pairs<A, pass>(slot.feature, slot.first, 0, 1);
                     write_feature<S, pass>(t, slot.feature, slot.first, 1, 0, b, 0, t.s.n);
                 }
@@ -459,7 +459,7 @@ void distance(const MinibatchShape& s, const S* m, const S* v, S* output, void* 
     const A* tangents = tangent ? pack_all(plan, v, static_cast<A*>(scratch) + plan.values() * L) : nullptr;
     for_each_row_tile<S>(plan, scratch, [&](const DistanceSlot<A>& space, int64_t tile) {
         const int64_t i0 = tile * rows, height = n - i0 < rows ? n - i0 : rows;
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < ceil_div(height, kRows) * kRows; ++r) {
             int64_t i = i0 + (r < height ? r : 0);
             repeat_row(plan, m, i, space.rows + r * plan.row() * L);
             if (tangent) repeat_row(plan, v, i, space.other + r * plan.row() * L);

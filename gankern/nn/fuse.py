@@ -91,8 +91,8 @@ class FusedSequential(nn.Sequential):
             and any(s.conv is not None and s.refusal() is None for s in stretches)
         )
         if turned:
-            # A copy, because one pixel an image leaves the strides open and convolutions go by them.
-            input = torch.empty_like(input, memory_format=torch.channels_last).copy_(input)
+            # Not contiguous(), which leaves an image of one pixel as it is: convolutions go by the strides.
+            input = input.clone(memory_format=torch.channels_last)
         position = 0
         for stretch in stretches:
             for module in children[position : stretch.start]:

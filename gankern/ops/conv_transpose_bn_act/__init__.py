@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _native
 from gankern.ops import _check
 from gankern.ops.conv_transpose_bn_act import autograd
+from gankern.ops.conv_transpose_bn_act.convolution import Convolution, conv_act, fold
 
 __all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
 
@@ -160,17 +160,12 @@ def conv_transpose2d_bn_act(
     _check_output_size(size)
     _check_statistics((input.size(0), weight.size(1) * groups, *size), training, running_mean, running_var)
 
-    def convolve(w: Tensor, b: Tensor | None) -> Tensor:
-        return F.conv_transpose2d(input, w, b, stride, padding, output_padding, groups, dilation)
-
-    if _foldable(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, training=training):
-        assert running_mean is not None and running_var is not None
-        scale, shift = _fold(bias, running_mean, running_var, bn_weight, bn_bias, eps)
-        per_group = scale.view(groups, 1, -1, 1, 1)
-        folded = (weight.unflatten(0, (groups, -1)) * per_group).flatten(0, 1)
-        return _activate_(convolve(folded.to(weight.dtype), shift.to(weight.dtype)), activation, negative_slope)
-    return autograd.batch_norm_act(
-        convolve(weight, bias),
+    conv = Convolution(True, stride, padding, output_padding, dilation, groups)
+    return _block(
+        conv,
+        input,
+        weight,
+        bias,
         running_mean,
         running_var,
         bn_weight,
@@ -249,16 +244,12 @@ def conv2d_bn_act(
     _check_output_size(size)
     _check_statistics((input.size(0), weight.size(0), *size), training, running_mean, running_var)
 
-    def convolve(w: Tensor, b: Tensor | None) -> Tensor:
-        return F.conv2d(input, w, b, stride, padding, dilation, groups)
-
-    if _foldable(input, weight, bias, running_mean, running_var, bn_weight, bn_bias, training=training):
-        assert running_mean is not None and running_var is not None
-        scale, shift = _fold(bias, running_mean, running_var, bn_weight, bn_bias, eps)
-        folded = weight * scale.view(-1, 1, 1, 1)
-        return _activate_(convolve(folded.to(weight.dtype), shift.to(weight.dtype)), activation, negative_slope)
-    return autograd.batch_norm_act(
-        convolve(weight, bias),
+    conv = Convolution(False, stride, padding, (0, 0), dilation, groups)
+    return _block(
+        conv,
+        input,
+        weight,
+        bias,
         running_mean,
         running_var,
         bn_weight,
@@ -271,37 +262,38 @@ def conv2d_bn_act(
     )
 
 
-def _foldable(*tensors: Tensor | None, training: bool) -> bool:
-    given = [t for t in tensors if t is not None]
-    has_statistics = tensors[3] is not None and tensors[4] is not None
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return not training and has_statistics and not needs_grad
-
-
-def _fold(
+def _block(
+    conv: Convolution,
+    input: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
+    training: bool,
+    momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Scale and shift per output channel that the normalisation amounts to."""
-    acc = _native.acc_dtype(running_mean.dtype)
-    scale = (running_var.to(acc) + eps).rsqrt()
-    if bn_weight is not None:
-        scale = scale * bn_weight
-    shift = -running_mean.to(acc) if bias is None else bias - running_mean.to(acc)
-    shift = shift * scale
-    return scale, shift if bn_bias is None else shift + bn_bias
-
-
-def _activate_(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    if activation == "relu":
-        return z.relu_()
-    if activation == "leaky_relu":
-        return F.leaky_relu_(z, negative_slope)
-    return z.tanh_() if activation == "tanh" else z
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    given = (input, weight, bias, bn_weight, bn_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if not (training or needs_grad or running_mean is None or running_var is None):
+        folded = fold(conv, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps)
+        return conv_act(conv, input, *folded, activation, negative_slope)
+    return autograd.batch_norm_act(
+        conv(input, weight, bias),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        training,
+        momentum,
+        eps,
+        activation,
+        negative_slope,
+    )
 
 
 def _pair(name: str, value: Size2, least: int = 0) -> tuple[int, int]:

@@ -150,8 +150,10 @@ class _DistanceTangent(torch.autograd.Function):
 
 
 def minibatch_discrimination(m: Tensor, include_self: bool) -> Tensor:
-    return _Features.apply(m, include_self)
+    if torch.is_grad_enabled() and m.requires_grad:
+        return _Features.apply(m, include_self)
+    return _features_op(m, include_self)
 
 
 def l1_distance(m: Tensor) -> Tensor:
-    return _Distance.apply(m)
+    return _Distance.apply(m) if torch.is_grad_enabled() and m.requires_grad else _distance_op(m)

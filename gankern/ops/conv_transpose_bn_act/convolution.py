@@ -1,0 +1,95 @@
+"""The convolution in front of a block: torch's own, with the normalisation folded in where no gradient is wanted."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gankern import _native
+from gankern._layout import like_layout, memory_format
+
+Pair = tuple[int, int]
+
+
+class Convolution(NamedTuple):
+    """Options of a 2-d convolution; calling it convolves."""
+
+    transposed: bool
+    stride: Pair
+    padding: Pair
+    output_padding: Pair
+    dilation: Pair
+    groups: int
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if input.device.type == "cpu":
+            # Once here, instead of inside the convolution and again in each of its gradients.
+            weight = weight.contiguous(memory_format=memory_format(input))
+        if self.transposed:
+            return F.conv_transpose2d(
+                input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def fold(
+    conv: Convolution,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight (channels_last) and bias of the convolution that normalises as well."""
+    acc = _native.acc_dtype(running_mean.dtype)
+    scale = (running_var.to(acc) + eps).rsqrt()
+    if bn_weight is not None:
+        scale = scale * bn_weight
+    shift = -running_mean.to(acc) if bias is None else bias - running_mean.to(acc)
+    shift = shift * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias
+    if conv.transposed:
+        # The output channels of (C_in, C_out // groups, kH, kW) are those of the group that the row belongs to.
+        rows = weight.size(0) // conv.groups
+        scale = scale.view(conv.groups, -1).repeat_interleave(rows, 0)[:, :, None, None]
+    else:
+        scale = scale.view(-1, 1, 1, 1)
+    return weight.contiguous(memory_format=torch.channels_last) * scale.to(weight.dtype), shift.to(weight.dtype)
+
+
+# Activations that oneDNN applies to an output tile while it is in registers; Inductor's own way to its post-ops.
+_POINTWISE = {
+    name: getattr(torch.ops.mkldnn, name)
+    for name in ("_convolution_pointwise", "_convolution_transpose_pointwise")
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, name)
+}
+
+
+def conv_act(
+    conv: Convolution, input: Tensor, weight: Tensor, bias: Tensor, activation: str, negative_slope: float
+) -> Tensor:
+    """Convolution and activation, without gradients."""
+    name = "_convolution_transpose_pointwise" if conv.transposed else "_convolution_pointwise"
+    if name in _POINTWISE and input.device.type == "cpu" and input.numel() and torch.backends.mkldnn.enabled:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            input, weight, bias = input.to(dtype), weight.to(dtype), bias.to(dtype)
+        if input.dtype in (torch.float32, torch.bfloat16) and weight.dtype == input.dtype:
+            scalars: list[Any] = [negative_slope] if activation == "leaky_relu" else []
+            geometry: tuple[Any, ...] = (conv.padding, conv.stride, conv.dilation, conv.groups)
+            if conv.transposed:
+                geometry = (conv.padding, conv.output_padding, conv.stride, conv.dilation, conv.groups)
+            output = _POINTWISE[name](input, weight, bias, *geometry, activation, scalars, "")
+            return like_layout(output, input)
+    output = conv(input, weight, bias)
+    if activation == "relu":
+        return output.relu_()
+    if activation == "leaky_relu":
+        return F.leaky_relu_(output, negative_slope)
+    return output.tanh_() if activation == "tanh" else output
