@@ -36,10 +36,12 @@ struct Lines {
 template <class A>
 GANKERN_INLINE Vec<A> sign(Vec<A> d) {
 #ifdef __AVX512F__
-    // A nibble for each class of d from the lowest (two of NaN, 0, 1, -inf, inf, below 0, above 0): 8 gives 0, 9 -1, a 1.
+    // A nibble for each class of d from the lowest (two of NaN, 0, 1, -inf, inf, below 0, above 0): 8 gives 0, 9 -1,
+    // a 1.
     constexpr int kClasses = static_cast<int>(0xa9a9a888u);
     if constexpr (std::is_same_v<A, float>)
-        return bits_as<Vec<A>>(_mm512_fixupimm_ps(bits_as<__m512>(d), bits_as<__m512>(d), _mm512_set1_epi32(kClasses), 0));
+        return bits_as<Vec<A>>(
+            _mm512_fixupimm_ps(bits_as<__m512>(d), bits_as<__m512>(d), _mm512_set1_epi32(kClasses), 0));
     else
         return bits_as<Vec<A>>(
             _mm512_fixupimm_pd(bits_as<__m512d>(d), bits_as<__m512d>(d), _mm512_set1_epi64(kClasses), 0));
@@ -129,7 +131,7 @@ struct Feature {
 // What one part of the pairs adds up.
 template <class A>
 struct PairSums {
-    double* sums;          // per sample
+    double* sums;            // per sample
     A *grad, *rows, *signs;  // grad in panels; those of the tile's rows, lanes not yet added up; signs of the tile
 
     PairSums(const PairPlan& plan, Lines& lines)
@@ -418,9 +420,8 @@ void for_each_row_tile(const DistancePlan& plan, void* scratch, const F& f) {
 
 template <class S>
 Acc<S>* pack_all(const DistancePlan& plan, const S* src, Acc<S>* panels) {
-    parallel_for(plan.panels, plan.threads, [&](int64_t begin, int64_t end) {
-        pack(src, plan.c, plan.n * plan.b, plan.c, begin, end, panels);
-    });
+    parallel_for(plan.panels, plan.threads,
+                 [&](int64_t begin, int64_t end) { pack(src, plan.c, plan.n * plan.b, plan.c, begin, end, panels); });
     return panels;
 }
 

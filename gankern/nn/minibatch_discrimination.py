@@ -82,6 +82,4 @@ class MinibatchDiscrimination(nn.Module):
         return torch.cat([input, ops.minibatch_discrimination(m)], 1)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, kernel_dims={self.kernel_dims}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, kernel_dims={self.kernel_dims}"

@@ -217,6 +217,27 @@ def test_every_layout_of_input_and_gradient() -> None:
             torch.testing.assert_close(g, r, msg=lambda m, k=kind, gk=grad_kind: f"{k}, gradient {gk}: {m}")
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_images_of_one_pixel(training: bool, memory_format: torch.memory_format, dilation: int) -> None:
+    _, w, b, mean, var, bn_w, bn_b = conv_inputs(True, torch.float64, groups=1)
+    x = torch.randn(5, 4, 1, 1, dtype=torch.float64).clone(memory_format=memory_format)
+    options: dict[str, Any] = {"training": training, "momentum": 0.0, "stride": 2, "dilation": dilation}
+    results = []
+    for function in (ops.conv_transpose2d_bn_act, reference.conv_transpose2d_bn_act):
+
+        def call(x: Tensor, w: Tensor, b: Tensor, function: Any = function) -> Tensor:
+            return function(x, w, b, mean, var, bn_w, bn_b, **options)
+
+        with torch.no_grad():
+            output = call(x, w, b)
+        assert output.is_contiguous(memory_format=memory_format)
+        results.append([output, *run(call, [x, w, b], torch.ones_like(output))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-8)
+
+
 def test_empty_batch() -> None:
     x = torch.randn(0, 3, 4, 4, requires_grad=True)
     stats = torch.zeros(3), torch.ones(3)

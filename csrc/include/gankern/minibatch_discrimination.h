@@ -72,8 +72,8 @@ constexpr int64_t minibatch_lanes(Dtype dtype) { return dtype == Dtype::kFloat64
 // features of many samples are each cut into parts, summed in order. The cut follows from the shape alone, so that the
 // bits are the same for any number of threads.
 struct PairPlan {
-    static constexpr int64_t kRows = 4;    // samples i of a tile
-    static constexpr int64_t kPanels = 4;  // vectors of samples j of a tile, at most
+    static constexpr int64_t kRows = 4;     // samples i of a tile
+    static constexpr int64_t kPanels = 4;   // vectors of samples j of a tile, at most
     static constexpr int64_t kSigns = 256;  // lines of signs that a tile of more than one vector may have
     static constexpr int64_t kItems = 16;
     static constexpr int64_t kLongWork = 1 << 20, kShortWork = 1 << 17;
@@ -82,7 +82,12 @@ struct PairPlan {
     int threads;
 
     explicit PairPlan(const MinibatchShape& s)
-        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))), b(s.b), c(s.c), width(kPanels), parts(1), threads(s.threads) {
+        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))),
+          b(s.b),
+          c(s.c),
+          width(kPanels),
+          parts(1),
+          threads(s.threads) {
         while (width > 1 && width * kRows * c > kSigns) width /= 2;
         double work = static_cast<double>(s.n) * static_cast<double>(s.n) * static_cast<double>(s.c + 1);
         if (s.b < kItems && work >= kLongWork) parts = ceil_div(kItems, s.b);
@@ -115,8 +120,8 @@ struct DistancePlan {
                       : s.threads;
     }
     int64_t values() const { return panels * c; }
-    int64_t row() const { return ceil_div(period + lanes, lanes) * c; }          // lines of one repeated row
-    int64_t block() const { return ceil_div(columns * b, lanes) + 2; }          // lines of a block of one output row
+    int64_t row() const { return ceil_div(period + lanes, lanes) * c; }  // lines of one repeated row
+    int64_t block() const { return ceil_div(columns * b, lanes) + 2; }   // lines of a block of one output row
     int64_t slot() const { return kRows * (2 * row() + block()); }
     int64_t lines() const { return 2 * values() + threads * slot(); }
 };

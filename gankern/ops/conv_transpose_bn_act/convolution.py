@@ -28,11 +28,30 @@ class Convolution(NamedTuple):
         if input.device.type == "cpu":
             # Once here, instead of inside the convolution and again in each of its gradients.
             weight = weight.contiguous(memory_format=memory_format(input))
+        if self.is_product(input):
+            return _product(input, weight, bias)
         if self.transposed:
             return F.conv_transpose2d(
                 input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
             )
         return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def is_product(self, input: Tensor) -> bool:
+        """Whether it is a plain matrix product: the first block of a generator, which spreads one pixel an image."""
+        alone = input.size(2) == input.size(3) == 1 and self.groups == 1
+        whole = not any((*self.padding, *self.output_padding)) and self.dilation == (1, 1)
+        return self.transposed and alone and whole
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Transposed convolution of images of one pixel, in the layout of the weight."""
+    pixels = input.flatten(1)
+    if memory_format(weight) == torch.channels_last:
+        weight = weight.permute(0, 2, 3, 1)
+        output = (pixels @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+        return (output if bias is None else output + bias.to(output.dtype)).permute(0, 3, 1, 2)
+    output = (pixels @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+    return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
 
 
 def fold(
@@ -76,7 +95,8 @@ def conv_act(
 ) -> Tensor:
     """Convolution and activation, without gradients."""
     name = "_convolution_transpose_pointwise" if conv.transposed else "_convolution_pointwise"
-    if name in _POINTWISE and input.device.type == "cpu" and input.numel() and torch.backends.mkldnn.enabled:
+    fusable = name in _POINTWISE and torch.backends.mkldnn.enabled and not conv.is_product(input)
+    if fusable and input.device.type == "cpu" and input.numel():
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             input, weight, bias = input.to(dtype), weight.to(dtype), bias.to(dtype)

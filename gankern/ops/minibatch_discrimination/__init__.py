@@ -46,7 +46,8 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
         d<v, dL/dm>/dg[i] = -sum_j e[i, j] t[i, j]
         d<v, dL/dm>/dm[i] = sum_j (g[i] + g[j]) e[i, j] t[i, j] sign(m[i] - m[j])
 
-    bfloat16 is computed in float32; sums over pairs are carried in float64. Results have the same bits on every run, for any number of threads.
+    bfloat16 is computed in float32, the sum o in float64. Results have the same bits on every run, for any number of
+    threads.
 
     References
     ----------

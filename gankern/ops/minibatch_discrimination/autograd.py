@@ -66,38 +66,36 @@ _distance_tangent_op = _library.define(
 
 class _Features(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, m: Tensor, include_self: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, m: Tensor, include_self: bool) -> Tensor:
         ctx.save_for_backward(m)
         return _features_op(m, include_self)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         run = _FeaturesBackward.apply if torch.is_grad_enabled() else _features_backward_op
         return run(grad_output, *ctx.saved_tensors), None
 
 
 class _FeaturesBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(grad_output, m)
         return _features_backward_op(grad_output, m)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         run = _FeaturesDoubleBackward.apply if torch.is_grad_enabled() else _features_double_backward_op
         return run(cotangent, *ctx.saved_tensors)
 
 
 class _FeaturesDoubleBackward(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, cotangent: Tensor, grad_output: Tensor, m: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, cotangent: Tensor, grad_output: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cotangent, grad_output, m)
         return _features_double_backward_op(cotangent, grad_output, m)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Third and higher orders: plain torch.
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -115,36 +113,36 @@ class _FeaturesDoubleBackward(torch.autograd.Function):
 
 class _Distance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, m: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, m: Tensor) -> Tensor:
         ctx.save_for_backward(m)
         return _distance_op(m)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         run = _DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
         return run(grad_output, *ctx.saved_tensors)
 
 
 class _DistanceBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(m)
         return _distance_backward_op(grad_output, m)
 
     @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
         run = _DistanceTangent.apply if torch.is_grad_enabled() else _distance_tangent_op
         return run(tangent, *ctx.saved_tensors), None
 
 
 class _DistanceTangent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tangent: Tensor, m: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tangent: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(m)
         return _distance_tangent_op(tangent, m)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         run = _DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
         return run(grad_output, *ctx.saved_tensors), None
 

@@ -90,9 +90,7 @@ def distance_backward(grad_output: Tensor, m: Tensor) -> Tensor:
     if m.numel():
         shape = _shape(m)
         scratch = _scratch(kernels.l1_distance_scratch(shape))
-        kernels.l1_distance_backward(
-            shape, grad_output.data_ptr(), m.data_ptr(), grad_m.data_ptr(), scratch.data_ptr()
-        )
+        kernels.l1_distance_backward(shape, grad_output.data_ptr(), m.data_ptr(), grad_m.data_ptr(), scratch.data_ptr())
     return grad_m
 
 
@@ -103,7 +101,5 @@ def distance_tangent(tangent: Tensor, m: Tensor) -> Tensor:
     if output.numel():
         shape = _shape(m)
         scratch = _scratch(kernels.l1_distance_scratch(shape))
-        kernels.l1_distance_tangent(
-            shape, tangent.data_ptr(), m.data_ptr(), output.data_ptr(), scratch.data_ptr()
-        )
+        kernels.l1_distance_tangent(shape, tangent.data_ptr(), m.data_ptr(), output.data_ptr(), scratch.data_ptr())
     return output
