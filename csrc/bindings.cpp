@@ -24,10 +24,14 @@ void bind_batch_norm_act(py::module_& m) {
     py::class_<BatchNormActShape>(m, "BatchNormActShape")
         .def(py::init([](int dtype, int64_t n, int64_t c, int64_t hw, bool channels_last, int activation,
                          double negative_slope, int threads) {
-                 return BatchNormActShape{static_cast<Dtype>(dtype),           n,
-                                          c,                                   hw,
-                                          channels_last,                       static_cast<Activation>(activation),
-                                          negative_slope,                      threads};
+                 return BatchNormActShape{static_cast<Dtype>(dtype),
+                                          n,
+                                          c,
+                                          hw,
+                                          channels_last,
+                                          static_cast<Activation>(activation),
+                                          negative_slope,
+                                          threads};
              }),
              "dtype"_a, "n"_a, "c"_a, "hw"_a, "channels_last"_a, "activation"_a, "negative_slope"_a, "threads"_a);
     m.def("batch_norm_act_scratch", &batch_norm_act_scratch, "channels"_a);
@@ -159,8 +163,8 @@ void bind_minibatch_discrimination(py::module_& m) {
         [](const MinibatchShape& shape, uintptr_t cotangent, uintptr_t grad_output, uintptr_t x,
            uintptr_t grad_grad_output, uintptr_t grad_m, uintptr_t scratch) {
             py::gil_scoped_release release;
-            kernels().minibatch_discrimination_double_backward({shape, pointer(cotangent), pointer(grad_output), pointer(x),
-                                                                pointer(grad_grad_output), pointer(grad_m),
+            kernels().minibatch_discrimination_double_backward({shape, pointer(cotangent), pointer(grad_output),
+                                                                pointer(x), pointer(grad_grad_output), pointer(grad_m),
                                                                 pointer(scratch)});
         },
         "shape"_a, "cotangent"_a, "grad_output"_a, "m"_a, "grad_grad_output"_a, "grad_m"_a, "scratch"_a);
@@ -175,7 +179,8 @@ void bind_minibatch_discrimination(py::module_& m) {
         "l1_distance_backward",
         [](const MinibatchShape& shape, uintptr_t grad_output, uintptr_t x, uintptr_t grad_m, uintptr_t scratch) {
             py::gil_scoped_release release;
-            kernels().l1_distance_backward({shape, pointer(grad_output), pointer(x), pointer(grad_m), pointer(scratch)});
+            kernels().l1_distance_backward(
+                {shape, pointer(grad_output), pointer(x), pointer(grad_m), pointer(scratch)});
         },
         "shape"_a, "grad_output"_a, "m"_a, "grad_m"_a, "scratch"_a);
     m.def(
@@ -222,10 +227,10 @@ void bind_layer_norm(py::module_& m) {
            uintptr_t mean, uintptr_t rstd, uintptr_t grad_grad_output, uintptr_t grad_input, uintptr_t grad_weight,
            uintptr_t scratch) {
             py::gil_scoped_release release;
-            kernels().layer_norm_double_backward(
-                {shape, pointer(tangent), pointer(grad_output), pointer(input), pointer(weight),
-                 static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)), pointer(grad_grad_output),
-                 pointer(grad_input), pointer(grad_weight), pointer(scratch)});
+            kernels().layer_norm_double_backward({shape, pointer(tangent), pointer(grad_output), pointer(input),
+                                                  pointer(weight), static_cast<double*>(pointer(mean)),
+                                                  static_cast<double*>(pointer(rstd)), pointer(grad_grad_output),
+                                                  pointer(grad_input), pointer(grad_weight), pointer(scratch)});
         },
         "shape"_a, "tangent"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_grad_output"_a,
         "grad_input"_a, "grad_weight"_a, "scratch"_a);

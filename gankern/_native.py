@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# torch has been imported: its OpenMP runtime is the one whose threads the kernels use.
+kernels: Any = None
+import_error: str | None = None
 try:
-    # torch comes first: its OpenMP runtime is the one whose threads the kernels use.
-    from gankern import _C as kernels
+    kernels = importlib.import_module("gankern._C")
 except ImportError as error:
-    kernels: Any = None  # type: ignore[no-redef]
-    import_error: str | None = f"the compiled kernels do not import: {error}"
-else:
-    import_error = None
+    import_error = f"the compiled kernels do not import: {error}"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3}

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ def info() -> dict[str, Any]:
     -------
     dict
         JSON-ready: ``versions``, ``cpu`` (model, cores, isa, threading), ``threads``, ``memory_gib``, ``gpus``,
-        ``backends`` (None where available, else the reason), ``backend`` in force, ``commit``, ``python``, ``platform``.
+        ``backends`` (None where available, else the reason), ``backend`` in force, ``commit``, ``python``,
+        ``platform``.
     """
     return {
-        "versions": {name: v for name in _PACKAGES if (v := _safe(lambda n=name: importlib.metadata.version(n)))},
+        "versions": {name: v for name in _PACKAGES if (v := _safe(partial(importlib.metadata.version, name)))},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "commit": _safe(_commit),

@@ -97,13 +97,16 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
     ),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 2, 4)),
     "smooth, layer norm without weights": lambda: nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 6, 6], elementwise_affine=False), nn.Softplus(), nn.LayerNorm(6), nn.Conv2d(4, 1, 3)
+        nn.Conv2d(3, 4, 3),
+        nn.LayerNorm([4, 6, 6], elementwise_affine=False),
+        nn.Softplus(),
+        nn.LayerNorm(6),
+        nn.Conv2d(4, 1, 3),
     ),
 }
 
 
 def batch(n: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """Real, fake and alpha."""
-    return tuple(torch.randn(n, 3, 8, 8, dtype=torch.float64).to(dtype) for _ in range(2)) + (  # type: ignore[return-value]
-        torch.rand(n, 1, 1, 1, dtype=torch.float64).to(dtype),
-    )
+    real, fake = torch.randn(2, n, 3, 8, 8, dtype=torch.float64).to(dtype)
+    return real, fake, torch.rand(n, 1, 1, 1, dtype=torch.float64).to(dtype)

@@ -91,7 +91,12 @@ def test_kernels_share_torchs_threads() -> None:
 
 def supported_isas() -> list[str]:
     code = "from gankern import _native; print(_native.kernels.cpu_isa())"
-    run = lambda isa: subprocess.run([sys.executable, "-c", code], env={**os.environ, "GANKERN_CPU_ISA": isa}, capture_output=True)  # noqa: E731
+
+    def run(isa: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "GANKERN_CPU_ISA": isa}, capture_output=True
+        )
+
     return [isa for isa in ISAS if run(isa).returncode == 0]
 
 
@@ -102,9 +107,24 @@ def test_kernels_under_every_instruction_set() -> None:
     for isa in isas:
         if isa == _native.kernels.cpu_isa():
             continue
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "-p", "no:cacheprovider", "tests/ops", "tests/optim"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "kernel",
+            "-p",
+            "no:cacheprovider",
+            "tests/ops",
+            "tests/optim",
+        ]
         done = subprocess.run(
-            command, env={**os.environ, "GANKERN_CPU_ISA": isa}, capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__))
+            command,
+            env={**os.environ, "GANKERN_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+            cwd=os.path.dirname(os.path.dirname(__file__)),
         )
         assert done.returncode == 0, f"{isa}:\n{done.stdout[-4000:]}"
 

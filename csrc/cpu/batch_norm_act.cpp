@@ -115,9 +115,8 @@ struct Planes {
     // Mean of the channel in the first image: close enough to the channel's mean that the shifted sum of squares loses
     // at most a factor n, whatever the data.
     A shift(const S* x, int64_t c) const {
-        Sums sum = reduce(c, 0, 1, [&](int64_t i, int lanes, Vec<A>& first, Vec<A>&) {
-            first += load(x + i, lanes, A(0));
-        });
+        Sums sum =
+            reduce(c, 0, 1, [&](int64_t i, int lanes, Vec<A>& first, Vec<A>&) { first += load(x + i, lanes, A(0)); });
         return static_cast<A>(sum.first / static_cast<double>(s.hw));
     }
 };
@@ -155,8 +154,8 @@ void forward_planes(const BatchNormActForward& a) {
     const auto& s = a.shape;
     auto* x = static_cast<const S*>(a.input);
     Planes<S> planes{s};
-    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias),
-                         static_cast<const A*>(a.mean), static_cast<const A*>(a.invstd)};
+    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias), static_cast<const A*>(a.mean),
+                         static_cast<const A*>(a.invstd)};
     Parts parts(s);
     if (parts.count == 1) {
         parallel_for(s.c, s.threads, [&](int64_t begin, int64_t end) {
@@ -225,7 +224,9 @@ struct InputGrad {
     const Channels<S>& channels;
     double per_count;
     InputGrad(const BatchNormActBackward& args, const Channels<S>& ch)
-        : a(args), channels(ch), per_count(args.training ? 1.0 / static_cast<double>(args.shape.n * args.shape.hw) : 0) {}
+        : a(args),
+          channels(ch),
+          per_count(args.training ? 1.0 / static_cast<double>(args.shape.n * args.shape.hw) : 0) {}
     A mean_dz(int64_t c) const { return static_cast<A>(static_cast<const A*>(a.grad_bias)[c] * per_count); }
     A slope_dz(int64_t c) const {
         return static_cast<A>(static_cast<const A*>(a.grad_weight)[c] * per_count * channels.invstd[c]);
@@ -258,8 +259,8 @@ void backward_planes(const BatchNormActBackward& a) {
     using A = Acc<S>;
     const auto& s = a.shape;
     Planes<S> planes{s};
-    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias),
-                         static_cast<const A*>(a.mean), static_cast<const A*>(a.invstd)};
+    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias), static_cast<const A*>(a.mean),
+                         static_cast<const A*>(a.invstd)};
     Parts parts(s);
     if (parts.count == 1) {
         parallel_for(s.c, s.threads, [&](int64_t begin, int64_t end) {
@@ -361,8 +362,8 @@ void forward_rows(const BatchNormActForward& a) {
     const auto& s = a.shape;
     auto* x = static_cast<const S*>(a.input);
     auto* y = static_cast<S*>(a.output);
-    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias),
-                         static_cast<const A*>(a.mean), static_cast<const A*>(a.invstd)};
+    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias), static_cast<const A*>(a.mean),
+                         static_cast<const A*>(a.invstd)};
     A slope = static_cast<A>(s.negative_slope);
     if (a.training) row_statistics<S>(a, Parts(s));
     parallel_for(s.n * s.hw, s.threads, [&](int64_t begin, int64_t end) {
@@ -382,8 +383,8 @@ void backward_rows(const BatchNormActBackward& a) {
     auto* x = static_cast<const S*>(a.input);
     auto* dy = static_cast<const S*>(a.grad_output);
     auto* dx = static_cast<S*>(a.grad_input);
-    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias),
-                         static_cast<const A*>(a.mean), static_cast<const A*>(a.invstd)};
+    Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias), static_cast<const A*>(a.mean),
+                         static_cast<const A*>(a.invstd)};
     A slope = static_cast<A>(s.negative_slope);
     Parts parts(s);
     parallel_for(parts.count, s.threads, [&](int64_t from, int64_t to) {
@@ -417,7 +418,8 @@ void backward_rows(const BatchNormActBackward& a) {
                 auto map = channels.row(c, lanes);
                 Vec<A> v = load(x + i, lanes, A(0));
                 Vec<A> dz = activation_grad<A, act>(map(v), load(dy + i, lanes, A(0)), slope);
-                Vec<A> centered = dz - load(mean_dz + c, lanes, A(0)) - (v - map.mean) * load(slope_dz + c, lanes, A(0));
+                Vec<A> centered =
+                    dz - load(mean_dz + c, lanes, A(0)) - (v - map.mean) * load(slope_dz + c, lanes, A(0));
                 store(dx + i, lanes, map.scale * centered);
             });
         }

@@ -26,8 +26,8 @@ const Isa& chosen() {
         const Isa known[] = {
 #ifdef GANKERN_X86
             {"avx512", &kTable_avx512,
-             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                 __builtin_cpu_supports("avx512vl")},
+             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
             {"avx2", &kTable_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
             {"baseline", &kTable_baseline, true},

@@ -12,21 +12,21 @@
 
 namespace gankern {
 
-#define GANKERN_KERNELS(X)                       \
-    X(batch_norm_act_forward, BatchNormActForward) \
-    X(batch_norm_act_backward, BatchNormActBackward) \
-    X(layer_norm_forward, LayerNormForward) \
-    X(layer_norm_backward, LayerNormBackward) \
-    X(layer_norm_double_backward, LayerNormDoubleBackward) \
-    X(l1_distance_forward, L1DistanceForward) \
-    X(l1_distance_backward, L1DistanceBackward) \
-    X(l1_distance_tangent, L1DistanceTangent) \
-    X(minibatch_discrimination_forward, MinibatchDiscriminationForward) \
-    X(minibatch_discrimination_backward, MinibatchDiscriminationBackward) \
+#define GANKERN_KERNELS(X)                                                             \
+    X(batch_norm_act_forward, BatchNormActForward)                                     \
+    X(batch_norm_act_backward, BatchNormActBackward)                                   \
+    X(layer_norm_forward, LayerNormForward)                                            \
+    X(layer_norm_backward, LayerNormBackward)                                          \
+    X(layer_norm_double_backward, LayerNormDoubleBackward)                             \
+    X(l1_distance_forward, L1DistanceForward)                                          \
+    X(l1_distance_backward, L1DistanceBackward)                                        \
+    X(l1_distance_tangent, L1DistanceTangent)                                          \
+    X(minibatch_discrimination_forward, MinibatchDiscriminationForward)                \
+    X(minibatch_discrimination_backward, MinibatchDiscriminationBackward)              \
     X(minibatch_discrimination_double_backward, MinibatchDiscriminationDoubleBackward) \
-    X(interpolate, Interpolate) \
-    X(penalty_tail, PenaltyTail) \
-    X(clip_weights, ClipWeights) \
+    X(interpolate, Interpolate)                                                        \
+    X(penalty_tail, PenaltyTail)                                                       \
+    X(clip_weights, ClipWeights)                                                       \
     X(rmsprop_clip, RmspropClip)
 
 struct KernelTable {

@@ -41,7 +41,8 @@ void forward(const LayerNormForward& a) {
             auto* x = static_cast<const S*>(a.input) + row * size;
             auto* y = static_cast<S*>(a.output) + row * size;
             double first[1], moments[2];
-            row_means<A>(size, first, [&](int64_t i, int lanes, Vec<A>(&sums)[1]) { sums[0] += load(x + i, lanes, A(0)); });
+            row_means<A>(size, first,
+                         [&](int64_t i, int lanes, Vec<A>(&sums)[1]) { sums[0] += load(x + i, lanes, A(0)); });
             A shift = static_cast<A>(first[0]);
             row_means<A>(size, moments, [&](int64_t i, int lanes, Vec<A>(&sums)[2]) {
                 Vec<A> d = load(x + i, lanes, shift) - splat(shift);
@@ -98,7 +99,8 @@ void sum_parts(const LayerNormShape& shape, const Acc<S>* parts, void* out) {
         for_each_vec<A>(stop - begin * kLanes<A>, [&](int64_t offset, int lanes) {
             int64_t i = begin * kLanes<A> + offset;
             Vec<A> total{};
-            for (int64_t k = 0; k < layer_norm_parts(shape.rows); ++k) total += load(parts + k * shape.size + i, lanes, A(0));
+            for (int64_t k = 0; k < layer_norm_parts(shape.rows); ++k)
+                total += load(parts + k * shape.size + i, lanes, A(0));
             store(static_cast<S*>(out) + i, lanes, total);
         });
     });

@@ -56,9 +56,7 @@ GANKERN_INLINE To bits_as(From x) {
 
 GANKERN_INLINE float to_acc(float x) { return x; }
 GANKERN_INLINE double to_acc(double x) { return x; }
-GANKERN_INLINE float to_acc(BFloat16 x) {
-    return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
-}
+GANKERN_INLINE float to_acc(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 GANKERN_INLINE void from_acc(float x, float* out) { *out = x; }
 GANKERN_INLINE void from_acc(double x, double* out) { *out = x; }

@@ -134,8 +134,6 @@ class ConvBnAct2d(_ConvBnAct):
         dtype: Any = None,
     ) -> None:
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **place
-        )
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **place)
         norm = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, **place)
         super().__init__(conv, norm, activation, negative_slope)

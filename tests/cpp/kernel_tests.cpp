@@ -1,5 +1,5 @@
-// Every kernel on odd shapes, in buffers of exactly the size it may touch, against the formula written plainly. Meant for
-// AddressSanitizer and UBSan: `make sanitize`.
+// Every kernel on odd shapes, in buffers of exactly the size it may touch, against the formula written plainly. Meant
+// for AddressSanitizer and UBSan: `make sanitize`.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +24,7 @@ std::mt19937 generator(0);
 int failures = 0;
 
 template <class S>
-constexpr Dtype kDtype = std::is_same_v<S, double> ? Dtype::kFloat64
+constexpr Dtype kDtype = std::is_same_v<S, double>  ? Dtype::kFloat64
                          : std::is_same_v<S, float> ? Dtype::kFloat32
                                                     : Dtype::kBFloat16;
 
@@ -95,9 +95,7 @@ void test_batch_norm_act(int64_t n, int64_t c, int64_t hw, bool channels_last, A
     kernels().batch_norm_act_backward({shape, dy.get(), x.get(), weight.get(), bias.get(), mean.get(), invstd.get(),
                                        dx.get(), dweight.get(), dbias.get(), scratch.get(), true});
     for (int64_t k = 0; k < c; ++k) {
-        auto at = [&](int64_t i) {
-            return channels_last ? i * c + k : (i / hw * c + k) * hw + i % hw;
-        };
+        auto at = [&](int64_t i) { return channels_last ? i * c + k : (i / hw * c + k) * hw + i % hw; };
         double count = static_cast<double>(n * hw), m = 0, v = 0, db = 0, dw = 0;
         for (int64_t i = 0; i < n * hw; ++i) m += x[at(i)] / count;
         for (int64_t i = 0; i < n * hw; ++i) v += (x[at(i)] - m) * (x[at(i)] - m) / count;
@@ -139,8 +137,8 @@ void test_layer_norm(int64_t rows, int64_t size) {
     Buffer<double> mean(rows, kNan), rstd(rows, kNan);
     Buffer<A> scratch(2 * layer_norm_parts(rows) * size, kNan), scratch2(layer_norm_parts(rows) * size, kNan);
     kernels().layer_norm_forward({shape, x.get(), w.get(), b.get(), y.get(), mean.get(), rstd.get(), eps});
-    kernels().layer_norm_backward({shape, g.get(), x.get(), w.get(), mean.get(), rstd.get(), dx.get(), dw.get(), db.get(),
-                                   scratch.get()});
+    kernels().layer_norm_backward(
+        {shape, g.get(), x.get(), w.get(), mean.get(), rstd.get(), dx.get(), dw.get(), db.get(), scratch.get()});
     kernels().layer_norm_double_backward({shape, v.get(), g.get(), x.get(), w.get(), mean.get(), rstd.get(), dg2.get(),
                                           dx2.get(), dw2.get(), scratch2.get()});
     // The input gradient as a function of input and incoming gradient, for differences in float64.
@@ -177,8 +175,7 @@ void test_layer_norm(int64_t rows, int64_t size) {
         };
         for (int64_t i = 0; i < size; ++i) {
             size_t j = static_cast<size_t>(i);
-            expect_near<S>("layer_norm output", y[row * size + i],
-                           (xs[j] - mean[row]) * rstd[row] * w[i] + b[i]);
+            expect_near<S>("layer_norm output", y[row * size + i], (xs[j] - mean[row]) * rstd[row] * w[i] + b[i]);
             expect_near<S>("layer_norm grad_input", dx[row * size + i], want[j]);
             expect_near<float>("layer_norm d2 grad_output", dg2[row * size + i] / 10, slope(gs[j]) / 10);
             expect_near<float>("layer_norm d2 input", dx2[row * size + i] / 10, slope(xs[j]) / 10);
@@ -199,8 +196,8 @@ void test_penalty(int64_t n, int64_t size) {
     Buffer<S> points(n * size, kNan), cotangent(n * size, kNan), loss(1, kNan);
     Buffer<double> scratch(n, kNan);
     kernels().interpolate({kDtype<S>, n, size, real.get(), fake.get(), alpha.get(), points.get(), kThreads});
-    kernels().penalty_tail({kDtype<S>, n, size, real.get(), cotangent.get(), loss.get(), scratch.get(), 10, 1, false,
-                            false, kThreads});
+    kernels().penalty_tail(
+        {kDtype<S>, n, size, real.get(), cotangent.get(), loss.get(), scratch.get(), 10, 1, false, false, kThreads});
     double total = 0;
     for (int64_t i = 0; i < n; ++i) {
         double square = 0;
@@ -241,8 +238,8 @@ void test_lists(const std::vector<int64_t>& sizes) {
     }
     TensorList list{kDtype<S>, static_cast<int64_t>(sizes.size()), sizes.data(), kThreads};
     kernels().clip_weights({list, clipped_at.data(), bound});
-    kernels().rmsprop_clip({list, params_at.data(), grads_at.data(), averages_at.data(), nullptr, nullptr, lr, alpha, eps,
-                            0, 0, false, bound});
+    kernels().rmsprop_clip({list, params_at.data(), grads_at.data(), averages_at.data(), nullptr, nullptr, lr, alpha,
+                            eps, 0, 0, false, bound});
     auto clamp = [&](double x) { return std::fmin(std::fmax(x, -bound), bound); };
     for (size_t t = 0; t < sizes.size(); ++t)
         for (int64_t i = 0; i < sizes[t]; ++i) {

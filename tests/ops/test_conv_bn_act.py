@@ -247,7 +247,9 @@ def test_empty_batch() -> None:
     assert x.grad is not None
     assert x.grad.shape == x.shape
     w = torch.randn(3, 5, 4, 4)
-    assert ops.conv_transpose2d_bn_act(x, w, None, torch.zeros(5), torch.ones(5), None, None, training=False).shape[0] == 0
+    assert (
+        ops.conv_transpose2d_bn_act(x, w, None, torch.zeros(5), torch.ones(5), None, None, training=False).shape[0] == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "backward"])

@@ -25,9 +25,7 @@ def gradients(critic: nn.Module, loss: Tensor) -> list[Tensor]:
     """Gradients of the trainable parameters after a backward of the loss, zeros where stock leaves None."""
     critic.zero_grad()
     loss.backward()
-    return [
-        torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in critic.parameters() if p.requires_grad
-    ]
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in critic.parameters() if p.requires_grad]
 
 
 def both(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
@@ -76,7 +74,12 @@ def test_tail_and_interpolation_kernels(dtype: torch.dtype, shape: tuple[int, ..
     kinds: list[torch.dtype] = [dtype, torch.float64]
     stock, exact = (reference.interpolate(real.to(k), fake.to(k), alpha) for k in kinds)
     assert_as_accurate(cpu.interpolate(real, fake, alpha), stock, exact, "interpolate")
-    for options in [(10.0, 1.0, False, False), (3.0, 5.0, True, False), (0.5, 9.0, True, True), (1.0, 0.0, False, False)]:
+    for options in [
+        (10.0, 1.0, False, False),
+        (3.0, 5.0, True, False),
+        (0.5, 9.0, True, True),
+        (1.0, 0.0, False, False),
+    ]:
         stock, exact = (reference.tail(real.to(k), *options) for k in kinds)
         for got, s, e in zip(cpu.tail(real, *options), stock, exact, strict=True):
             assert_as_accurate(got, s, e, f"tail {options}")
@@ -191,7 +194,7 @@ def test_four_passes_a_layer() -> None:
     real, fake, alpha = batch(dtype=torch.float32)
     loss = gradient_penalty(critic, real, fake, alpha=alpha)
     calls = conv_calls(lambda: gradient_penalty(critic, real, fake, alpha=alpha))
-    # Three layers: forward and tangent (not of the last, whose output's gradient is constant); input and weight gradient.
+    # Three layers: forward and tangent (not of the last: its output's gradient is constant); input and weight gradient.
     assert calls == {"aten::convolution": 3 + 2, "aten::convolution_backward": 3 + 3}
     assert conv_calls(loss.backward) == {}
 
@@ -253,7 +256,9 @@ def test_one_sided_and_family() -> None:
     cases.append((penalties.r1(ours, real, weight=3.0), at(stock, real, weight=1.5, squared=True)))
     cases.append((penalties.r2(ours, fake, weight=3.0), at(stock, fake, weight=1.5, squared=True)))
     between = alpha * real + (1 - alpha) * fake
-    cases.append((penalties.zero_centered(ours, real, fake, alpha=alpha), at(stock, between, weight=10.0, squared=True)))
+    cases.append(
+        (penalties.zero_centered(ours, real, fake, alpha=alpha), at(stock, between, weight=10.0, squared=True))
+    )
     seeds = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     noise = torch.rand(real.shape, dtype=real.dtype, generator=seeds[1])
     points = real + 0.5 * real.std(correction=0) * noise

@@ -2,7 +2,8 @@
 //
 // With xhat = (x - mean) * rstd, a = weight * grad_output and P(u) = u - mean(u) - xhat * mean(u * xhat):
 //   grad_input = rstd * P(a)
-// and for the cotangent v of grad_input, with p = mean(v * xhat), q = mean(a * xhat), A = mean(v * a) - mean(v) * mean(a):
+// and for the cotangent v of grad_input, with p = mean(v * xhat), q = mean(a * xhat), A = mean(v * a) - mean(v) *
+// mean(a):
 //   d/d grad_output = weight * rstd * P(v)
 //   d/d weight      = sum over rows of grad_output * rstd * P(v)
 //   d/d input       = -rstd^2 * ((A - p * q) * xhat + q * P(v) + p * P(a))

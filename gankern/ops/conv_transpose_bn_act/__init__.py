@@ -65,8 +65,8 @@ def batch_norm_act(
     Notes
     -----
     Differentiable to any order: first derivatives are kernels, higher ones plain torch. Statistics and reductions of
-    bfloat16 inputs are in float32; all sums are shifted by a mean of the channel and carried in float64. Results have the same bits
-    on every run, for any number of threads.
+    bfloat16 inputs are in float32; sums are shifted by a mean of the channel and carried in float64. Results have the
+    same bits on every run, for any number of threads.
 
     References
     ----------
@@ -140,9 +140,7 @@ def conv_transpose2d_bn_act(
     Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
     """
     _check_conv(input, weight, bias, groups, transposed=True)
-    _check_norm(
-        weight.size(1) * groups, input, running_mean, running_var, bn_weight, bn_bias, "bn_weight", "bn_bias"
-    )
+    _check_norm(weight.size(1) * groups, input, running_mean, running_var, bn_weight, bn_bias, "bn_weight", "bn_bias")
     _check_options(training, momentum, eps, activation, negative_slope)
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding), _pair("dilation", dilation, 1)
     output_padding = _pair("output_padding", output_padding)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from gankern import _library, _native, backends
 from gankern._layout import dense, memory_format
@@ -72,7 +71,7 @@ _backward_op = _library.define(
 
 class _Train(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -88,15 +87,13 @@ class _Train(torch.autograd.Function):
         return output, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, invstd = ctx.saved_tensors
         eps, activation, negative_slope = ctx.args
         if torch.is_grad_enabled():
             # Someone differentiates this gradient: plain torch, with the statistics as functions of the input.
             mean, invstd, _var = reference.statistics(input.to(mean.dtype), eps)
-            grads = reference.backward(
-                grad_output, input, weight, bias, mean, invstd, True, activation, negative_slope
-            )
+            grads = reference.backward(grad_output, input, weight, bias, mean, invstd, True, activation, negative_slope)
         else:
             grads = _backward_op(grad_output, input, weight, bias, mean, invstd, True, activation, negative_slope)
         return (*_wanted(grads, weight, bias), None, None, None)
@@ -104,7 +101,7 @@ class _Train(torch.autograd.Function):
 
 class _Eval(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -119,7 +116,7 @@ class _Eval(torch.autograd.Function):
         return _eval_op(input, weight, bias, mean, invstd, activation, negative_slope)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, invstd = ctx.saved_tensors
         run = reference.backward if torch.is_grad_enabled() else _backward_op
         grads = run(grad_output, input, weight, bias, mean, invstd, False, *ctx.args)

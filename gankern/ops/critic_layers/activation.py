@@ -13,7 +13,7 @@ class LeakyRelu(torch.autograd.Function):
     """``input`` where positive, ``negative_slope * input`` elsewhere; ReLU with slope 0. In place if asked."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, negative_slope: float, inplace: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, negative_slope: float, inplace: bool) -> Tensor:
         if inplace:
             ctx.mark_dirty(input)
             output = F.relu_(input) if negative_slope == 0 else F.leaky_relu_(input, negative_slope)
@@ -26,7 +26,7 @@ class LeakyRelu(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad_output is None:
             return None, None, None
         (output,) = ctx.saved_tensors
@@ -37,7 +37,7 @@ class LeakyReluGrad(torch.autograd.Function):
     """Multiplication by the slope at a point: linear, its own derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
         ctx.save_for_backward(output)
         ctx.negative_slope = negative_slope
         ctx.set_materialize_grads(False)
@@ -46,7 +46,7 @@ class LeakyReluGrad(torch.autograd.Function):
         return torch.ops.aten.leaky_relu_backward.default(grad_output, output, negative_slope, True)
 
     @staticmethod
-    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, None, None]:
         if tangent is None:
             return None, None, None
         return LeakyReluGrad.apply(tangent, ctx.saved_tensors[0], ctx.negative_slope), None, None

@@ -45,9 +45,7 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         if isinstance(padding, str) or input.dim() != dims + 2:
             return NotImplemented
         zeros = [0] * dims
-        options = ConvOptions(
-            _ints(stride, dims), _ints(padding, dims), _ints(dilation, dims), False, zeros, groups
-        )
+        options = ConvOptions(_ints(stride, dims), _ints(padding, dims), _ints(dilation, dims), False, zeros, groups)
         return Conv.apply(*_autocast(input, weight, bias), options, scope)
 
     return conv

@@ -30,7 +30,7 @@ class LayerNorm(torch.autograd.Function):
     """Normalised rows (M, D), with weight and bias (D,) or None."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scope: Scope
     ) -> Tensor:
         adapter = backends.select("critic_layers", input)
@@ -41,7 +41,7 @@ class LayerNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
         input, weight, bias, mean, rstd = ctx.saved_tensors
@@ -59,7 +59,7 @@ class LayerNormInputGrad(torch.autograd.Function):
     """Gradient of a layer norm's input, as a function of the output's gradient, the input and the weight."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
     ) -> Tensor:
         ctx.save_for_backward(grad_output, input, weight, mean, rstd)
@@ -69,15 +69,17 @@ class LayerNormInputGrad(torch.autograd.Function):
         return adapter.layer_norm_backward(grad_output, input, weight, mean, rstd, False)[0]
 
     @staticmethod
-    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
             return None, None, None, None, None, None
         grad_output, input, weight, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
 
-            def input_grad(g: Tensor, x: Tensor, w: Tensor | None) -> Tensor | None:
+            def input_grad(g: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
                 leaf = x if x.requires_grad else x.detach().requires_grad_()
-                return reference.vjp(_plain(ctx.eps), (leaf, w, None), g, create_graph=True)[0]
+                grad = reference.vjp(_plain(ctx.eps), (leaf, w, None), g, create_graph=True)[0]
+                assert grad is not None
+                return grad
 
             grads = reference.vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
             return *grads, None, None, None

@@ -32,7 +32,7 @@ class Conv(torch.autograd.Function):
     """Convolution of any dimension, transposed or not."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, scope: Scope
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
@@ -41,7 +41,7 @@ class Conv(torch.autograd.Function):
         return torch.ops.aten.convolution.default(input, weight, bias, *options)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
         input, weight = ctx.saved_tensors
@@ -63,9 +63,7 @@ class ConvInputGrad(torch.autograd.Function):
     """Gradient of a convolution's input: linear in the gradient of the output and in the weight."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions
-    ) -> Tensor:
+    def forward(ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
         # Of the input only its shape is used.
         ctx.save_for_backward(grad_output, weight)
         ctx.options = options
@@ -73,7 +71,7 @@ class ConvInputGrad(torch.autograd.Function):
         return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
 
     @staticmethod
-    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
             return None, None, None, None
         grad_output, weight = ctx.saved_tensors
@@ -89,14 +87,14 @@ class Linear(torch.autograd.Function):
     """``input @ weight.T + bias``."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, scope: Scope) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, scope: Scope) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.scope, ctx.has_bias = scope, bias is not None
         ctx.set_materialize_grads(False)
         return torch.nn.functional.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None
         input, weight = ctx.saved_tensors
@@ -115,13 +113,13 @@ class LinearInputGrad(torch.autograd.Function):
     """``grad_output @ weight``."""
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, grad_output: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(grad_output, weight)
         ctx.set_materialize_grads(False)
         return grad_output @ weight
 
     @staticmethod
-    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if tangent is None:
             return None, None
         grad_output, weight = ctx.saved_tensors

@@ -61,7 +61,7 @@ def layer_norm_double_backward(
     rstd: Tensor,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Derivatives of ``grad_input`` along a cotangent, to grad_output, input and weight; csrc's layer_norm.h has the formula."""
+    """Derivatives of ``grad_input`` along a cotangent, to grad_output, input and weight: see csrc's layer_norm.h."""
     normalized, scale = _normalize(input, weight, mean, rstd)
     weighted = grad_output if weight is None else grad_output * weight
     pv, pa = _project(tangent, normalized), _project(weighted, normalized)

@@ -77,8 +77,8 @@ def gradient_penalty(
     critic's end). At a gradient of exactly zero the subgradient is 0. A critic with batch norm couples its samples, so
     that the norm is not one sample's own; it works as in stock PyTorch, and warns once.
 
-    For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of the
-    size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
+    For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
+    the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
     gradient. See :mod:`gankern.ops.critic_layers`.
 
     References
@@ -91,9 +91,7 @@ def gradient_penalty(
     )
 
 
-def penalty_points(
-    real: Tensor, fake: Tensor, alpha: Tensor | None, generator: torch.Generator | None
-) -> Tensor:
+def penalty_points(real: Tensor, fake: Tensor, alpha: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Checked ``alpha * real + (1 - alpha) * fake``; see :func:`gradient_penalty`."""
     check_points("real", real)
     check_points("fake", fake)
@@ -198,8 +196,8 @@ def check_points(name: str, value: Any) -> None:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "the critic has batch norm in training mode, which couples the samples of a batch: the gradient penalty is then "
-        "not on one sample's own gradient norm (Gulrajani et al. 2017, section 4, use layer norm instead)",
+        "the critic has batch norm in training mode, which couples the samples of a batch: the gradient penalty is "
+        "then not on one sample's own gradient norm (Gulrajani et al. 2017, section 4, use layer norm instead)",
         stacklevel=4,
     )
 

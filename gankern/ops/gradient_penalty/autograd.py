@@ -155,16 +155,14 @@ _penalty_op = _library.define(
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, points: Tensor, want_points: bool, args: tuple[Any, ...], *params: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, points: Tensor, want_points: bool, args: tuple[Any, ...], *params: Tensor) -> Tensor:
         loss, grad_points, grads = _penalty_op(points, params, *args[:-1], bool(params), want_points, args[-1])
         ctx.save_for_backward(grad_points, *grads)
         ctx.want_points = want_points
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the penalty's graph is first order: its gradients are already computed. Pass create_graph=True to "
@@ -204,12 +202,12 @@ def differentiable_penalty(critic: Critic, points: Tensor, **options: Any) -> Te
 
 class _Interpolate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
         ctx.save_for_backward(alpha)
         return _interpolate_op(real, fake, alpha)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (alpha,) = ctx.saved_tensors
         alpha = alpha.view(-1, *[1] * (grad.dim() - 1)).to(grad.dtype)
         return alpha * grad, (1 - alpha) * grad, None

@@ -59,9 +59,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     return alpha * real + (1 - alpha) * fake
 
 
-def tail(
-    grad: Tensor, weight: float, target: float, one_sided: bool, squared: bool
-) -> tuple[Tensor, Tensor]:
+def tail(grad: Tensor, weight: float, target: float, one_sided: bool, squared: bool) -> tuple[Tensor, Tensor]:
     """Loss and its derivative with respect to the input gradients (N, ...); subgradient 0 at a zero gradient."""
     with torch.enable_grad():
         leaf = grad.detach().requires_grad_()
