@@ -137,7 +137,8 @@ void bind_weight_clip(py::module_& m) {
 void bind_minibatch_discrimination(py::module_& m) {
     py::class_<MinibatchShape>(m, "MinibatchShape")
         .def(py::init([](int dtype, int64_t n, int64_t b, int64_t c, int threads) {
-                 return MinibatchShape{static_cast<Dtype>(dtype), n, b, c, threads};
+                 auto kind = static_cast<Dtype>(dtype);
+                 return MinibatchShape{kind, n, b, c, threads, kernels().vector_lanes(kind)};
              }),
              "dtype"_a, "n"_a, "b"_a, "c"_a, "threads"_a);
     m.def("minibatch_discrimination_scratch", &minibatch_discrimination_scratch, "shape"_a);

@@ -30,6 +30,7 @@ namespace gankern {
     X(rmsprop_clip, RmspropClip)
 
 struct KernelTable {
+    int (*vector_lanes)(Dtype dtype);  // values that the kernels hold in one vector
 #define GANKERN_FIELD(name, Args) void (*name)(const Args&);
     GANKERN_KERNELS(GANKERN_FIELD)
 #undef GANKERN_FIELD
@@ -41,6 +42,8 @@ const char* cpu_isa();
 
 #ifdef GANKERN_ISA
 namespace GANKERN_ISA {
+
+int vector_lanes(Dtype dtype);
 
 #define GANKERN_DECLARE(name, Args) void name(const Args& args);
 GANKERN_KERNELS(GANKERN_DECLARE)

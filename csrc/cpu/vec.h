@@ -1,6 +1,7 @@
-// 64-byte vectors in the compiler's own vector extension: one source, lowered to SSE2, AVX2 or AVX-512 by the flags of
-// the translation unit. Everything lives in a namespace named after the instruction set, so that the linker can never
-// merge a function compiled for AVX-512 into the baseline build.
+// Vectors in the compiler's own extension: one source for SSE2, AVX2 and AVX-512, by the flags of the translation unit.
+// Never wider than the processor's, since compilers take selections over wider ones apart into scalars. Everything
+// lives in a namespace named after the instruction set, so that the linker can never merge a function compiled for
+// AVX-512 into the baseline build.
 #pragma once
 
 #include <cmath>
@@ -15,25 +16,35 @@
 namespace gankern {
 namespace GANKERN_ISA {
 
+#if defined(__AVX512F__)
+#define GANKERN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define GANKERN_VECTOR_BYTES 32
+#else
+#define GANKERN_VECTOR_BYTES 16
+#endif
+
 template <class A>
 struct Simd;
 
 template <>
 struct Simd<float> {
-    static constexpr int kLanes = 16;
-    typedef float V __attribute__((vector_size(64)));
-    typedef int32_t I __attribute__((vector_size(64)));
-    typedef uint32_t U __attribute__((vector_size(64)));
-    typedef double Wide __attribute__((vector_size(128)));
+    static constexpr int kLanes = GANKERN_VECTOR_BYTES / 4;
+    typedef float V __attribute__((vector_size(GANKERN_VECTOR_BYTES)));
+    typedef int32_t I __attribute__((vector_size(GANKERN_VECTOR_BYTES)));
+    typedef uint32_t U __attribute__((vector_size(GANKERN_VECTOR_BYTES)));
+    typedef double Wide __attribute__((vector_size(2 * GANKERN_VECTOR_BYTES)));
 };
 
 template <>
 struct Simd<double> {
-    static constexpr int kLanes = 8;
-    typedef double V __attribute__((vector_size(64)));
-    typedef int64_t I __attribute__((vector_size(64)));
-    typedef uint64_t U __attribute__((vector_size(64)));
-    typedef double Wide __attribute__((vector_size(64)));
+    // At least four, which the tiles of minibatch discrimination count on.
+    static constexpr int kBytes = GANKERN_VECTOR_BYTES < 32 ? 32 : GANKERN_VECTOR_BYTES;
+    static constexpr int kLanes = kBytes / 8;
+    typedef double V __attribute__((vector_size(kBytes)));
+    typedef int64_t I __attribute__((vector_size(kBytes)));
+    typedef uint64_t U __attribute__((vector_size(kBytes)));
+    typedef double Wide __attribute__((vector_size(kBytes)));
 };
 
 // The type that arithmetic on a storage type S is done in.
@@ -76,7 +87,7 @@ template <class S>
 GANKERN_INLINE Vec<Acc<S>> load(const S* p) {
     using A = Acc<S>;
     if constexpr (std::is_same_v<S, BFloat16>) {
-        typedef uint16_t H __attribute__((vector_size(32)));
+        typedef uint16_t H __attribute__((vector_size(GANKERN_VECTOR_BYTES / 2)));
         H half;
         std::memcpy(&half, p, sizeof half);
         auto wide = __builtin_convertvector(half, Simd<float>::U) << 16;
@@ -91,7 +102,7 @@ GANKERN_INLINE Vec<Acc<S>> load(const S* p) {
 template <class S>
 GANKERN_INLINE void store(S* p, Vec<Acc<S>> v) {
     if constexpr (std::is_same_v<S, BFloat16>) {
-        typedef uint16_t H __attribute__((vector_size(32)));
+        typedef uint16_t H __attribute__((vector_size(GANKERN_VECTOR_BYTES / 2)));
         auto bits = bits_as<Simd<float>::U>(v);
         Simd<float>::U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         Simd<float>::U quiet = (bits >> 16) | 0x40u;
@@ -164,9 +175,11 @@ GANKERN_INLINE Vec<A> abs(Vec<A> v) {
 
 template <class A>
 GANKERN_INLINE Vec<A> sqrt(Vec<A> v) {
-    Vec<A> out{};
-    for (int i = 0; i < kLanes<A>; ++i) out[i] = std::sqrt(v[i]);
-    return out;
+    A lanes[kLanes<A>];
+    std::memcpy(lanes, &v, sizeof v);
+    for (int i = 0; i < kLanes<A>; ++i) lanes[i] = std::sqrt(lanes[i]);
+    std::memcpy(&v, lanes, sizeof v);
+    return v;
 }
 
 // exp by 2^k * p(r), |r| <= ln2/2, with Cephes' expf polynomial: within 2 ulp; 0 below -87, inf above 88.7.

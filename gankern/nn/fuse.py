@@ -110,8 +110,8 @@ def fuse(module: M) -> M:
     """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
 
     A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh]. Modules, parameters, buffers, their
-    names and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A run with a hook
-    on one of its modules, or with an option that has no kernel, runs stock: :func:`fusion_report` tells.
+    names and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A run with a
+    hook on one of its modules, or with an option that has no kernel, runs stock: :func:`fusion_report` tells.
 
     Parameters
     ----------

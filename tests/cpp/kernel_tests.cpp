@@ -262,7 +262,7 @@ struct Lines {
 
 template <class S>
 void test_minibatch(int64_t n, int64_t b, int64_t c) {
-    MinibatchShape shape{kDtype<S>, n, b, c, kThreads};
+    MinibatchShape shape{kDtype<S>, n, b, c, kThreads, kernels().vector_lanes(kDtype<S>)};
     auto m = Buffer<S>::random(n * b * c), g = Buffer<S>::random(n * b), v = Buffer<S>::random(n * b * c);
     auto gd = Buffer<S>::random(n * n * b);
     Buffer<S> out(n * b, kNan), dm(n * b * c, kNan), dg2(n * b, kNan), dm2(n * b * c, kNan);

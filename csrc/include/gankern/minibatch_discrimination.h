@@ -10,6 +10,7 @@ struct MinibatchShape {
     Dtype dtype;
     int64_t n, b, c;
     int threads;
+    int lanes;  // values of one vector of the kernels' instruction set: KernelTable::vector_lanes
 };
 
 // Every tensor is contiguous. Scratch is 64-byte aligned and holds as many 64-byte lines as the functions below say.
@@ -66,7 +67,6 @@ struct L1DistanceTangent {
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t minibatch_lanes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 16; }
 
 // How the pairs of samples are shared out. Whole features go to the threads, each with a workspace of its own; a few
 // features of many samples are each cut into parts, summed in order. The cut follows from the shape alone, so that the
@@ -82,12 +82,7 @@ struct PairPlan {
     int threads;
 
     explicit PairPlan(const MinibatchShape& s)
-        : panels(ceil_div(s.n, minibatch_lanes(s.dtype))),
-          b(s.b),
-          c(s.c),
-          width(kPanels),
-          parts(1),
-          threads(s.threads) {
+        : panels(ceil_div(s.n, s.lanes)), b(s.b), c(s.c), width(kPanels), parts(1), threads(s.threads) {
         while (width > 1 && width * kRows * c > kSigns) width /= 2;
         double work = static_cast<double>(s.n) * static_cast<double>(s.n) * static_cast<double>(s.c + 1);
         if (s.b < kItems && work >= kLongWork) parts = ceil_div(kItems, s.b);
@@ -111,7 +106,7 @@ struct DistancePlan {
     int threads;
 
     explicit DistancePlan(const MinibatchShape& s)
-        : lanes(minibatch_lanes(s.dtype)), n(s.n), b(s.b), c(s.c), panels(ceil_div(n * b, lanes)), period(b) {
+        : lanes(s.lanes), n(s.n), b(s.b), c(s.c), panels(ceil_div(n * b, lanes)), period(b) {
         // A row of m repeats with b; short periods are stretched until vectors stay aligned to them.
         while (period < lanes || (b < lanes && period % lanes)) period += b;
         columns = b * kRows < kBlock ? kBlock / b : kRows;
