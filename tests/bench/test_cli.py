@@ -19,13 +19,14 @@ def registry(monkeypatch):
     return fakes
 
 
-def test_writes_json_chart_and_markdown(registry, tmp_path, capsys):
+def test_writes_json_chart_and_markdown(registry, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gankern", "bench", "fake"])
     out, table = tmp_path / "bench", tmp_path / "docs" / "table.md"
     assert cli.main(["fake", "--quick", "--out", str(out), "--markdown", str(table)]) == 0
     data = json.loads((out / "bench.json").read_text())
     assert [c["name"] for c in data["cases"]] == ["fake.forward", "fake.training"]
     assert data["machine"]
-    assert data["command"].startswith("gankern ")
+    assert data["command"] == "gankern bench fake"
     assert (out / "bench.png").stat().st_size > 0
     assert "fake.forward" in table.read_text()
     captured = capsys.readouterr()
