@@ -64,7 +64,7 @@ def fold(
     bn_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight (channels_last) and bias of the convolution that normalises as well."""
+    """Weight and bias of the convolution that normalises as well."""
     acc = _native.acc_dtype(running_mean.dtype)
     scale = (running_var.to(acc) + eps).rsqrt()
     if bn_weight is not None:
@@ -79,7 +79,7 @@ def fold(
         scale = scale.view(conv.groups, -1).repeat_interleave(rows, 0)[:, :, None, None]
     else:
         scale = scale.view(-1, 1, 1, 1)
-    return weight.contiguous(memory_format=torch.channels_last) * scale.to(weight.dtype), shift.to(weight.dtype)
+    return weight * scale.to(weight.dtype), shift.to(weight.dtype)
 
 
 # Activations that oneDNN applies to an output tile while it is in registers; Inductor's own way to its post-ops.
