@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,57 +51,20 @@ def run_block(input: Tensor, conv: Conv | None, bn: Norm, activation: str, negat
     # Running statistics are updated only in training mode, as in torch.nn.
     updates = not training or (bn.training and bn.track_running_stats)
     mean, var = (bn.running_mean, bn.running_var) if updates else (None, None)
+    options: dict[str, Any] = {
+        "training": training,
+        "momentum": momentum,
+        "eps": bn.eps,
+        "activation": activation,
+        "negative_slope": negative_slope,
+    }
     if conv is None:
-        return batch_norm_act(
-            input,
-            mean,
-            var,
-            bn.weight,
-            bn.bias,
-            training=training,
-            momentum=momentum,
-            eps=bn.eps,
-            activation=activation,
-            negative_slope=negative_slope,
-        )
+        return batch_norm_act(input, mean, var, bn.weight, bn.bias, **options)
+    options |= {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups, "dilation": conv.dilation}
+    tensors = (input, conv.weight, conv.bias, mean, var, bn.weight, bn.bias)
     if isinstance(conv, nn.ConvTranspose2d):
-        return conv_transpose2d_bn_act(
-            input,
-            conv.weight,
-            conv.bias,
-            mean,
-            var,
-            bn.weight,
-            bn.bias,
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            output_padding=conv.output_padding,  # type: ignore[arg-type]
-            groups=conv.groups,
-            dilation=conv.dilation,  # type: ignore[arg-type]
-            training=training,
-            momentum=momentum,
-            eps=bn.eps,
-            activation=activation,
-            negative_slope=negative_slope,
-        )
-    return conv2d_bn_act(
-        input,
-        conv.weight,
-        conv.bias,
-        mean,
-        var,
-        bn.weight,
-        bn.bias,
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        groups=conv.groups,
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
-        activation=activation,
-        negative_slope=negative_slope,
-    )
+        return conv_transpose2d_bn_act(*tensors, output_padding=conv.output_padding, **options)  # type: ignore[arg-type]
+    return conv2d_bn_act(*tensors, **options)
 
 
 def _update_count(bn: Norm) -> float:
