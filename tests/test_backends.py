@@ -54,6 +54,20 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(call(x), reference)
 
 
+def test_a_named_backend_never_falls_back_in_inference() -> None:
+    x, w, stat = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.ones(4)
+
+    def block() -> torch.Tensor:
+        with torch.no_grad():
+            return ops.conv2d_bn_act(x, w, None, stat, stat, stat, stat, training=False)
+
+    with gankern.backend("triton"), pytest.raises(gankern.BackendUnavailable, match="triton"):
+        block()
+    with gankern.backend("reference"):
+        reference = block()
+    torch.testing.assert_close(block(), reference)
+
+
 def test_without_the_extension_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "import_error", "the compiled kernels do not import: gone")
     found = gankern.explain("batch_norm_act", torch.randn(2, 3))

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gankern._native import ACTIVATIONS
 from gankern.nn.block import run_block
 from gankern.ops import _check
-
-ACTIVATIONS = ("relu", "leaky_relu", "tanh", "none")
 
 
 class _ConvBnAct(nn.Module):
@@ -22,7 +21,7 @@ class _ConvBnAct(nn.Module):
         self, conv: nn.Conv2d | nn.ConvTranspose2d, bn: nn.BatchNorm2d, activation: str, negative_slope: float
     ) -> None:
         super().__init__()
-        _check.one_of("activation", activation, ACTIVATIONS)
+        _check.one_of("activation", activation, tuple(ACTIVATIONS))
         _check.number("negative_slope", negative_slope)
         self.conv, self.bn = conv, bn
         self.activation, self.negative_slope = activation, negative_slope

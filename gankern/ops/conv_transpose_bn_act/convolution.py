@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gankern import _native
+from gankern import _native, backends
 from gankern._layout import like_layout, memory_format
 
 Pair = tuple[int, int]
@@ -52,6 +52,14 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return (output if bias is None else output + bias.to(output.dtype)).permute(0, 3, 1, 2)
     output = (pixels @ weight.flatten(1)).unflatten(1, weight.shape[1:])
     return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
+
+
+def folds(input: Tensor) -> bool:
+    """Whether inference may fold: not where the normalisation was asked of a backend that must run it or refuse."""
+    if torch.compiler.is_compiling():
+        return False
+    name = backends.requested()
+    return name == "auto" or (name == "cpu" and backends.refusal("batch_norm_act", name, input) is None)
 
 
 def fold(
