@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -82,6 +83,40 @@ void bind_gradient_penalty(py::module_& m) {
         },
         "dtype"_a, "n"_a, "size"_a, "grad"_a, "cotangent"_a, "loss"_a, "scratch"_a, "weight"_a, "target"_a,
         "one_sided"_a, "squared"_a, "threads"_a);
+}
+
+using Pair = std::array<int64_t, 2>;
+
+void bind_conv_input_grad(py::module_& m) {
+    m.def("conv_input_grad_scratch", &conv_input_grad_scratch, "taps"_a, "out_channels"_a);
+    m.def(
+        "conv_input_grad",
+        [](int dtype, const std::array<int64_t, 4>& input, const std::array<int64_t, 3>& output, Pair kernel,
+           Pair stride, Pair padding, Pair dilation, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input,
+           uintptr_t scratch, int threads) {
+            py::gil_scoped_release release;
+            auto [n, height, width, channels] = input;
+            auto [out_height, out_width, out_channels] = output;
+            kernels().conv_input_grad({static_cast<Dtype>(dtype),
+                                       n,
+                                       height,
+                                       width,
+                                       channels,
+                                       out_height,
+                                       out_width,
+                                       out_channels,
+                                       {kernel[0], kernel[1]},
+                                       {stride[0], stride[1]},
+                                       {padding[0], padding[1]},
+                                       {dilation[0], dilation[1]},
+                                       pointer(grad_output),
+                                       pointer(weight),
+                                       pointer(grad_input),
+                                       pointer(scratch),
+                                       threads});
+        },
+        "dtype"_a, "input"_a, "output"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "grad_output"_a,
+        "weight"_a, "grad_input"_a, "scratch"_a, "threads"_a);
 }
 
 using Addresses = std::vector<uintptr_t>;
@@ -243,6 +278,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("cpu_isa", &cpu_isa, "Instruction set that the kernels run with.");
     m.def("threading_runtime", &threading_runtime, "Where the kernels' threads come from: openmp or serial.");
     bind_batch_norm_act(m);
+    bind_conv_input_grad(m);
     bind_gradient_penalty(m);
     bind_layer_norm(m);
     bind_minibatch_discrimination(m);

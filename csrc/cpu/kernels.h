@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "gankern/batch_norm_act.h"
+#include "gankern/conv_input_grad.h"
 #include "gankern/gradient_penalty.h"
 #include "gankern/layer_norm.h"
 #include "gankern/minibatch_discrimination.h"
@@ -15,6 +16,7 @@ namespace gankern {
 #define GANKERN_KERNELS(X)                                                             \
     X(batch_norm_act_forward, BatchNormActForward)                                     \
     X(batch_norm_act_backward, BatchNormActBackward)                                   \
+    X(conv_input_grad, ConvInputGrad)                                                  \
     X(layer_norm_forward, LayerNormForward)                                            \
     X(layer_norm_backward, LayerNormBackward)                                          \
     X(layer_norm_double_backward, LayerNormDoubleBackward)                             \

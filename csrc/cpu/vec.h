@@ -80,7 +80,8 @@ GANKERN_INLINE void from_acc(float x, BFloat16* out) {
 
 template <class A>
 GANKERN_INLINE Vec<A> splat(A x) {
-    return Vec<A>{} + x;
+    // Not 0 + x, which is another number than x where x is -0, so that compilers keep the addition.
+    return x - Vec<A>{};
 }
 
 template <class S>

@@ -108,7 +108,8 @@ def test_layer_norm_kernels(rows: int, size: int, threads: int) -> None:
             got, stock, exact = results(cpu, dtype), results(reference, wide), results(reference, torch.float64)
             names = ("output", "grad_input", "grad_weight", "grad_bias", "d2_grad_output", "d2_input", "d2_weight")
             for name, g, s, e in zip(names, got, stock, exact, strict=True):
-                floor = e.norm() * 2e-6 + 1e-5 * size**0.5 if dtype == torch.float32 else 0
+                # What cancels leaves rounding errors of the terms, not of the difference.
+                floor = {torch.float32: e.norm() * 2e-6 + 1e-5 * size**0.5, torch.float64: 1e-15}.get(dtype, 0)
                 if (g.double() - e).norm() > floor:
                     assert_as_accurate(g, s.to(dtype), e, f"{name} {dtype}")
 
@@ -185,8 +186,8 @@ def test_a_second_differentiation_is_refused_unless_asked_for() -> None:
 def conv_calls(step: Callable[[], Any]) -> dict[str, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
-    names = ("aten::convolution", "aten::convolution_backward")
-    return {e.key: e.count for e in profile.key_averages() if e.key in names}
+    passes = ("aten::convolution", "aten::convolution_backward", "gankern::conv_input_grad")
+    return {e.key: e.count for e in profile.key_averages() if e.key in passes}
 
 
 def test_four_passes_a_layer() -> None:
@@ -195,7 +196,8 @@ def test_four_passes_a_layer() -> None:
     loss = gradient_penalty(critic, real, fake, alpha=alpha)
     calls = conv_calls(lambda: gradient_penalty(critic, real, fake, alpha=alpha))
     # Three layers: forward and tangent (not of the last: its output's gradient is constant); input and weight gradient.
-    assert calls == {"aten::convolution": 3 + 2, "aten::convolution_backward": 3 + 3}
+    # Input gradients of few channels have a kernel of their own.
+    assert calls == {"aten::convolution": 3 + 2, "aten::convolution_backward": 3, "gankern::conv_input_grad": 3}
     assert conv_calls(loss.backward) == {}
 
 

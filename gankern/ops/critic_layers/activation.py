@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gankern._layout import like_layout
+
 
 class LeakyRelu(torch.autograd.Function):
     """``input`` where positive, ``negative_slope * input`` elsewhere; ReLU with slope 0. In place if asked."""
@@ -38,6 +40,8 @@ class LeakyReluGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
+        # Once here, for both passes, instead of a walk over two layouts in each.
+        output = like_layout(output, grad_output)
         ctx.save_for_backward(output)
         ctx.negative_slope = negative_slope
         ctx.set_materialize_grads(False)

@@ -1,4 +1,4 @@
-"""Adapter of the C++ kernels in csrc/cpu/layer_norm.cpp. All tensors are contiguous rows (M, D)."""
+"""Adapter of the C++ kernels in csrc/cpu/layer_norm.cpp (contiguous rows (M, D)) and csrc/cpu/conv_input_grad.cpp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gankern._native import DTYPES, acc_dtype, address, kernels, refuse
 
-__all__ = ["layer_norm_backward", "layer_norm_double_backward", "layer_norm_forward", "refuse"]
+__all__ = ["conv_input_grad", "layer_norm_backward", "layer_norm_double_backward", "layer_norm_forward", "refuse"]
 
 
 def _shape(input: Tensor) -> Any:
@@ -89,3 +89,28 @@ def layer_norm_double_backward(
         address(scratch),
     )
     return grad_grad_output, grad_input, grad_weight
+
+
+def conv_input_grad(
+    grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """Gradient of a channels_last input (N, C, H, W), of which only shape and dtype are used; weight channels_last."""
+    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    grad_input = torch.empty_like(input, memory_format=torch.channels_last)
+    (n, c, h, w), (k, _, *kernel) = input.shape, weight.shape
+    scratch = torch.empty(kernels.conv_input_grad_scratch(weight[0].numel(), k), dtype=input.dtype)
+    kernels.conv_input_grad(
+        DTYPES[input.dtype],
+        (n, h, w, c),
+        (*grad_output.shape[2:], k),
+        kernel,
+        stride,
+        padding,
+        dilation,
+        grad_output.data_ptr(),
+        weight.data_ptr(),
+        grad_input.data_ptr(),
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_input

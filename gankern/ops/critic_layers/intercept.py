@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gankern._layout import memory_format
 from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.layer_norm import LayerNorm
-from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear
+from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear, channels_last
 from gankern.ops.critic_layers.scope import Scope
 
 
@@ -46,7 +47,11 @@ def _conv(dims: int) -> Callable[..., Tensor]:
             return NotImplemented
         zeros = [0] * dims
         options = ConvOptions(_ints(stride, dims), _ints(padding, dims), _ints(dilation, dims), False, zeros, groups)
-        return Conv.apply(*_autocast(input, weight, bias), options, scope)
+        first = input is scope.points
+        input, weight, bias = _autocast(input, weight, bias)
+        if scope.channels_last:
+            input, weight = channels_last(input, weight)
+        return Conv.apply(input, weight, bias, options, scope, first)
 
     return conv
 
@@ -67,7 +72,11 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
             return NotImplemented
         pads = _ints(padding, dims), _ints(dilation, dims)
         options = ConvOptions(_ints(stride, dims), *pads, True, _ints(output_padding, dims), groups)
-        return Conv.apply(*_autocast(input, weight, bias), options, scope)
+        first = input is scope.points
+        input, weight, bias = _autocast(input, weight, bias)
+        if scope.channels_last:
+            input, weight = channels_last(input, weight)
+        return Conv.apply(input, weight, bias, options, scope, first)
 
     return conv_transpose
 
@@ -94,6 +103,13 @@ def _leaky_relu_(scope: Scope, input: Tensor, negative_slope: float = 0.01) -> A
     return _leaky_relu(scope, input, negative_slope, True)
 
 
+def _view(scope: Scope, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
+    """A view of what would be contiguous, had the convolution before not run in channels_last."""
+    if memory_format(input) == torch.contiguous_format or isinstance(shape[0] if shape else None, torch.dtype):
+        return NotImplemented
+    return input.contiguous().view(*shape, **kwargs)
+
+
 def _layer_norm(
     scope: Scope,
     input: Tensor,
@@ -111,9 +127,15 @@ def _layer_norm(
         or torch.is_autocast_enabled(input.device.type)
     ):
         return NotImplemented
+    turned = dims == 3 and memory_format(input) == torch.channels_last
+    if turned:
+        # The statistics do not ask for an order: only the weights' few elements move.
+        input = input.permute(0, 2, 3, 1)
+        weight, bias = (None if t is None else t.permute(1, 2, 0) for t in (weight, bias))
     rows = input.contiguous().view(-1, math.prod(normalized_shape))
     flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
-    return LayerNorm.apply(rows, *flat, eps, scope).view(input.shape)
+    output = LayerNorm.apply(rows, *flat, eps, scope).view(input.shape)
+    return output.permute(0, 3, 1, 2) if turned else output
 
 
 _TAKEN: dict[Any, Callable[..., Any]] = {
@@ -132,6 +154,7 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
     F.layer_norm: _layer_norm,
+    Tensor.view: _view,
 }
 
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gankern import backends
+from gankern._layout import memory_format
+from gankern.ops.critic_layers import cpu
 from gankern.ops.critic_layers.scope import Scope
 
 
@@ -28,35 +31,68 @@ def _conv_backward(
     return torch.ops.aten.convolution_backward.default(grad_output, input, weight, bias_size, *options, mask)
 
 
+def channels_last(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in channels_last, in which all passes of a 2-d convolution on the CPU are nearer the peak."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dim() != 4 or first.dtype not in (torch.float32, torch.bfloat16):
+        return tensors
+    # Not contiguous(), which leaves images of one pixel as they are: convolutions go by the strides.
+    return tuple(
+        t if memory_format(t) == torch.channels_last else t.clone(memory_format=torch.channels_last) for t in tensors
+    )
+
+
+# Up to so many channels the vectors of a matrix product run along the taps, where torch's would be mostly empty.
+_FEW_CHANNELS = 4
+
+
+def _input_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the input, of which only the shape and the layout are used."""
+    if (
+        input.dim() == 4
+        and input.size(1) <= _FEW_CHANNELS
+        and input.dtype == torch.float32
+        and options.groups == 1
+        and not options.transposed
+        and memory_format(weight) == torch.channels_last
+        and backends.refusal("critic_layers", "cpu", input) is None
+        and backends.requested() in ("auto", "cpu")
+    ):
+        with torch.profiler.record_function("gankern::conv_input_grad"):
+            return cpu.conv_input_grad(grad_output, input, weight, *options[:3])
+    return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+
+
 class Conv(torch.autograd.Function):
-    """Convolution of any dimension, transposed or not."""
+    """Convolution of any dimension, transposed or not; ``first`` if its input is ``scope.points``."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, scope: Scope
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, scope: Scope, first: bool
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.options, ctx.scope, ctx.has_bias = options, scope, bias is not None
+        ctx.options, ctx.scope, ctx.has_bias, ctx.first = options, scope, bias is not None, first
         ctx.set_materialize_grads(False)
         return torch.ops.aten.convolution.default(input, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         mask = [False, ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-        if ctx.needs_input_grad[0] and (torch.is_grad_enabled() or ctx.scope.input_gradient_only):
+        wanted = ctx.needs_input_grad[0] and (ctx.scope.input_gradient_only or not ctx.first)
+        if wanted and (torch.is_grad_enabled() or ctx.scope.input_gradient_only):
             grad_input = ConvInputGrad.apply(grad_output, weight, input.detach(), ctx.options)
-        elif ctx.needs_input_grad[0]:
+        elif wanted:
             mask[0] = True
         if any(mask) and not ctx.scope.input_gradient_only:
             grads = _conv_backward(grad_output, input, weight, ctx.options, mask)
             grad_input = grads[0] if mask[0] else grad_input
             grad_weight = grads[1] if mask[1] else None
             grad_bias = grads[2] if mask[2] else None
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
 class ConvInputGrad(torch.autograd.Function):
@@ -68,13 +104,17 @@ class ConvInputGrad(torch.autograd.Function):
         ctx.save_for_backward(grad_output, weight)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+        ctx.turned = channels_last(grad_output, weight)
+        grad_output, weight = ctx.turned
+        if memory_format(weight) == torch.channels_last:
+            input = torch.empty_like(input, memory_format=torch.channels_last)
+        return _input_grad(grad_output, input, weight, options)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
             return None, None, None, None
-        grad_output, weight = ctx.saved_tensors
+        grad_output, weight = ctx.saved_tensors if torch.is_grad_enabled() else ctx.turned
         grad_grad_output = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_grad_output = torch.ops.aten.convolution.default(tangent, weight, None, *ctx.options)

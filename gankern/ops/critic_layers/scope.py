@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 
 class Scope:
     """State shared by the layers of one run of a critic, in whatever thread their derivatives are computed.
@@ -14,10 +16,19 @@ class Scope:
     input_gradient_only : bool
         Whether the gradient being computed is the one with respect to the critic's input, so that gradients of weights
         are not wanted. A Python Function cannot learn that from ``needs_input_grad``, which stays True.
+    points : Tensor or None
+        The critic's input, where nobody will ask for the gradient of the penalty with respect to it: once the inner
+        gradient is taken, a layer that stands right behind it leaves its input gradient out.
+    channels_last : bool
+        Whether the forward pass, too, may convolve in channels_last on the CPU. Elsewhere it keeps stock's bits, and with
+        them its activation pattern: a single pre-activation that rounds to the other sign moves a float32 gradient by
+        as much as 1e-4 of its norm.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, points: Tensor | None = None, channels_last: bool = False) -> None:
         self.input_gradient_only = False
+        self.points = points
+        self.channels_last = channels_last
 
     @contextmanager
     def input_gradient(self) -> Iterator[None]:

@@ -106,7 +106,7 @@ def _penalty(
     mixed = nullcontext() if autocast is None else torch.autocast(points.device.type, autocast)
     with _recording():
         x = points.detach().requires_grad_()
-        scope = Scope()
+        scope = Scope(None if want_points else x, _has_norm(critic))
         with CriticLayers(scope), mixed:
             scores = critic(x)
         if not isinstance(scores, Tensor):
@@ -128,6 +128,12 @@ def _penalty(
     # parameter's, as the fake promises.
     grads = [_gradient_like(p, g) for p, g in zip(wanted, found, strict=True)]
     return loss, grads.pop() if want_points else points.new_empty(0), grads
+
+
+def _has_norm(critic: Critic) -> bool:
+    """Whether a norm's kernels round otherwise than stock's, so that the forward pass has not stock's bits anyway."""
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+    return isinstance(critic, nn.Module) and any(isinstance(m, norms) for m in critic.modules())
 
 
 def _gradient_like(param: Tensor, grad: Tensor | None) -> Tensor:
