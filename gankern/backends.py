@@ -48,6 +48,8 @@ class Explanation:
 
 # The adapters of each op: {op: {backend: module}}; a module has refuse(*tensors) and the op's kernels.
 _adapters: dict[str, dict[str, ModuleType]] = {}
+# What else an op has to tell of a call: {op: function of what was found and the call's arguments}.
+_explainers: dict[str, Callable[..., Explanation]] = {}
 _default = "auto"
 _override: ContextVar[str | None] = ContextVar("gankern_backend", default=None)
 _announced: set[tuple[str, str]] = set()
@@ -56,6 +58,11 @@ _announced: set[tuple[str, str]] = set()
 def register(op: str, **adapters: ModuleType) -> None:
     """Make the adapters of an op known, by backend name."""
     _adapters[op] = adapters
+
+
+def register_explainer(op: str, explainer: Callable[..., Explanation]) -> None:
+    """Let an op add to what :func:`explain` finds: ``explainer(found, *args, **kwargs)``."""
+    _explainers[op] = explainer
 
 
 def _checked(name: str, origin: str) -> str:
@@ -152,19 +159,21 @@ def explain_call(op: str, *tensors: Tensor) -> Explanation:
     return Explanation(op, chosen, refused | others)
 
 
-def explain(op: str | Callable[..., Any], *args: Any) -> Explanation:
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Tell which backend would run a call and why the others would not.
 
     Parameters
     ----------
     op : str or callable
         A public op or its name, e.g. ``gankern.ops.batch_norm_act`` or ``"batch_norm_act"``.
-    *args
+    *args, **kwargs
         Arguments of the call; its tensors decide.
 
     Returns
     -------
     Explanation
+        For :func:`gankern.gradient_penalty` with its critic and images, a
+        :class:`~gankern.ops.gradient_penalty.PenaltyExplanation`, which also tells what gankern takes of the critic.
 
     Raises
     ------
@@ -174,4 +183,6 @@ def explain(op: str | Callable[..., Any], *args: Any) -> Explanation:
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _adapters:
         raise ValueError(f"op must be one of {', '.join(sorted(_adapters))}; got {name!r}")
-    return explain_call(name, *(a for a in args if isinstance(a, Tensor)))
+    found = explain_call(name, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+    explainer = _explainers.get(name)
+    return found if explainer is None else explainer(found, *args, **kwargs)

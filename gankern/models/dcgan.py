@@ -83,7 +83,7 @@ class DCGAN(GAN):
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr, (0.5, 0.999), fused=True)
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        real_score, fake_score = self.critic(real), self.critic(fake)
+        real_score, fake_score = self.critic_scores(real, fake)
         return F.binary_cross_entropy_with_logits(
             real_score, torch.ones_like(real_score)
         ) + F.binary_cross_entropy_with_logits(fake_score, torch.zeros_like(fake_score))

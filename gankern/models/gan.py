@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from gankern import fuse
 from gankern.models.checks import check_image_size, check_positive, check_positive_int
+from gankern.models.coupling import couples_samples
 
 OPS = ("gankern", "stock")
+#: Real images up to which one call on real and fake images is faster than two; see `GAN.critic_scores`.
+BATCHED_CRITIC_IMAGES = 16
 
 
 class GAN(abc.ABC):
@@ -46,6 +49,9 @@ class GAN(abc.ABC):
         ``generator`` maps (N, latent_dim, 1, 1) to images (N, channels, image_size, image_size) in [-1, 1]; ``critic``
         maps images to N scores.
     generator_optimizer, critic_optimizer : torch.optim.Optimizer
+    batched_critic : bool or None
+        Whether the critic scores real and fake images in one call on both; see `critic_scores`. None, the default,
+        does so where it is faster.
 
     Raises
     ------
@@ -58,6 +64,7 @@ class GAN(abc.ABC):
     critic: nn.Module
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
+    batched_critic: bool | None = None
 
     def __init__(
         self,
@@ -94,6 +101,29 @@ class GAN(abc.ABC):
     @abc.abstractmethod
     def generator_loss(self, fake: Tensor) -> Tensor:
         """Scalar the generator minimises on its images `fake`, (N, C, H, W)."""
+
+    @property
+    def critic_couples_samples(self) -> bool:
+        """Whether an image's score may depend on its batch; a subclass whose critic's own layers do not may say so."""
+        return couples_samples(self.critic)
+
+    def critic_scores(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of `real` and of `fake` images, by one call of the critic on both where `batched_critic` asks for it.
+
+        A critic that couples the samples of a batch is always called twice. One call pays for small batches. Measured
+        with WGAN-GP's critic, forward and backward, on one CPU thread, the time of two calls over that of one: for 16
+        images 1.27 at 16x16 and 1.00 to 1.07 at 32x32, for 64 images 0.86 to 1.02 and 0.74 to 0.92. Automatic hence
+        means up to 16 images.
+        """
+        wanted = self.batched_critic
+        if wanted is None:
+            wanted = len(real) <= BATCHED_CRITIC_IMAGES
+        if not wanted or self.critic_couples_samples:
+            return self.critic(real), self.critic(fake)
+        scores = self.critic(torch.cat([real, fake]))
+        # A critic may flatten several scores an image into the batch's dimension.
+        n = len(real) * len(scores) // (len(real) + len(fake))
+        return scores[:n], scores[n:]
 
     def after_critic_step(self) -> None:
         """Run after each update of the critic; does nothing unless a model constrains its critic."""

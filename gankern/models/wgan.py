@@ -64,7 +64,8 @@ class WGAN(GAN):
             self.critic_optimizer = torch.optim.RMSprop(self.critic.parameters(), lr=lr)
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return self.critic(fake).mean() - self.critic(real).mean()
+        real_score, fake_score = self.critic_scores(real, fake)
+        return fake_score.mean() - real_score.mean()
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         return -self.critic(fake).mean()

@@ -69,9 +69,10 @@ class WGANGP(GAN):
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         penalty = gradient_penalty if self.ops == "gankern" else stock_gradient_penalty
         alpha = torch.rand(len(real), 1, 1, 1, device=real.device)
+        real_score, fake_score = self.critic_scores(real, fake)
         return (
-            self.critic(fake).mean()
-            - self.critic(real).mean()
+            fake_score.mean()
+            - real_score.mean()
             + penalty(self.critic, real, fake, weight=self.penalty_weight, alpha=alpha)
         )
 

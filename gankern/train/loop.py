@@ -37,6 +37,7 @@ def fit(
     tensorboard: bool = False,
     device: torch.device | str = "cpu",
     metadata: Mapping[str, Any] | None = None,
+    batched_critic: bool | None = None,
 ) -> History:
     """Train a GAN.
 
@@ -67,6 +68,9 @@ def fit(
         Where to train.
     metadata : mapping, optional
         Added to ``config.json``.
+    batched_critic : bool, optional
+        Whether the critic scores real and fake images in one call; sets `GAN.batched_critic`, which stays as it is
+        (automatic, unless set) without it. Losses agree to rounding either way.
 
     Returns
     -------
@@ -88,6 +92,8 @@ def fit(
     if out is None and (resume or tensorboard):
         raise ValueError(f"out: expected a folder, which {'resume' if resume else 'tensorboard'} needs, got None")
     gan.to(device)
+    if batched_critic is not None:
+        gan.batched_critic = batched_critic
     run = Run(Path(out), tensorboard=tensorboard) if out is not None else None
     with (
         contextlib.closing(run) if run is not None else contextlib.nullcontext(),

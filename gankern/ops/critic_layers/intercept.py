@@ -189,6 +189,11 @@ class CriticLayers(TorchFunctionMode):
                 self.taken[func.__name__] += 1
                 return result
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and result.grad_fn is not None:
-            self.stock[getattr(func, "__name__", str(func))] += 1
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        if any(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs):
+            self.leave(func, args, kwargs, known=replacement is not None)
         return result
+
+    def leave(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: bool) -> None:
+        """Note a differentiable call that stock autograd ran; `known` functions were called in a way not taken."""
+        self.stock[getattr(func, "__name__", str(func))] += 1

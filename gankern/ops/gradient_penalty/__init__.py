@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gankern import backends
 from gankern.ops import _check
 from gankern.ops.gradient_penalty import autograd
 from gankern.ops.gradient_penalty.autograd import Critic
+from gankern.ops.gradient_penalty.explain import PenaltyExplanation, explain_penalty
 
-__all__ = ["check_points", "gradient_penalty", "penalty_at", "penalty_points"]
+__all__ = ["PenaltyExplanation", "check_points", "gradient_penalty", "penalty_at", "penalty_points"]
+
+backends.register_explainer("gradient_penalty", explain_penalty)
 
 
 def gradient_penalty(
@@ -79,7 +83,8 @@ def gradient_penalty(
 
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
-    gradient. See :mod:`gankern.ops.critic_layers`.
+    gradient. See :mod:`gankern.ops.critic_layers`. ``gankern.explain(gankern.gradient_penalty, critic, real, fake)``
+    tells what of a critic runs so, and what is left to stock autograd.
 
     References
     ----------
