@@ -212,10 +212,12 @@ void bind_minibatch_discrimination(py::module_& m) {
 
 void bind_group_norm(py::module_& m) {
     py::class_<GroupNormShape>(m, "GroupNormShape")
-        .def(py::init([](int dtype, int64_t samples, int64_t groups, int64_t channels, int64_t inner, int threads) {
-                 return GroupNormShape{static_cast<Dtype>(dtype), samples, groups, channels, inner, threads};
+        .def(py::init([](int dtype, int64_t samples, int64_t groups, int64_t channels, int64_t inner,
+                         bool channels_last, int threads) {
+                 return GroupNormShape{
+                     static_cast<Dtype>(dtype), samples, groups, channels, inner, channels_last, threads};
              }),
-             "dtype"_a, "samples"_a, "groups"_a, "channels"_a, "inner"_a, "threads"_a);
+             "dtype"_a, "samples"_a, "groups"_a, "channels"_a, "inner"_a, "channels_last"_a, "threads"_a);
     m.def(
         "group_norm_forward",
         [](const GroupNormShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,

@@ -10,6 +10,7 @@ namespace gankern {
 struct GroupNormShape {
     Dtype dtype;
     int64_t samples, groups, channels, inner;  // channels of one group; inner values of one channel
+    bool channels_last;                        // [samples, inner, groups, channels] instead
     int threads;
 };
 

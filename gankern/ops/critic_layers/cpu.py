@@ -1,6 +1,6 @@
 """Adapter of the C++ kernels in csrc/cpu: layer_norm.cpp, group_norm.cpp and avg_pool.cpp.
 
-Layer norm's tensors are contiguous rows (M, D), group norm's contiguous (N, C, L).
+Layer norm's tensors are contiguous rows (M, D), group norm's (N, C, L), contiguous or with the channels last.
 """
 
 from __future__ import annotations
@@ -107,9 +107,17 @@ def layer_norm_double_backward(
 def _group_shape(input: Tensor, mean: Tensor) -> Any:
     samples, channels, inner = input.shape
     groups = mean.size(1)
+    last = not input.is_contiguous()
     return kernels.GroupNormShape(
-        DTYPES[input.dtype], samples, groups, channels // groups, inner, torch.get_num_threads()
+        DTYPES[input.dtype], samples, groups, channels // groups, inner, last, torch.get_num_threads()
     )
+
+
+def _as(tensor: Tensor, input: Tensor) -> Tensor:
+    """The tensor in the memory order of the input."""
+    if input.is_contiguous():
+        return tensor.contiguous()
+    return tensor if tensor.stride() == input.stride() else torch.empty_like(input).copy_(tensor)
 
 
 def group_norm_forward(
@@ -133,7 +141,7 @@ def group_norm_forward(
 def group_norm_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    grad_output = grad_output.contiguous()
+    grad_output = _as(grad_output, input)
     grad_input = torch.empty_like(input)
     grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
     grad_bias = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
@@ -162,7 +170,7 @@ def group_norm_double_backward(
     rstd: Tensor,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    tangent, grad_output = tangent.contiguous(), grad_output.contiguous()
+    tangent, grad_output = _as(tangent, input), _as(grad_output, input)
     grad_grad_output, grad_input = torch.empty_like(input), torch.empty_like(input)
     grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_weight else None
     scratch = torch.empty(input.shape[:2], dtype=torch.float64) if want_weight else None

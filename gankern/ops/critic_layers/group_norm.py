@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern import backends
-from gankern._layout import like_layout
+from gankern._layout import dense
 from gankern.ops.critic_layers import reference
 from gankern.ops.critic_layers.scope import Scope
 
@@ -27,7 +27,7 @@ def _plain(groups: int, eps: float) -> Any:
     def function(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         rows = input.reshape(input.size(0), groups, -1)
         var, mean = torch.var_mean(rows, 2, correction=0, keepdim=True)
-        output = ((rows - mean) * (var + eps).rsqrt()).view(input.shape)
+        output = ((rows - mean) * (var + eps).rsqrt()).reshape(input.shape)
         output = output if weight is None else output * weight.unsqueeze(1)
         return output if bias is None else output + bias.unsqueeze(1)
 
@@ -35,7 +35,10 @@ def _plain(groups: int, eps: float) -> Any:
 
 
 class GroupNorm(torch.autograd.Function):
-    """Normalised groups of the channels of a contiguous (N, C, L), with weight and bias (C,) or None."""
+    """Normalised groups of the channels of (N, C, L), with weight and bias (C,) or None.
+
+    The input is contiguous or has the channels last, and the output is laid out as it is.
+    """
 
     @staticmethod
     def forward(
@@ -133,9 +136,9 @@ def _apply(
         or torch.is_autocast_enabled(input.device.type)
     ):
         return NotImplemented
-    params = [None if t is None else t.contiguous() for t in (weight, bias)]
-    values = input.contiguous().view(*input.shape[:2], -1)
-    return like_layout(GroupNorm.apply(values, *params, groups, eps, scope, running).view(input.shape), input)
+    affine = [None if t is None else t.contiguous() for t in (weight, bias)]
+    values = dense(input).view(*input.shape[:2], -1)
+    return GroupNorm.apply(values, *affine, groups, eps, scope, running).view(input.shape)
 
 
 def group_norm(

@@ -91,10 +91,12 @@ def group_norm_backward(
     """Gradients of input and, if wanted, of weight and bias."""
     rows, mean, rstd = _rows(input, mean.size(1)), mean.flatten(), rstd.flatten()
     weighted = grad_output if weight is None else grad_output * weight.unsqueeze(1)
-    grad_input = layer_norm_backward(weighted.reshape(rows.shape), rows, None, mean, rstd, False)[0].view(input.shape)
+    grad_input = layer_norm_backward(weighted.reshape(rows.shape), rows, None, mean, rstd, False)[0].reshape(
+        input.shape
+    )
     if not want_params:
         return grad_input, None, None
-    normalized = _normalize(rows, None, mean, rstd)[0].view(input.shape)
+    normalized = _normalize(rows, None, mean, rstd)[0].reshape(input.shape)
     return grad_input, (grad_output * normalized).sum((0, 2)), grad_output.sum((0, 2))
 
 
@@ -113,10 +115,10 @@ def group_norm_double_backward(
     grad_weighted, grad_input, _ = layer_norm_double_backward(
         tangent.reshape(rows.shape), weighted.reshape(rows.shape), rows, None, mean, rstd, False
     )
-    grad_weighted = grad_weighted.view(input.shape)
+    grad_weighted = grad_weighted.reshape(input.shape)
     return (
         grad_weighted if weight is None else grad_weighted * weight.unsqueeze(1),
-        grad_input.view(input.shape),
+        grad_input.reshape(input.shape),
         (grad_output * grad_weighted).sum((0, 2)) if want_weight else None,
     )
 
