@@ -21,6 +21,23 @@ using namespace gankern;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+void bind_avg_pool(py::module_& m) {
+    auto bind = [&m](const char* name, void (*KernelTable::*kernel)(const AvgPool&)) {
+        m.def(
+            name,
+            [kernel](int dtype, int64_t planes, int64_t height, int64_t width, int64_t kernel_height,
+                     int64_t kernel_width, uintptr_t from, uintptr_t to, int threads) {
+                py::gil_scoped_release release;
+                (kernels().*kernel)({static_cast<Dtype>(dtype), planes, height, width, kernel_height, kernel_width,
+                                     pointer(from), pointer(to), threads});
+            },
+            "dtype"_a, "planes"_a, "height"_a, "width"_a, "kernel_height"_a, "kernel_width"_a, "from"_a, "to"_a,
+            "threads"_a);
+    };
+    bind("avg_pool_forward", &KernelTable::avg_pool_forward);
+    bind("avg_pool_backward", &KernelTable::avg_pool_backward);
+}
+
 void bind_batch_norm_act(py::module_& m) {
     py::class_<BatchNormActShape>(m, "BatchNormActShape")
         .def(py::init([](int dtype, int64_t n, int64_t c, int64_t hw, bool channels_last, int activation,
@@ -228,6 +245,51 @@ void bind_minibatch_discrimination(py::module_& m) {
         "shape"_a, "tangent"_a, "m"_a, "output"_a, "scratch"_a);
 }
 
+void bind_group_norm(py::module_& m) {
+    py::class_<GroupNormShape>(m, "GroupNormShape")
+        .def(py::init([](int dtype, int64_t samples, int64_t groups, int64_t channels, int64_t inner,
+                         bool channels_last, int threads) {
+                 return GroupNormShape{
+                     static_cast<Dtype>(dtype), samples, groups, channels, inner, channels_last, threads};
+             }),
+             "dtype"_a, "samples"_a, "groups"_a, "channels"_a, "inner"_a, "channels_last"_a, "threads"_a);
+    m.def(
+        "group_norm_forward",
+        [](const GroupNormShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
+           uintptr_t mean, uintptr_t rstd, double eps) {
+            py::gil_scoped_release release;
+            kernels().group_norm_forward({shape, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                                          static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)),
+                                          eps});
+        },
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "mean"_a, "rstd"_a, "eps"_a);
+    m.def(
+        "group_norm_backward",
+        [](const GroupNormShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t weight, uintptr_t mean,
+           uintptr_t rstd, uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().group_norm_backward({shape, pointer(grad_output), pointer(input), pointer(weight),
+                                           static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)),
+                                           pointer(grad_input), pointer(grad_weight), pointer(grad_bias),
+                                           static_cast<double*>(pointer(scratch))});
+        },
+        "shape"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_input"_a, "grad_weight"_a,
+        "grad_bias"_a, "scratch"_a);
+    m.def(
+        "group_norm_double_backward",
+        [](const GroupNormShape& shape, uintptr_t tangent, uintptr_t grad_output, uintptr_t input, uintptr_t weight,
+           uintptr_t mean, uintptr_t rstd, uintptr_t grad_grad_output, uintptr_t grad_input, uintptr_t grad_weight,
+           uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().group_norm_double_backward(
+                {shape, pointer(tangent), pointer(grad_output), pointer(input), pointer(weight),
+                 static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)), pointer(grad_grad_output),
+                 pointer(grad_input), pointer(grad_weight), static_cast<double*>(pointer(scratch))});
+        },
+        "shape"_a, "tangent"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_grad_output"_a,
+        "grad_input"_a, "grad_weight"_a, "scratch"_a);
+}
+
 void bind_layer_norm(py::module_& m) {
     py::class_<LayerNormShape>(m, "LayerNormShape")
         .def(py::init([](int dtype, int64_t rows, int64_t size, int threads) {
@@ -277,9 +339,11 @@ void bind_layer_norm(py::module_& m) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("cpu_isa", &cpu_isa, "Instruction set that the kernels run with.");
     m.def("threading_runtime", &threading_runtime, "Where the kernels' threads come from: openmp or serial.");
+    bind_avg_pool(m);
     bind_batch_norm_act(m);
     bind_conv_input_grad(m);
     bind_gradient_penalty(m);
+    bind_group_norm(m);
     bind_layer_norm(m);
     bind_minibatch_discrimination(m);
     bind_weight_clip(m);

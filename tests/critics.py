@@ -91,6 +91,21 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
     "grouped, dilated": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, dilation=2, groups=3), nn.LeakyReLU(0.0)),
     "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), nn.LeakyReLU(0.3, True), nn.AvgPool2d(2)),
     "group norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.InstanceNorm2d(4)),
+    "group and instance norm, pooling": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.GroupNorm(3, 6, affine=False),
+        nn.LeakyReLU(0.2),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 4, 3, padding=1),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.Softplus(),
+        nn.AvgPool2d(3, 1, padding=1),
+        nn.GroupNorm(1, 4),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.AdaptiveAvgPool2d(3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+    ),
     "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)),
     "spectral norm": lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 4, 2, 1)), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4)

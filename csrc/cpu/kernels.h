@@ -3,9 +3,11 @@
 
 #include <type_traits>
 
+#include "gankern/avg_pool.h"
 #include "gankern/batch_norm_act.h"
 #include "gankern/conv_input_grad.h"
 #include "gankern/gradient_penalty.h"
+#include "gankern/group_norm.h"
 #include "gankern/layer_norm.h"
 #include "gankern/minibatch_discrimination.h"
 #include "gankern/types.h"
@@ -20,6 +22,11 @@ namespace gankern {
     X(layer_norm_forward, LayerNormForward)                                            \
     X(layer_norm_backward, LayerNormBackward)                                          \
     X(layer_norm_double_backward, LayerNormDoubleBackward)                             \
+    X(avg_pool_backward, AvgPool)                                                      \
+    X(avg_pool_forward, AvgPool)                                                       \
+    X(group_norm_double_backward, GroupNormDoubleBackward)                             \
+    X(group_norm_backward, GroupNormBackward)                                          \
+    X(group_norm_forward, GroupNormForward)                                            \
     X(l1_distance_forward, L1DistanceForward)                                          \
     X(l1_distance_backward, L1DistanceBackward)                                        \
     X(l1_distance_tangent, L1DistanceTangent)                                          \

@@ -3,27 +3,12 @@
 
 #include "gankern/parallel.h"
 #include "kernels.h"
+#include "norm_rows.h"
 #include "vec.h"
 
 namespace gankern {
 namespace GANKERN_ISA {
 namespace {
-
-constexpr int64_t kBlock = 32;  // vectors added up in the storage type's arithmetic before double takes over
-
-// Means over a row of the K values that f(offset, lanes, sums) adds to its sums.
-template <class A, int K, class F>
-GANKERN_INLINE void row_means(int64_t size, double (&means)[K], const F& f) {
-    constexpr int64_t values = kBlock * kLanes<A>;
-    WideSum<A> totals[K];
-    for (int64_t block = 0; block < size; block += values) {
-        int64_t count = size - block < values ? size - block : values;
-        Vec<A> sums[K] = {};
-        for_each_vec<A>(count, [&](int64_t i, int lanes) { f(block + i, lanes, sums); });
-        for (int k = 0; k < K; ++k) totals[k].add(sums[k]);
-    }
-    for (int k = 0; k < K; ++k) means[k] = totals[k].total() / static_cast<double>(size);
-}
 
 template <class S>
 GANKERN_INLINE Vec<Acc<S>> load_weight(const S* weight, int64_t i, int lanes) {
@@ -40,18 +25,7 @@ void forward(const LayerNormForward& a) {
         for (int64_t row = begin; row < end; ++row) {
             auto* x = static_cast<const S*>(a.input) + row * size;
             auto* y = static_cast<S*>(a.output) + row * size;
-            double first[1], moments[2];
-            row_means<A>(size, first,
-                         [&](int64_t i, int lanes, Vec<A>(&sums)[1]) { sums[0] += load(x + i, lanes, A(0)); });
-            A shift = static_cast<A>(first[0]);
-            row_means<A>(size, moments, [&](int64_t i, int lanes, Vec<A>(&sums)[2]) {
-                Vec<A> d = load(x + i, lanes, shift) - splat(shift);
-                sums[0] += d;
-                sums[1] += d * d;
-            });
-            double var = moments[1] - moments[0] * moments[0];
-            a.mean[row] = shift + moments[0];
-            a.rstd[row] = 1 / std::sqrt((var < 0 ? 0 : var) + a.eps);
+            row_moments(x, size, a.eps, a.mean[row], a.rstd[row]);
             Vec<A> center = splat(static_cast<A>(a.mean[row])), scale = splat(static_cast<A>(a.rstd[row]));
             for_each_vec<A>(size, [&](int64_t i, int lanes) {
                 Vec<A> normalized = (load(x + i, lanes, A(0)) - center) * scale;
@@ -83,12 +57,6 @@ struct Row {
         return grad_output(i, lanes) * load_weight(weight, i, lanes);
     }
 };
-
-// P(u) at one place, given the two means.
-template <class A>
-GANKERN_INLINE Vec<A> project(Vec<A> u, Vec<A> normalized, double mean, double mean_normalized) {
-    return u - splat(static_cast<A>(mean)) - normalized * splat(static_cast<A>(mean_normalized));
-}
 
 // Adds the parts [parts, size] of a parameter's gradient up.
 template <class S>

@@ -161,9 +161,12 @@ struct WideSum {
 
     GANKERN_INLINE void add(Vec<A> v) { lanes += __builtin_convertvector(v, Wide); }
     GANKERN_INLINE double total() const {
-        double sum = 0;
-        for (int i = 0; i < kLanes<A>; ++i) sum += lanes[i];
-        return sum;
+        double values[kLanes<A>];
+        std::memcpy(values, &lanes, sizeof values);
+        // In halves: half the values at a time, where one by one would wait for each addition.
+        for (int half = kLanes<A> / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) values[i] += values[i + half];
+        return values[0];
     }
 };
 

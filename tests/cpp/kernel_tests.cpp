@@ -188,6 +188,81 @@ void test_layer_norm(int64_t rows, int64_t size) {
     }
 }
 
+// Against layer norm's kernel, which test_layer_norm holds to the formula, on rows with the weights spread over them.
+template <class S>
+void test_group_norm(int64_t n, int64_t groups, int64_t channels, int64_t inner, bool channels_last) {
+    using A = AccOf<S>;
+    const double eps = 0.1;
+    const int64_t all = groups * channels, size = n * all * inner, row = channels * inner;
+    GroupNormShape shape{kDtype<S>, n, groups, channels, inner, channels_last, kThreads};
+    auto x = Buffer<S>::random(size), g = Buffer<S>::random(size), v = Buffer<S>::random(size);
+    auto w = Buffer<S>::random(all), b = Buffer<S>::random(all);
+    Buffer<S> y(size, kNan), dx(size, kNan), dw(all, kNan), db(all, kNan), dg2(size, kNan), dx2(size, kNan);
+    Buffer<S> dw2(all, kNan);
+    Buffer<double> mean(n * groups, kNan), rstd(n * groups, kNan), scratch(2 * n * all, kNan), scratch2(n * all, kNan);
+    kernels().group_norm_forward({shape, x.get(), w.get(), b.get(), y.get(), mean.get(), rstd.get(), eps});
+    kernels().group_norm_backward(
+        {shape, g.get(), x.get(), w.get(), mean.get(), rstd.get(), dx.get(), dw.get(), db.get(), scratch.get()});
+    kernels().group_norm_double_backward({shape, v.get(), g.get(), x.get(), w.get(), mean.get(), rstd.get(), dg2.get(),
+                                          dx2.get(), dw2.get(), scratch2.get()});
+    std::vector<double> sum_w(static_cast<size_t>(all)), sum_b(sum_w), sum_w2(sum_w);
+    for (int64_t r = 0; r < n * groups; ++r) {
+        auto place = [&](int64_t i) {
+            int64_t c = r % groups * channels + i / inner;
+            return channels_last ? (r / groups * inner + i % inner) * all + c : r * row + i;
+        };
+        Buffer<S> rx(row, 0), rg(row, 0), rv(row, 0), rw(row, 0), rb(row, 0), ry(row, 0), rdx(row, 0), rdw(row, 0);
+        Buffer<S> rdb(row, 0), rdg2(row, 0), rdx2(row, 0), rdw2(row, 0);
+        Buffer<double> rmean(1, 0), rrstd(1, 0);
+        Buffer<A> rscratch(2 * row, 0);
+        for (int64_t i = 0; i < row; ++i) {
+            int64_t c = r % groups * channels + i / inner;
+            assign(rx.data[i], x[place(i)]), assign(rg.data[i], g[place(i)]), assign(rv.data[i], v[place(i)]);
+            assign(rw.data[i], w[c]), assign(rb.data[i], b[c]);
+        }
+        LayerNormShape rows{kDtype<S>, 1, row, 1};
+        kernels().layer_norm_forward({rows, rx.get(), rw.get(), rb.get(), ry.get(), rmean.get(), rrstd.get(), eps});
+        kernels().layer_norm_backward({rows, rg.get(), rx.get(), rw.get(), rmean.get(), rrstd.get(), rdx.get(),
+                                       rdw.get(), rdb.get(), rscratch.get()});
+        kernels().layer_norm_double_backward({rows, rv.get(), rg.get(), rx.get(), rw.get(), rmean.get(), rrstd.get(),
+                                              rdg2.get(), rdx2.get(), rdw2.get(), rscratch.get()});
+        for (int64_t i = 0; i < row; ++i) {
+            size_t c = static_cast<size_t>(r % groups * channels + i / inner);
+            expect_near<S>("group_norm output", y[place(i)], ry[i]);
+            expect_near<S>("group_norm grad_input", dx[place(i)], rdx[i]);
+            expect_near<S>("group_norm d2 grad_output", dg2[place(i)], rdg2[i]);
+            expect_near<S>("group_norm d2 input", dx2[place(i)] / 4, rdx2[i] / 4);
+            sum_w[c] += rdw[i], sum_b[c] += rdb[i], sum_w2[c] += rdw2[i];
+        }
+    }
+    double count = static_cast<double>(n * inner);
+    for (int64_t c = 0; c < all; ++c) {
+        size_t k = static_cast<size_t>(c);
+        expect_near<S>("group_norm grad_weight", dw[c] / count, sum_w[k] / count);
+        expect_near<S>("group_norm grad_bias", db[c] / count, sum_b[k] / count);
+        expect_near<S>("group_norm d2 weight", dw2[c] / count, sum_w2[k] / count);
+    }
+}
+
+template <class S>
+void test_avg_pool(int64_t planes, int64_t height, int64_t width, int64_t kh, int64_t kw) {
+    int64_t rows = height / kh, columns = width / kw;
+    auto x = Buffer<S>::random(planes * height * width), g = Buffer<S>::random(planes * rows * columns);
+    Buffer<S> y(planes * rows * columns, kNan), dx(planes * height * width, kNan);
+    kernels().avg_pool_forward({kDtype<S>, planes, height, width, kh, kw, x.get(), y.get(), kThreads});
+    kernels().avg_pool_backward({kDtype<S>, planes, height, width, kh, kw, g.get(), dx.get(), kThreads});
+    std::vector<double> means(static_cast<size_t>(planes * rows * columns));
+    for (int64_t i = 0; i < planes * height * width; ++i) {
+        int64_t row = i / width % height / kh, column = i % width / kw;
+        bool inside = row < rows && column < columns;
+        int64_t at = (i / (width * height) * rows + row) * columns + column;
+        double part = 1 / static_cast<double>(kh * kw);
+        if (inside) means[static_cast<size_t>(at)] += x[i] * part;
+        expect_near<S>("avg_pool grad_input", dx[i], inside ? g[at] * part : 0);
+    }
+    for (size_t i = 0; i < means.size(); ++i) expect_near<S>("avg_pool", y[static_cast<int64_t>(i)], means[i]);
+}
+
 template <class S>
 void test_penalty(int64_t n, int64_t size) {
     using A = AccOf<S>;
@@ -333,6 +408,14 @@ void test_all() {
         test_layer_norm<S>(1, 9);
         test_layer_norm<S>(19, 37);
     }
+    for (bool channels_last : {false, true}) {
+        test_group_norm<S>(1, 1, 1, 2, channels_last);
+        test_group_norm<S>(3, 2, 3, 37, channels_last);
+        test_group_norm<S>(2, 19, 1, 5, channels_last);
+    }
+    test_avg_pool<S>(1, 1, 1, 1, 1);
+    test_avg_pool<S>(3, 5, 37, 2, 2);
+    test_avg_pool<S>(2, 4, 19, 4, 3);
     test_penalty<S>(1, 1);
     test_penalty<S>(5, 67);
     test_lists<S>({0, 1, 15, 16, 17, 40000});

@@ -109,7 +109,7 @@ def test_layer_norm_kernels(rows: int, size: int, threads: int) -> None:
             names = ("output", "grad_input", "grad_weight", "grad_bias", "d2_grad_output", "d2_input", "d2_weight")
             for name, g, s, e in zip(names, got, stock, exact, strict=True):
                 # What cancels leaves rounding errors of the terms, not of the difference.
-                floor = {torch.float32: e.norm() * 2e-6 + 1e-5 * size**0.5, torch.float64: 1e-15}.get(dtype, 0)
+                floor = {torch.float32: e.norm() * 2e-6 + 1e-5 * size**0.5, torch.float64: 1e-14}.get(dtype, 0)
                 if (g.double() - e).norm() > floor:
                     assert_as_accurate(g, s.to(dtype), e, f"{name} {dtype}")
 
@@ -196,8 +196,8 @@ def test_four_passes_a_layer() -> None:
     loss = gradient_penalty(critic, real, fake, alpha=alpha)
     calls = conv_calls(lambda: gradient_penalty(critic, real, fake, alpha=alpha))
     # Three layers: forward and tangent (not of the last: its output's gradient is constant); input and weight gradient.
-    # Input gradients of few channels have a kernel of their own.
-    assert calls == {"aten::convolution": 3 + 2, "aten::convolution_backward": 3, "gankern::conv_input_grad": 3}
+    # The first layer's input gradient, of few channels, has a kernel of its own.
+    assert calls == {"aten::convolution": 3 + 2, "aten::convolution_backward": 2 + 3, "gankern::conv_input_grad": 1}
     assert conv_calls(loss.backward) == {}
 
 
@@ -416,7 +416,7 @@ def test_without_gradients_only_the_value_is_computed() -> None:
         value = gradient_penalty(critic, real, fake, alpha=alpha)
         calls = conv_calls(lambda: gradient_penalty(critic, real, fake, alpha=alpha))
     assert not value.requires_grad
-    assert calls == {"aten::convolution": 3, "aten::convolution_backward": 3}
+    assert calls == {"aten::convolution": 3, "aten::convolution_backward": 2, "gankern::conv_input_grad": 1}
     torch.testing.assert_close(value, gradient_penalty(critic, real, fake, alpha=alpha).detach())
 
 

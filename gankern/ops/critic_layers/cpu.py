@@ -1,4 +1,7 @@
-"""Adapter of the C++ kernels in csrc/cpu/layer_norm.cpp (contiguous rows (M, D)) and csrc/cpu/conv_input_grad.cpp."""
+"""Adapter of the C++ kernels in csrc/cpu: layer_norm.cpp, group_norm.cpp, avg_pool.cpp and conv_input_grad.cpp.
+
+Layer norm's tensors are contiguous rows (M, D), group norm's (N, C, L), contiguous or with the channels last.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,18 @@ from torch import Tensor
 
 from gankern._native import DTYPES, acc_dtype, address, kernels, refuse
 
-__all__ = ["conv_input_grad", "layer_norm_backward", "layer_norm_double_backward", "layer_norm_forward", "refuse"]
+__all__ = [
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "conv_input_grad",
+    "group_norm_backward",
+    "group_norm_double_backward",
+    "group_norm_forward",
+    "layer_norm_backward",
+    "layer_norm_double_backward",
+    "layer_norm_forward",
+    "refuse",
+]
 
 
 def _shape(input: Tensor) -> Any:
@@ -111,6 +125,126 @@ def conv_input_grad(
         weight.data_ptr(),
         grad_input.data_ptr(),
         scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_input
+
+
+def _group_shape(input: Tensor, mean: Tensor) -> Any:
+    samples, channels, inner = input.shape
+    groups = mean.size(1)
+    last = not input.is_contiguous()
+    return kernels.GroupNormShape(
+        DTYPES[input.dtype], samples, groups, channels // groups, inner, last, torch.get_num_threads()
+    )
+
+
+def _as(tensor: Tensor, input: Tensor) -> Tensor:
+    """The tensor in the memory order of the input."""
+    if input.is_contiguous():
+        return tensor.contiguous()
+    return tensor if tensor.stride() == input.stride() else torch.empty_like(input).copy_(tensor)
+
+
+def group_norm_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = torch.empty_like(input)
+    mean, rstd = torch.empty(2, input.size(0), groups, dtype=torch.float64).unbind()
+    kernels.group_norm_forward(
+        _group_shape(input, mean),
+        input.data_ptr(),
+        address(weight),
+        address(bias),
+        output.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        eps,
+    )
+    return output, mean, rstd
+
+
+def group_norm_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad_output = _as(grad_output, input)
+    grad_input = torch.empty_like(input)
+    grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
+    grad_bias = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
+    scratch = torch.empty(2, *input.shape[:2], dtype=torch.float64) if want_params else None
+    kernels.group_norm_backward(
+        _group_shape(input, mean),
+        grad_output.data_ptr(),
+        input.data_ptr(),
+        address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        grad_input.data_ptr(),
+        address(grad_weight),
+        address(grad_bias),
+        address(scratch),
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+def group_norm_double_backward(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    tangent, grad_output = _as(tangent, input), _as(grad_output, input)
+    grad_grad_output, grad_input = torch.empty_like(input), torch.empty_like(input)
+    grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_weight else None
+    scratch = torch.empty(input.shape[:2], dtype=torch.float64) if want_weight else None
+    kernels.group_norm_double_backward(
+        _group_shape(input, mean),
+        tangent.data_ptr(),
+        grad_output.data_ptr(),
+        input.data_ptr(),
+        address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        grad_grad_output.data_ptr(),
+        grad_input.data_ptr(),
+        address(grad_weight),
+        address(scratch),
+    )
+    return grad_grad_output, grad_input, grad_weight
+
+
+def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:
+    input = input.contiguous()
+    n, channels, height, width = input.shape
+    output = torch.empty(n, channels, height // kernel[0], width // kernel[1], dtype=input.dtype)
+    kernels.avg_pool_forward(
+        DTYPES[input.dtype],
+        n * channels,
+        height,
+        width,
+        *kernel,
+        input.data_ptr(),
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def avg_pool2d_backward(grad_output: Tensor, shape: torch.Size, kernel: list[int]) -> Tensor:
+    grad_output = grad_output.contiguous()
+    n, channels, height, width = shape
+    grad_input = torch.empty(shape, dtype=grad_output.dtype)
+    kernels.avg_pool_backward(
+        DTYPES[grad_output.dtype],
+        n * channels,
+        height,
+        width,
+        *kernel,
+        grad_output.data_ptr(),
+        grad_input.data_ptr(),
         torch.get_num_threads(),
     )
     return grad_input

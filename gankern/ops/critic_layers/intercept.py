@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from gankern._layout import memory_format
 from gankern.ops.critic_layers.activation import LeakyRelu
+from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
 from gankern.ops.critic_layers.layer_norm import LayerNorm
 from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear, channels_last
+from gankern.ops.critic_layers.pooling import adaptive_avg_pool, avg_pool
 from gankern.ops.critic_layers.scope import Scope
 
 
@@ -155,6 +157,15 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.leaky_relu_: _leaky_relu_,
     F.layer_norm: _layer_norm,
     Tensor.view: _view,
+    F.group_norm: group_norm,
+    torch.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.avg_pool1d: avg_pool(1),
+    F.avg_pool2d: avg_pool(2),
+    F.avg_pool3d: avg_pool(3),
+    F.adaptive_avg_pool1d: adaptive_avg_pool(1),
+    F.adaptive_avg_pool2d: adaptive_avg_pool(2),
+    F.adaptive_avg_pool3d: adaptive_avg_pool(3),
 }
 
 

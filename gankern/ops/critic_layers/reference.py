@@ -71,3 +71,65 @@ def layer_norm_double_backward(
     grad_input = -scale.square() * (curvature * normalized + q * pv + p * pa)
     grad_grad_output = scale * pv if weight is None else scale * pv * weight
     return grad_grad_output, grad_input, (grad_output * scale * pv).sum(0) if want_weight else None
+
+
+def _rows(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.reshape(tensor.size(0) * groups, -1)
+
+
+def group_norm_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of the channels of (N, C, L) normalised; the mean and 1 / sqrt(var + eps) of each (N, groups), float64."""
+    var, mean = torch.var_mean(input.double().reshape(input.size(0), groups, -1), 2, correction=0)
+    return torch.group_norm(input, groups, weight, bias, eps), mean, (var + eps).rsqrt()
+
+
+def group_norm_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of input and, if wanted, of weight and bias."""
+    rows, mean, rstd = _rows(input, mean.size(1)), mean.flatten(), rstd.flatten()
+    weighted = grad_output if weight is None else grad_output * weight.unsqueeze(1)
+    grad_input = layer_norm_backward(weighted.reshape(rows.shape), rows, None, mean, rstd, False)[0].reshape(
+        input.shape
+    )
+    if not want_params:
+        return grad_input, None, None
+    normalized = _normalize(rows, None, mean, rstd)[0].reshape(input.shape)
+    return grad_input, (grad_output * normalized).sum((0, 2)), grad_output.sum((0, 2))
+
+
+def group_norm_double_backward(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Derivatives of ``grad_input`` along a cotangent, to grad_output, input and weight."""
+    rows, mean, rstd = _rows(input, mean.size(1)), mean.flatten(), rstd.flatten()
+    weighted = grad_output if weight is None else grad_output * weight.unsqueeze(1)
+    grad_weighted, grad_input, _ = layer_norm_double_backward(
+        tangent.reshape(rows.shape), weighted.reshape(rows.shape), rows, None, mean, rstd, False
+    )
+    grad_weighted = grad_weighted.reshape(input.shape)
+    return (
+        grad_weighted if weight is None else grad_weighted * weight.unsqueeze(1),
+        grad_input.reshape(input.shape),
+        (grad_output * grad_weighted).sum((0, 2)) if want_weight else None,
+    )
+
+
+def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:
+    """Means over windows that tile the images."""
+    return torch.ops.aten.avg_pool2d.default(input, kernel, kernel)
+
+
+def avg_pool2d_backward(grad_output: Tensor, shape: torch.Size, kernel: list[int]) -> Tensor:
+    """The windows' gradients, spread over images of a shape."""
+    images = grad_output.new_empty(shape)  # of which only the shape counts
+    options = kernel, kernel, [0] * len(kernel), False, True, None
+    return torch.ops.aten.avg_pool2d_backward.default(grad_output, images, *options)

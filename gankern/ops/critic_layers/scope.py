@@ -20,9 +20,9 @@ class Scope:
         The critic's input, where nobody will ask for the gradient of the penalty with respect to it: once the inner
         gradient is taken, a layer that stands right behind it leaves its input gradient out.
     channels_last : bool
-        Whether the forward pass, too, may convolve in channels_last on the CPU. Elsewhere it keeps stock's bits, and with
-        them its activation pattern: a single pre-activation that rounds to the other sign moves a float32 gradient by
-        as much as 1e-4 of its norm.
+        Whether the forward pass, too, may convolve in channels_last on the CPU. Where not, it keeps stock's bits, and
+        with them its activation pattern: a single pre-activation that rounds to the other sign moves a float32 gradient
+        by as much as 1e-4 of its norm.
     """
 
     def __init__(self, points: Tensor | None = None, channels_last: bool = False) -> None:
