@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.layer_norm import LayerNorm
 from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear
+from gankern.ops.critic_layers.pooling import AvgPool2d
 from gankern.ops.critic_layers.scope import Scope
 
 
@@ -116,6 +117,25 @@ def _layer_norm(
     return LayerNorm.apply(rows, *flat, eps, scope).view(input.shape)
 
 
+def _avg_pool2d(
+    scope: Scope,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    if input.dim() != 4:
+        return NotImplemented
+    kernel = _ints(kernel_size, 2)
+    # An empty stride means the kernel's size too.
+    stride = kernel if stride is None or stride == () or stride == [] else _ints(stride, 2)
+    options = (kernel, stride, _ints(padding, 2), ceil_mode, count_include_pad, divisor_override)
+    return AvgPool2d.apply(input, options)
+
+
 _TAKEN: dict[Any, Callable[..., Any]] = {
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
@@ -132,6 +152,7 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
     F.layer_norm: _layer_norm,
+    F.avg_pool2d: _avg_pool2d,
 }
 
 
