@@ -256,3 +256,12 @@ def test_average_pooling_has_exact_derivatives(options: tuple[Any, ...], channel
     cotangent = torch.randn_like(pool(x))
     assert torch.equal(*(torch.autograd.grad(f(x), x, cotangent)[0] for f in (ours, pool)))
     assert torch.autograd.gradgradcheck(ours, (x,), fast_mode=True)
+
+
+def test_batch_norm_warning_does_not_break_a_graph() -> None:
+    ours, stock = both(CRITICS["batch norm"], torch.float32)
+    data = batch(dtype=torch.float32)
+    compiled = torch.compile(critic_loss, fullgraph=True, backend="eager")
+    got = gradients(ours, compiled(ours, data, gradient_penalty))
+    want = gradients(stock, critic_loss(stock, data, reference.gradient_penalty))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -91,6 +91,9 @@ def gradient_penalty(
     (``find_unused_parameters``): DDP learns from this function that a backward is coming. With ``static_graph``, and
     under torch.compile, the wrapper's own forward must be part of the loss.
 
+    Buffers that a critic writes in its forward (spectral norm's vectors, batch norm's statistics) are not right where
+    torch.compile holds the critic's own calls and the penalty in one graph: leave the penalty outside.
+
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
     gradient. See :mod:`gankern.ops.critic_layers`.
@@ -255,16 +258,21 @@ def check_points(name: str, value: Any) -> None:
         raise ValueError(f"{name} must have at least one value a sample; got shape {tuple(value.shape)}")
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
         "the critic has batch norm in training mode, which couples the samples of a batch: the gradient penalty is "
         "then not on one sample's own gradient norm (Gulrajani et al. 2017, section 4, use layer norm instead)",
-        stacklevel=4,
+        stacklevel=5,
     )
+
+
+# Dynamo looks through functools.cache, and then cannot trace a warning.
+@torch.compiler.assume_constant_result
+def _warn() -> None:
+    _warn_once()
 
 
 def _warn_of_batch_norm(critic: nn.Module) -> None:
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in critic.modules()):
-        _warn_once()
+        _warn()
