@@ -1,12 +1,14 @@
 """The gradient penalty's relatives: other centres and other points, the same machinery.
 
 All return a scalar whose graph is first order unless ``create_graph``; see :func:`gankern.gradient_penalty` for
-``params`` and ``create_graph``. Zero-centred ones use sums of squares, never a root.
+``params``, ``create_graph`` and the arguments handed on to the critic. Zero-centred ones use sums of squares, never a
+root. A lazy schedule (Karras et al. 2020, appendix B) is the caller's: every k-th step, k times the penalty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ __all__ = ["dragan", "r1", "r2", "zero_centered"]
 def r1(
     critic: Critic,
     real: Tensor,
-    *,
+    *inputs: Any,
     weight: float = 10.0,
     params: Iterable[Tensor] | None = None,
     create_graph: bool = False,
+    **critic_kwargs: Any,
 ) -> Tensor:
     """``weight / 2 * mean ||grad critic(real)||^2`` (Mescheder et al. 2018, equation 9).
 
@@ -40,16 +43,17 @@ def r1(
     Tensor
         Scalar.
     """
-    return _squared("real", critic, real, weight, params, create_graph)
+    return _squared("real", critic, real, inputs, critic_kwargs, weight, params, create_graph)
 
 
 def r2(
     critic: Critic,
     fake: Tensor,
-    *,
+    *inputs: Any,
     weight: float = 10.0,
     params: Iterable[Tensor] | None = None,
     create_graph: bool = False,
+    **critic_kwargs: Any,
 ) -> Tensor:
     """``weight / 2 * mean ||grad critic(fake)||^2`` (Mescheder et al. 2018, equation 10).
 
@@ -66,27 +70,44 @@ def r2(
     Tensor
         Scalar.
     """
-    return _squared("fake", critic, fake, weight, params, create_graph)
+    return _squared("fake", critic, fake, inputs, critic_kwargs, weight, params, create_graph)
 
 
 def _squared(
-    name: str, critic: Critic, points: Tensor, weight: float, params: Iterable[Tensor] | None, create_graph: bool
+    name: str,
+    critic: Critic,
+    points: Tensor,
+    inputs: tuple[Any, ...],
+    critic_kwargs: dict[str, Any],
+    weight: float,
+    params: Iterable[Tensor] | None,
+    create_graph: bool,
 ) -> Tensor:
     check_points(name, points)
     _check.number("weight", weight)
-    return penalty_at(critic, points, weight=weight / 2, squared=True, params=params, create_graph=create_graph)
+    return penalty_at(
+        critic,
+        points,
+        inputs,
+        critic_kwargs,
+        weight=weight / 2,
+        squared=True,
+        params=params,
+        create_graph=create_graph,
+    )
 
 
 def dragan(
     critic: Critic,
     real: Tensor,
-    *,
+    *inputs: Any,
     weight: float = 10.0,
     target: float = 1.0,
     scale: float = 0.5,
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
     create_graph: bool = False,
+    **critic_kwargs: Any,
 ) -> Tensor:
     """``weight * mean (||grad critic(real + delta)|| - target)^2`` near real samples (Kodali et al. 2017, equation 5).
 
@@ -112,19 +133,29 @@ def dragan(
     _check.generator("generator", generator)
     noise = torch.rand(real.shape, dtype=real.dtype, device=real.device, generator=generator)
     points = real + scale * real.detach().std(correction=0) * noise
-    return penalty_at(critic, points, weight=weight, target=target, params=params, create_graph=create_graph)
+    return penalty_at(
+        critic,
+        points,
+        inputs,
+        critic_kwargs,
+        weight=weight,
+        target=target,
+        params=params,
+        create_graph=create_graph,
+    )
 
 
 def zero_centered(
     critic: Critic,
     real: Tensor,
     fake: Tensor,
-    *,
+    *inputs: Any,
     weight: float = 10.0,
     alpha: Tensor | None = None,
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
     create_graph: bool = False,
+    **critic_kwargs: Any,
 ) -> Tensor:
     """``weight * mean ||grad critic(x)||^2`` at points between real and fake (Thanh-Tung et al. 2019, section 5).
 
@@ -144,4 +175,6 @@ def zero_centered(
         Scalar.
     """
     points = penalty_points(real, fake, alpha, generator)
-    return penalty_at(critic, points, weight=weight, squared=True, params=params, create_graph=create_graph)
+    return penalty_at(
+        critic, points, inputs, critic_kwargs, weight=weight, squared=True, params=params, create_graph=create_graph
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -125,3 +126,15 @@ def batch(n: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
     """Real, fake and alpha."""
     real, fake = torch.randn(2, n, 3, 8, 8, dtype=torch.float64).to(dtype)
     return real, fake, torch.rand(n, 1, 1, 1, dtype=torch.float64).to(dtype)
+
+
+def gradients(critic: nn.Module, loss: Tensor) -> list[Tensor]:
+    """Gradients of the trainable parameters after a backward of the loss, zeros where stock leaves None."""
+    critic.zero_grad()
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in critic.parameters() if p.requires_grad]
+
+
+def both(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    critic = make().to(dtype)
+    return critic, copy.deepcopy(critic)

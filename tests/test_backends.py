@@ -159,8 +159,14 @@ SIGNATURES = {
     "activation='relu' negative_slope=0.2",
     "ops.l1_distance": "m",
     "ops.minibatch_discrimination": "m * include_self=False",
-    "gradient_penalty": "critic real fake * weight=10.0 target=1.0 one_sided=False alpha=None generator=None "
-    "params=None create_graph=False",
+    "gradient_penalty": "critic real fake *inputs weight=10.0 target=1.0 one_sided=False alpha=None generator=None "
+    "params=None create_graph=False **critic_kwargs",
+    "penalties.r1": "critic real *inputs weight=10.0 params=None create_graph=False **critic_kwargs",
+    "penalties.r2": "critic fake *inputs weight=10.0 params=None create_graph=False **critic_kwargs",
+    "penalties.dragan": "critic real *inputs weight=10.0 target=1.0 scale=0.5 generator=None params=None "
+    "create_graph=False **critic_kwargs",
+    "penalties.zero_centered": "critic real fake *inputs weight=10.0 alpha=None generator=None params=None "
+    "create_graph=False **critic_kwargs",
 }
 
 
@@ -174,7 +180,9 @@ def test_public_signatures(name: str) -> None:
         if p.kind is p.KEYWORD_ONLY and not star:
             words.append("*")
             star = True
-        words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+        star = star or p.kind is p.VAR_POSITIONAL
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        words.append(stars + p.name if p.default is p.empty else f"{p.name}={p.default!r}")
     assert " ".join(words) == SIGNATURES[name]
 
 

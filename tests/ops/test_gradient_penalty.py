@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from critics import CRITICS, Minibatch, Residual, batch, plain
+from critics import CRITICS, Minibatch, Residual, batch, both, gradients, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_accurate, layouts
@@ -19,18 +19,6 @@ from gankern import gradient_penalty, penalties
 from gankern.ops.gradient_penalty import autograd, cpu, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:the critic has batch norm")
-
-
-def gradients(critic: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Gradients of the trainable parameters after a backward of the loss, zeros where stock leaves None."""
-    critic.zero_grad()
-    loss.backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in critic.parameters() if p.requires_grad]
-
-
-def both(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    critic = make().to(dtype)
-    return critic, copy.deepcopy(critic)
 
 
 @pytest.mark.parametrize("name", CRITICS)
@@ -358,7 +346,7 @@ def test_opcheck() -> None:
     handle = autograd.module_handle(critic)
     params = [p.detach() for p in critic.parameters()]
     for want_points in (True, False):
-        arguments = (real, params, handle, 10.0, 1.0, False, False, True, want_points, None)
+        arguments = (real, params, [], handle, 10.0, 1.0, False, False, True, want_points, [], None)
         torch.library.opcheck(torch.ops.gankern.gradient_penalty.default, arguments)
     torch.library.opcheck(torch.ops.gankern.interpolate.default, (real, fake, alpha.flatten()))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from gankern import backends
 from gankern.ops import _check
@@ -25,7 +28,7 @@ def gradient_penalty(
     critic: Critic,
     real: Tensor,
     fake: Tensor,
-    *,
+    *inputs: Any,
     weight: float = 10.0,
     target: float = 1.0,
     one_sided: bool = False,
@@ -33,6 +36,7 @@ def gradient_penalty(
     generator: torch.Generator | None = None,
     params: Iterable[Tensor] | None = None,
     create_graph: bool = False,
+    **critic_kwargs: Any,
 ) -> Tensor:
     r"""Gradient penalty of WGAN-GP: ``weight * mean_i (||grad_x critic(x_i)||_2 - target)^2``.
 
@@ -48,6 +52,11 @@ def gradient_penalty(
     real, fake : Tensor
         Shape (N, ...) with N >= 1, float32, float64 or bfloat16, of one shape and device; of two dtypes the wider is
         used. Gradients flow to those that require them.
+    *inputs, **critic_kwargs
+        Handed on: the critic is called as ``critic(x, *inputs, **critic_kwargs)``. Labels, embeddings and masks, in
+        nested lists, tuples and dicts too; those that require a gradient get one. A keyword of the critic that has a
+        name used here (``weight``, ``alpha``, ...) needs a critic wrapped in a callable, with ``params``. In a graph of
+        torch.compile whatever is not a tensor is a constant.
     weight : float, optional
         The paper's lambda.
     target : float, optional
@@ -81,6 +90,14 @@ def gradient_penalty(
     critic's end). At a gradient of exactly zero the subgradient is 0. A critic with batch norm couples its samples, so
     that the norm is not one sample's own; it works as in stock PyTorch, and warns once.
 
+    Of a critic in DistributedDataParallel the module inside is run, and DDP reduces the gradients with the rest of the
+    loss's. Give the wrapper, not its ``module``, where the penalty is the whole loss or some parameters are unused
+    (``find_unused_parameters``): DDP learns from this function that a backward is coming. With ``static_graph``, and
+    under torch.compile, the wrapper's own forward must be part of the loss.
+
+    Buffers that a critic writes in its forward (spectral norm's vectors, batch norm's statistics) are not right where
+    torch.compile holds the critic's own calls and the penalty in one graph: leave the penalty outside.
+
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
     gradient. See :mod:`gankern.ops.critic_layers`. ``gankern.explain(gankern.gradient_penalty, critic, real, fake)``
@@ -92,7 +109,15 @@ def gradient_penalty(
     """
     points = penalty_points(real, fake, alpha, generator)
     return penalty_at(
-        critic, points, weight=weight, target=target, one_sided=one_sided, params=params, create_graph=create_graph
+        critic,
+        points,
+        inputs,
+        critic_kwargs,
+        weight=weight,
+        target=target,
+        one_sided=one_sided,
+        params=params,
+        create_graph=create_graph,
     )
 
 
@@ -123,6 +148,8 @@ def penalty_points(real: Tensor, fake: Tensor, alpha: Tensor | None, generator: 
 def penalty_at(
     critic: Critic,
     points: Tensor,
+    inputs: tuple[Any, ...],
+    critic_kwargs: dict[str, Any],
     *,
     weight: float,
     target: float = 0.0,
@@ -139,6 +166,8 @@ def penalty_at(
         As in :func:`gradient_penalty`.
     points : Tensor
         Shape (N, ...), where the gradient is taken.
+    inputs, critic_kwargs
+        Further arguments of the critic.
     squared : bool, optional
         Penalise ``norm^2``, as a sum of squares without a root; target and one_sided play no part.
 
@@ -153,24 +182,61 @@ def penalty_at(
     _check.number("target", target, low=0)
     _check.boolean("one_sided", one_sided)
     _check.boolean("create_graph", create_graph)
+    wrapper = critic
     critic = _inner_module(critic)
     found = _trainable(critic, params)
     if create_graph:
-        return autograd.differentiable_penalty(
-            critic, points, weight=weight, target=target, one_sided=one_sided, squared=squared
+        loss = autograd.differentiable_penalty(
+            critic, points, inputs, critic_kwargs, weight=weight, target=target, one_sided=one_sided, squared=squared
         )
-    options = (float(weight), float(target), one_sided, squared)
-    if params is None:
-        assert isinstance(critic, nn.Module)
-        _warn_of_batch_norm(critic)
-        return autograd.penalty(autograd.module_handle(critic), found, points, *options)
-    with autograd.callable_handle(critic, found) as handle:
-        return autograd.penalty(handle, found, points, *options)
+    else:
+        options = (float(weight), float(target), one_sided, squared)
+        tensors, template = autograd.split((inputs, critic_kwargs))
+        handled: AbstractContextManager[int]
+        if params is not None:
+            handled = autograd.callable_handle(critic, found, template)
+        else:
+            assert isinstance(critic, nn.Module)
+            _warn_of_batch_norm(critic)
+            if inputs or critic_kwargs:
+                handled = autograd.call_handle(critic, template)
+            else:
+                handled = nullcontext(autograd.module_handle(critic))
+        with handled as handle:
+            loss = autograd.penalty(handle, found, tensors, points, *options)
+    _expect_gradients(wrapper, loss)
+    return loss
 
 
 def _inner_module(critic: Critic) -> Critic:
-    """The module inside torch.compile's wrapper, which refuses double backward."""
-    return getattr(critic, "_orig_mod", critic) if isinstance(critic, nn.Module) else critic
+    """The module inside the wrappers of torch.compile, which refuses double backward, and DistributedDataParallel."""
+    while isinstance(critic, nn.Module):
+        if isinstance(critic, DistributedDataParallel):
+            critic = critic.module
+        elif isinstance(critic, OptimizedModule):
+            critic = critic._orig_mod
+        else:
+            break
+    return critic
+
+
+def _expect_gradients(critic: Critic, loss: Tensor) -> None:
+    """Tell DistributedDataParallel that a backward is coming, as its own forward does.
+
+    The penalty's node hands every parameter its gradient from outside DDP's forward, and DDP's hooks reduce it together
+    with the rest of the loss's; without this a penalty that is the whole loss would not be reduced.
+    """
+    if isinstance(critic, OptimizedModule):
+        critic = critic._orig_mod
+    if (
+        isinstance(critic, DistributedDataParallel)
+        and not torch.compiler.is_compiling()
+        and loss.requires_grad
+        and critic.require_backward_grad_sync
+    ):
+        # DDP's forward, if it comes later, may not rebuild the buckets any more.
+        critic.reducer._rebuild_buckets()
+        critic.reducer.prepare_for_backward([loss])
 
 
 def _trainable(critic: Critic, params: Iterable[Tensor] | None) -> list[Tensor]:
@@ -197,16 +263,21 @@ def check_points(name: str, value: Any) -> None:
         raise ValueError(f"{name} must have at least one value a sample; got shape {tuple(value.shape)}")
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
         "the critic has batch norm in training mode, which couples the samples of a batch: the gradient penalty is "
         "then not on one sample's own gradient norm (Gulrajani et al. 2017, section 4, use layer norm instead)",
-        stacklevel=4,
+        stacklevel=5,
     )
+
+
+# Dynamo looks through functools.cache, and then cannot trace a warning.
+@torch.compiler.assume_constant_result
+def _warn() -> None:
+    _warn_once()
 
 
 def _warn_of_batch_norm(critic: nn.Module) -> None:
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in critic.modules()):
-        _warn_once()
+        _warn()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from gankern import _library, backends
 from gankern.ops.critic_layers import CriticLayers, Scope
@@ -21,12 +22,42 @@ backends.register("gradient_penalty", cpu=cpu, reference=reference)
 Critic = Callable[..., Tensor]
 
 
+class _Hole:
+    """Stands for a tensor among a critic's further arguments, which reaches it through the operator."""
+
+
+def split(arguments: Any) -> tuple[list[Tensor], Any]:
+    """Tensors of a tree, and the tree with holes in their places."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return tensors, pytree.tree_map(lambda leaf: _Hole if isinstance(leaf, Tensor) else leaf, arguments)
+
+
+def _fill(template: Any, tensors: Sequence[Tensor]) -> Any:
+    """The tree that :func:`split` took apart."""
+    rest = iter(tensors)
+    return pytree.tree_map(lambda leaf: next(rest) if leaf is _Hole else leaf, template)
+
+
+NO_ARGUMENTS: Any = ((), {})
+
+
 @dataclass(frozen=True)
 class Registered:
-    """A critic that operators know by number, and the parameters whose gradients they return."""
+    """A critic that operators know by number, and the parameters whose gradients they return.
+
+    Attributes
+    ----------
+    critic : callable
+        Returns the critic, or None where it is gone.
+    params : sequence of Tensor or None
+        None for all of a module's.
+    template : tuple
+        Arguments after the points and keyword arguments, with holes for tensors.
+    """
 
     critic: Callable[[], Critic | None]
     params: Sequence[Tensor] | None
+    template: Any = NO_ARGUMENTS
 
     def parameters(self) -> list[Tensor]:
         critic = self.critic()
@@ -50,19 +81,35 @@ def _register_module(critic: nn.Module) -> int:
     return handle
 
 
-# Dynamo runs this while it traces and keeps the number.
+def _register_call(critic: nn.Module, template: Any) -> int:
+    """Number of a module with further arguments, kept for the module's life: one for each graph traced with it."""
+    handle = next(_numbers)
+    _registered[handle] = Registered(weakref.ref(critic), None, template)
+    weakref.finalize(critic, _registered.pop, handle, None)
+    return handle
+
+
+# Dynamo runs these while it traces and keeps the number.
 _register_module_constant = torch._dynamo.assume_constant_result(_register_module)
+_register_call_constant = torch._dynamo.assume_constant_result(_register_call)
 
 
 def module_handle(critic: nn.Module) -> int:
     return _register_module_constant(critic) if torch.compiler.is_compiling() else _register_module(critic)
 
 
+def call_handle(critic: nn.Module, template: Any) -> AbstractContextManager[int]:
+    """Number of a module with further arguments: a constant of a compiled graph, else for the length of one call."""
+    if torch.compiler.is_compiling():
+        return nullcontext(_register_call_constant(critic, template))
+    return callable_handle(critic, None, template)
+
+
 @contextmanager
-def callable_handle(critic: Critic, params: Sequence[Tensor]) -> Iterator[int]:
+def callable_handle(critic: Critic, params: Sequence[Tensor] | None, template: Any = NO_ARGUMENTS) -> Iterator[int]:
     """Number of a callable for the length of one call."""
     handle = next(_numbers)
-    _registered[handle] = Registered(lambda: critic, params)
+    _registered[handle] = Registered(lambda: critic, params, template)
     try:
         yield handle
     finally:
@@ -89,6 +136,7 @@ def _recording() -> Iterator[None]:
 def _penalty(
     points: Tensor,
     params: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     handle: int,
     weight: float,
     target: float,
@@ -96,6 +144,7 @@ def _penalty(
     squared: bool,
     want_params: bool,
     want_points: bool,
+    want_inputs: Sequence[bool],
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     registered = _registered[handle]
@@ -106,12 +155,14 @@ def _penalty(
     mixed = nullcontext() if autocast is None else torch.autocast(points.device.type, autocast)
     with _recording():
         x = points.detach().requires_grad_()
+        inputs = [t.detach().requires_grad_(want) for t, want in zip(inputs, want_inputs, strict=True)]
+        args, kwargs = _fill(registered.template, inputs)
         scope = Scope(None if want_points else x, _has_norm(critic))
         with CriticLayers(scope), mixed:
-            scores = critic(x)
+            scores = critic(x, *args, **kwargs)
         if not isinstance(scores, Tensor):
             raise TypeError(f"critic must return a Tensor; got {type(scores).__name__}")
-        wanted = [*params, x] if want_points else params
+        wanted = [*params, *(t for t in inputs if t.requires_grad), *([x] if want_points else [])]
         with scope.input_gradient():
             (grad,) = torch.autograd.grad(
                 scores, x, torch.ones_like(scores), create_graph=bool(wanted), allow_unused=True
@@ -126,7 +177,7 @@ def _penalty(
         )
     # Zeros where the penalty does not depend on a parameter, so that every one takes part (DDP); the layout is the
     # parameter's, as the fake promises.
-    grads = [_gradient_like(p, g) for p, g in zip(wanted, found, strict=True)]
+    grads = _apart([_gradient_like(p, g) for p, g in zip(wanted, found, strict=True)])
     return loss, grads.pop() if want_points else points.new_empty(0), grads
 
 
@@ -144,15 +195,29 @@ def _gradient_like(param: Tensor, grad: Tensor | None) -> Tensor:
     return torch.empty_like(param).copy_(grad)
 
 
-def _penalty_fake(points: Tensor, params: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    want_params, want_points = args[5], args[6]
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """No two in one storage: autograd hands the terms of a sum one tensor, compiled code overwrites each output."""
+    seen: set[int] = set()
+    result = []
+    for t in tensors:
+        t = t.clone() if t.numel() and t.data_ptr() in seen else t
+        seen.add(t.data_ptr())
+        result.append(t)
+    return result
+
+
+def _penalty_fake(
+    points: Tensor, params: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    want_params, want_points, want_inputs = args[5:8]
     grads = [torch.empty_like(p) for p in params] if want_params else []
+    grads += [torch.empty_like(t) for t, want in zip(inputs, want_inputs, strict=True) if want]
     return points.new_empty(()), torch.empty_like(points) if want_points else points.new_empty(0), grads
 
 
 _penalty_op = _library.define(
-    "gradient_penalty(Tensor points, Tensor[] params, int critic, float weight, float target, bool one_sided,"
-    " bool squared, bool want_params, bool want_points, ScalarType? autocast)"
+    "gradient_penalty(Tensor points, Tensor[] params, Tensor[] inputs, int critic, float weight, float target,"
+    " bool one_sided, bool squared, bool want_params, bool want_points, bool[] want_inputs, ScalarType? autocast)"
     " -> (Tensor loss, Tensor grad_points, Tensor[] grads)",
     _penalty,
     _penalty_fake,
@@ -161,10 +226,22 @@ _penalty_op = _library.define(
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, want_points: bool, args: tuple[Any, ...], *params: Tensor) -> Tensor:
-        loss, grad_points, grads = _penalty_op(points, params, *args[:-1], bool(params), want_points, args[-1])
+    def forward(
+        ctx: Any,
+        points: Tensor,
+        options: tuple[Any, ...],
+        want_points: bool,
+        want_inputs: list[bool],
+        autocast: torch.dtype | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        n = len(tensors) - len(want_inputs)
+        loss, grad_points, grads = _penalty_op(
+            points, tensors[:n], tensors[n:], *options, n > 0, want_points, want_inputs, autocast
+        )
         ctx.save_for_backward(grad_points, *grads)
         ctx.want_points = want_points
+        ctx.wanted = [True] * n + want_inputs
         return loss
 
     @staticmethod
@@ -175,12 +252,15 @@ class _Penalty(torch.autograd.Function):
                 "gradient_penalty to differentiate them again"
             )
         grad_points, *grads = ctx.saved_tensors
-        return (grad_points * grad_loss if ctx.want_points else None), None, None, *(g * grad_loss for g in grads)
+        rest = [g * grad_loss for g in grads]
+        tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
+        return (grad_points * grad_loss if ctx.want_points else None), None, None, None, None, *tensors
 
 
 def penalty(
     handle: int,
     params: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     points: Tensor,
     weight: float,
     target: float,
@@ -190,18 +270,22 @@ def penalty(
     """Penalty at points; its graph is one node that holds the gradients."""
     device = points.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    args = (handle, weight, target, one_sided, squared)
-    if torch.is_grad_enabled() and (points.requires_grad or params):
-        return _Penalty.apply(points, points.requires_grad, (*args, autocast), *params)
-    return _penalty_op(points.detach(), [], *args, False, False, autocast)[0]
+    options = (handle, weight, target, one_sided, squared)
+    want_inputs = [t.requires_grad for t in inputs]
+    if torch.is_grad_enabled() and (points.requires_grad or params or any(want_inputs)):
+        return _Penalty.apply(points, options, points.requires_grad, want_inputs, autocast, *params, *inputs)
+    nothing = [False] * len(inputs)
+    return _penalty_op(points.detach(), [], [t.detach() for t in inputs], *options, False, False, nothing, autocast)[0]
 
 
-def differentiable_penalty(critic: Critic, points: Tensor, **options: Any) -> Tensor:
+def differentiable_penalty(
+    critic: Critic, points: Tensor, inputs: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+) -> Tensor:
     """The same with a graph of any order: through the critic layers, whose third derivatives are exact."""
 
     def scores(x: Tensor) -> Tensor:
         with CriticLayers(Scope()):
-            return critic(x)
+            return critic(x, *inputs, **kwargs)
 
     return reference.penalty_at(scores, points, **options)
 
