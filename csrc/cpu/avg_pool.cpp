@@ -1,6 +1,7 @@
-// Bound by memory: rows of a window are added up as vectors in a buffer that stays in cache, then its columns.
+// Bound by memory: rows pass through a buffer that stays in cache. The means have the bits of stock's.
 #include "gankern/avg_pool.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "gankern/parallel.h"
@@ -11,13 +12,13 @@ namespace gankern {
 namespace GANKERN_ISA {
 namespace {
 
-// Sums of the columns of each window of a row. A width of two known to the compiler becomes vector code.
+// Adds one row of each window to its sum, in stock's order. A width of two known to the compiler becomes vector code.
 template <class A>
-GANKERN_INLINE void sum_columns(const A* row, int64_t windows, int64_t width, A scale, A* out) {
+GANKERN_INLINE void add_columns(const A* row, int64_t windows, int64_t width, A* sums) {
     for (int64_t j = 0; j < windows; ++j) {
-        A sum = row[j * width];
-        for (int64_t k = 1; k < width; ++k) sum += row[j * width + k];
-        out[j] = sum * scale;
+        A sum = sums[j];
+        for (int64_t k = 0; k < width; ++k) sum += row[j * width + k];
+        sums[j] = sum;
     }
 }
 
@@ -31,21 +32,23 @@ template <class S>
 void forward(const AvgPool& a) {
     using A = Acc<S>;
     const int64_t rows = a.height / a.kernel_height, windows = a.width / a.kernel_width, kw = a.kernel_width;
-    const A scale = static_cast<A>(1.0 / static_cast<double>(a.kernel_height * kw));
+    const A count = static_cast<A>(a.kernel_height * kw);
     parallel_for(a.planes * rows, a.threads, [&](int64_t begin, int64_t end) {
-        std::vector<A> sums(a.width), means(windows);
+        std::vector<A> values(a.width), sums(windows);
         for (int64_t row = begin; row < end; ++row) {
             auto* x = static_cast<const S*>(a.from) + (row / rows * a.height + row % rows * a.kernel_height) * a.width;
             auto* y = static_cast<S*>(a.to) + row * windows;
-            for_each_vec<A>(windows * kw, [&](int64_t i, int lanes) {
-                Vec<A> sum = load(x + i, lanes, A(0));
-                for (int64_t k = 1; k < a.kernel_height; ++k) sum += load(x + k * a.width + i, lanes, A(0));
-                store(sums.data() + i, lanes, sum);
+            std::fill(sums.begin(), sums.end(), A(0));
+            for (int64_t k = 0; k < a.kernel_height; ++k) {
+                for_each_vec<A>(windows * kw, [&](int64_t i, int lanes) {
+                    store(values.data() + i, lanes, load(x + k * a.width + i, lanes, A(0)));
+                });
+                kw == 2 ? add_columns(values.data(), windows, 2, sums.data())
+                        : add_columns(values.data(), windows, kw, sums.data());
+            }
+            for_each_vec<A>(windows, [&](int64_t i, int lanes) {
+                store(y + i, lanes, load(sums.data() + i, lanes, A(0)) / splat(count));
             });
-            kw == 2 ? sum_columns(sums.data(), windows, 2, scale, means.data())
-                    : sum_columns(sums.data(), windows, kw, scale, means.data());
-            for_each_vec<A>(windows,
-                            [&](int64_t i, int lanes) { store(y + i, lanes, load(means.data() + i, lanes, A(0))); });
         }
     });
 }

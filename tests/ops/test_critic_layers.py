@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gankern import gradient_penalty
 from gankern.ops.critic_layers import CriticLayers, Scope
+from gankern.ops.gradient_penalty import penalty_points
 from gankern.ops.gradient_penalty import reference as stock_penalty
 
 
@@ -281,3 +282,56 @@ def test_float32_penalty_is_as_accurate_as_stock() -> None:
         results.append((loss.detach(), torch.cat([g.flatten() for g in grads])))
     for ours, stock, best in zip(*results, strict=True):
         assert_as_accurate(ours, stock, best)
+
+
+def test_the_forward_pass_keeps_the_bits_of_stock() -> None:
+    """A pre-activation that rounds to the other sign would move a float32 gradient by as much as 1e-4 of its norm."""
+    critic = nn.Sequential(
+        nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.AvgPool2d(3)
+    )
+    x = torch.randn(4, 3, 32, 32)
+    stock = critic(x)
+    with CriticLayers(Scope()) as layers:
+        assert torch.equal(critic(x.clone().requires_grad_()), stock)
+    assert layers.taken == {"conv2d": 2, "leaky_relu": 1, "relu": 1, "avg_pool2d": 2}
+    real, fake, alpha = torch.randn_like(x), torch.randn_like(x), torch.rand(4, 1, 1, 1)
+    points = penalty_points(real, fake, alpha, None)
+    assert torch.equal(points, alpha * real + (1 - alpha) * fake)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "kernel", "stride", "padding", "dilation"),
+    [
+        ((2, 3, 9, 8), 5, (4, 4), [2, 2], [1, 1], [1, 1]),
+        ((3, 1, 7, 9), 16, (5, 3), [2, 1], [2, 0], [2, 3]),
+        ((1, 4, 5, 6), 1, (1, 1), [3, 2], [0, 0], [1, 1]),
+        ((2, 3, 4, 4), 33, (7, 7), [1, 1], [3, 3], [1, 1]),
+        ((2, 2, 3, 3), 7, (3, 3), [1, 1], [4, 4], [1, 1]),
+    ],
+)
+def test_input_gradient_of_few_channels(
+    shape: tuple[int, ...],
+    out_channels: int,
+    kernel: tuple[int, int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    dtype: torch.dtype,
+    threads: int,
+) -> None:
+    from gankern.ops.critic_layers import cpu
+
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(out_channels, shape[1], *kernel, dtype=dtype)
+    grad = torch.randn_like(F.conv2d(x, weight, None, stride, padding, dilation))
+
+    def stock(kind: torch.dtype) -> Tensor:
+        leaf = x.to(kind).requires_grad_()
+        output = F.conv2d(leaf, weight.to(kind), None, stride, padding, dilation)
+        return torch.autograd.grad(output, leaf, grad.to(kind))[0]
+
+    turned = weight.clone(memory_format=torch.channels_last)
+    ours = cpu.conv_input_grad(grad, x, turned, stride, padding, dilation)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_as_accurate(ours, stock(dtype), stock(torch.float64))

@@ -50,10 +50,10 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         zeros = [0] * dims
         options = ConvOptions(_ints(stride, dims), _ints(padding, dims), _ints(dilation, dims), False, zeros, groups)
         first = input is scope.points
-        input, weight, bias = _autocast(input, weight, bias)
+        given = _autocast(input, weight, bias)
         if scope.channels_last:
-            input, weight = channels_last(input, weight)
-        return Conv.apply(input, weight, bias, options, scope, first)
+            given[:2] = channels_last(given[:2])
+        return Conv.apply(*given, options, scope, first)
 
     return conv
 
@@ -75,10 +75,10 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
         pads = _ints(padding, dims), _ints(dilation, dims)
         options = ConvOptions(_ints(stride, dims), *pads, True, _ints(output_padding, dims), groups)
         first = input is scope.points
-        input, weight, bias = _autocast(input, weight, bias)
+        given = _autocast(input, weight, bias)
         if scope.channels_last:
-            input, weight = channels_last(input, weight)
-        return Conv.apply(input, weight, bias, options, scope, first)
+            given[:2] = channels_last(given[:2])
+        return Conv.apply(*given, options, scope, first)
 
     return conv_transpose
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ def _conv_backward(
     return torch.ops.aten.convolution_backward.default(grad_output, input, weight, bias_size, *options, mask)
 
 
-def channels_last(*tensors: Tensor) -> tuple[Tensor, ...]:
+def channels_last(tensors: Sequence[Any]) -> Sequence[Any]:
     """The tensors in channels_last, in which all passes of a 2-d convolution on the CPU are nearer the peak."""
     first = tensors[0]
     if first.device.type != "cpu" or first.dim() != 4 or first.dtype not in (torch.float32, torch.bfloat16):
@@ -104,7 +105,7 @@ class ConvInputGrad(torch.autograd.Function):
         ctx.save_for_backward(grad_output, weight)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.turned = channels_last(grad_output, weight)
+        ctx.turned = channels_last((grad_output, weight))
         grad_output, weight = ctx.turned
         if memory_format(weight) == torch.channels_last:
             input = torch.empty_like(input, memory_format=torch.channels_last)

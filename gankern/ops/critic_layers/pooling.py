@@ -44,6 +44,8 @@ def _tiles(options: Windows | Adaptive, images: Images) -> bool:
         and len(images.shape) == 4
         and images.memory_format == torch.contiguous_format
         and options.kernel == options.stride
+        # Sums in stock's order wait for each other: over wide windows aten is as fast.
+        and options.kernel[1] <= 4
         and not any(options.padding)
         and options.divisor_override is None
         and all(size >= k for size, k in zip(images.shape[2:], options.kernel, strict=True))

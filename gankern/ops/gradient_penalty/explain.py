@@ -28,8 +28,7 @@ _LINEAR_NAMES = """
     as_strided diagonal __get__ __getitem__ pad zero_pad2d pixel_shuffle pixel_unshuffle channel_shuffle
     to type type_as float double half bfloat16
     add add_ sub sub_ subtract rsub __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ neg neg_ negative __neg__
-    sum mean nansum cumsum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d interpolate upsample upsample_nearest upsample_bilinear
+    sum mean nansum cumsum interpolate upsample upsample_nearest upsample_bilinear
     dropout dropout_ dropout1d dropout2d dropout3d
 """
 _LINEAR = frozenset(_LINEAR_NAMES.split())
