@@ -335,3 +335,22 @@ def test_input_gradient_of_few_channels(
     ours = cpu.conv_input_grad(grad, x, turned, stride, padding, dilation)
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert_as_accurate(ours, stock(dtype), stock(torch.float64))
+
+
+def test_overwritten_weights_are_noticed() -> None:
+    first = nn.Conv2d(3, 8, 3)
+    critic = nn.Sequential(first, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(8 * 6 * 6, 1))
+    real, fake, alpha = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2)
+    loss = gradient_penalty(critic, real, fake, alpha=alpha, create_graph=True)
+    with torch.no_grad():
+        first.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gray_images_have_the_kernel_of_few_channels() -> None:
+    critic = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 1))
+    real, fake = torch.randn(2, 4, 1, 8, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradient_penalty(critic, real, fake)
+    assert sum(e.count for e in profile.key_averages() if e.key == "gankern::conv_input_grad") == 1

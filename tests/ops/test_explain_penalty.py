@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from critics import Residual, batch, plain
 from torch import Tensor, nn
 
 import gankern
-from tests.critics import Residual, batch, plain
 
 
 def explained(critic: Callable[[Tensor], Tensor], **options: object):
@@ -140,3 +140,22 @@ def test_without_a_critic_it_is_as_for_any_op() -> None:
     found = gankern.explain(gankern.gradient_penalty, torch.randn(2, 3))
     assert found.chosen == "cpu"
     assert not hasattr(found, "taken")
+
+
+def test_further_inputs_reach_the_critic() -> None:
+    embedding, first = nn.Embedding(10, 4), nn.Conv2d(3, 4, 3)
+
+    def critic(x: Tensor, labels: Tensor, *, scale: float) -> Tensor:
+        return scale * (first(x).mean((2, 3)) * embedding(labels)).sum(1)
+
+    real, fake = torch.randn(2, 5, 3, 8, 8)
+    params = [*first.parameters(), *embedding.parameters()]
+    found = gankern.explain(gankern.gradient_penalty, critic, real, fake, torch.arange(5), scale=2.0, params=params)
+    assert found.taken == {"conv2d": 1}
+
+
+def test_bad_points_are_named() -> None:
+    with pytest.raises(TypeError, match="fake"):
+        gankern.explain(gankern.gradient_penalty, plain(), torch.randn(2, 3, 8, 8), 3)
+    with pytest.raises(ValueError, match="fake"):
+        gankern.explain(gankern.gradient_penalty, plain(), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 9, 8))

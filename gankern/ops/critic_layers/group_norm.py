@@ -96,15 +96,7 @@ class GroupNormInputGrad(torch.autograd.Function):
             return None, None, None, None, None, None
         grad_output, input, weight, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-
-            def input_grad(g: Tensor, x: Tensor, w: Tensor | None) -> Tensor:
-                leaf = x if x.requires_grad else x.detach().requires_grad_()
-                plain = _plain(mean.size(1), ctx.eps)
-                grad = reference.vjp(plain, (leaf, w, None), g, create_graph=True)[0]
-                assert grad is not None
-                return grad
-
-            grads = reference.vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
+            grads = reference.input_grad_vjp(_plain(mean.size(1), ctx.eps), grad_output, input, weight, tangent)
             return *grads, None, None, None
         adapter = backends.select("critic_layers", input)
         grads = adapter.group_norm_double_backward(

@@ -16,13 +16,9 @@ from gankern._layout import memory_format
 from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
 from gankern.ops.critic_layers.layer_norm import LayerNorm
-from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear, channels_last
+from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear, channels_last, ints
 from gankern.ops.critic_layers.pooling import adaptive_avg_pool, avg_pool
 from gankern.ops.critic_layers.scope import Scope
-
-
-def _ints(value: Any, dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -48,7 +44,7 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         if isinstance(padding, str) or input.dim() != dims + 2:
             return NotImplemented
         zeros = [0] * dims
-        options = ConvOptions(_ints(stride, dims), _ints(padding, dims), _ints(dilation, dims), False, zeros, groups)
+        options = ConvOptions(ints(stride, dims), ints(padding, dims), ints(dilation, dims), False, zeros, groups)
         first = input is scope.points
         given = _autocast(input, weight, bias)
         if scope.channels_last:
@@ -72,8 +68,8 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
     ) -> Any:
         if input.dim() != dims + 2:
             return NotImplemented
-        pads = _ints(padding, dims), _ints(dilation, dims)
-        options = ConvOptions(_ints(stride, dims), *pads, True, _ints(output_padding, dims), groups)
+        pads = ints(padding, dims), ints(dilation, dims)
+        options = ConvOptions(ints(stride, dims), *pads, True, ints(output_padding, dims), groups)
         first = input is scope.points
         given = _autocast(input, weight, bias)
         if scope.channels_last:
@@ -107,7 +103,8 @@ def _leaky_relu_(scope: Scope, input: Tensor, negative_slope: float = 0.01) -> A
 
 def _view(scope: Scope, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
     """A view of what would be contiguous, had the convolution before not run in channels_last."""
-    if memory_format(input) == torch.contiguous_format or isinstance(shape[0] if shape else None, torch.dtype):
+    turned = scope.channels_last and memory_format(input) == torch.channels_last
+    if not turned or isinstance(shape[0] if shape else None, torch.dtype):
         return NotImplemented
     return input.contiguous().view(*shape, **kwargs)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gankern import backends
 from gankern._layout import memory_format
-from gankern.ops.critic_layers import cpu
 from gankern.ops.critic_layers.scope import Scope
 
 
@@ -55,13 +54,17 @@ def _input_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: Con
         and input.dtype == torch.float32
         and options.groups == 1
         and not options.transposed
-        and memory_format(weight) == torch.channels_last
-        and backends.refusal("critic_layers", "cpu", input) is None
-        and backends.requested() in ("auto", "cpu")
+        and weight.is_contiguous(memory_format=torch.channels_last)
     ):
         with torch.profiler.record_function("gankern::conv_input_grad"):
-            return cpu.conv_input_grad(grad_output, input, weight, *options[:3])
+            adapter = backends.select("critic_layers", grad_output, input, weight)
+            return adapter.conv_input_grad(grad_output, input, weight, *options[:3])
     return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+
+
+def ints(value: Any, dims: int) -> list[int]:
+    """An option of a convolution or a pooling, one number a dimension."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
 
 
 class Conv(torch.autograd.Function):
@@ -115,7 +118,9 @@ class ConvInputGrad(torch.autograd.Function):
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
             return None, None, None, None
-        grad_output, weight = ctx.saved_tensors if torch.is_grad_enabled() else ctx.turned
+        # Asked for in any case: that is where torch notices values that were overwritten since.
+        saved = ctx.saved_tensors
+        grad_output, weight = saved if torch.is_grad_enabled() else ctx.turned
         grad_grad_output = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_grad_output = torch.ops.aten.convolution.default(tangent, weight, None, *ctx.options)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gankern import backends
 from gankern._layout import memory_format
+from gankern.ops.critic_layers.linear import ints
 from gankern.ops.critic_layers.scope import Scope
 
 
@@ -111,10 +112,6 @@ class PoolInputGrad(torch.autograd.Function):
         return None if tangent is None else Pool.apply(tangent, ctx.options), None, None
 
 
-def _ints(value: Any, dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
-
-
 def _apply(input: Tensor, options: Windows | Adaptive, dims: int) -> Any:
     # Autocast runs some of these in float32.
     if input.dim() != dims + 2 or not input.numel() or torch.is_autocast_enabled(input.device.type):
@@ -135,8 +132,8 @@ def avg_pool(dims: int) -> Callable[..., Any]:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
-        kernel, pads = _ints(kernel_size, dims), _ints(padding, dims)
-        steps = kernel if stride is None or stride == () or stride == [] else _ints(stride, dims)
+        kernel, pads = ints(kernel_size, dims), ints(padding, dims)
+        steps = kernel if stride is None or stride == () or stride == [] else ints(stride, dims)
         if dims == 1:
             kernel, steps, pads = [1, *kernel], [1, *steps], [0, *pads]
         return _apply(input, Windows(kernel, steps, pads, ceil_mode, count_include_pad, divisor_override), dims)
@@ -150,7 +147,7 @@ def adaptive_avg_pool(dims: int) -> Callable[..., Any]:
     def pool(scope: Scope, input: Tensor, output_size: Any) -> Any:
         if input.dim() != dims + 2:
             return NotImplemented
-        given = [output_size] * dims if output_size is None else _ints(output_size, dims)
+        given = [output_size] * dims if output_size is None else ints(output_size, dims)
         sizes = list(input.shape[2:])
         wanted = [size if want is None else want for want, size in zip(given, sizes, strict=True)]
         if any(want < 1 for want in wanted):

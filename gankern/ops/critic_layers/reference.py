@@ -24,6 +24,28 @@ def vjp(
     return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
 
 
+def input_grad_vjp(
+    plain: Callable[..., Tensor], grad_output: Tensor, input: Tensor, weight: Tensor | None, tangent: Tensor
+) -> list[Tensor | None]:
+    """Gradients of a norm's input gradient, by its formula and with a graph: of grad_output, input and weight."""
+
+    def input_grad(grad_output: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
+        leaf = input if input.requires_grad else input.detach().requires_grad_()
+        grad = vjp(plain, (leaf, weight, None), grad_output, create_graph=True)[0]
+        assert grad is not None
+        return grad
+
+    return vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
+
+
+def conv_input_grad(
+    grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """Gradient of a convolution's input (N, C, H, W), of which only shape, dtype and layout are used."""
+    options = (stride, padding, dilation, False, [0, 0], 1, [True, False, False])
+    return torch.ops.aten.convolution_backward.default(grad_output, input, weight, None, *options)[0]
+
+
 def layer_norm_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,7 +183,7 @@ def penalty_at(
     _check.boolean("one_sided", one_sided)
     _check.boolean("create_graph", create_graph)
     wrapper = critic
-    critic = _inner_module(critic)
+    critic = autograd.inner_module(critic)
     found = _trainable(critic, params)
     if create_graph:
         loss = autograd.differentiable_penalty(
@@ -206,18 +206,6 @@ def penalty_at(
             loss = autograd.penalty(handle, found, tensors, points, *options)
     _expect_gradients(wrapper, loss)
     return loss
-
-
-def _inner_module(critic: Critic) -> Critic:
-    """The module inside the wrappers of torch.compile, which refuses double backward, and DistributedDataParallel."""
-    while isinstance(critic, nn.Module):
-        if isinstance(critic, DistributedDataParallel):
-            critic = critic.module
-        elif isinstance(critic, OptimizedModule):
-            critic = critic._orig_mod
-        else:
-            break
-    return critic
 
 
 def _expect_gradients(critic: Critic, loss: Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from gankern import _library, backends
@@ -20,6 +22,18 @@ from gankern.ops.gradient_penalty import cpu, reference
 backends.register("gradient_penalty", cpu=cpu, reference=reference)
 
 Critic = Callable[..., Tensor]
+
+
+def inner_module(critic: Critic) -> Critic:
+    """The module inside the wrappers of torch.compile, which refuses double backward, and DistributedDataParallel."""
+    while isinstance(critic, nn.Module):
+        if isinstance(critic, DistributedDataParallel):
+            critic = critic.module
+        elif isinstance(critic, OptimizedModule):
+            critic = critic._orig_mod
+        else:
+            break
+    return critic
 
 
 class _Hole:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from gankern.backends import Explanation
+from gankern.ops import _check
 from gankern.ops.critic_layers import CriticLayers, Scope
+from gankern.ops.gradient_penalty.autograd import inner_module
 
 #: Two samples, since batch norm refuses one value a channel; more would only cost time.
 SAMPLES = 2
@@ -140,27 +141,31 @@ def _untouched(critic: Callable[..., Any], device: torch.device) -> Iterator[Non
 def explain_penalty(found: Explanation, *args: Any, **kwargs: Any) -> Explanation:
     """Add to what was found for the points what gankern takes of the critic; nothing where no critic is given.
 
-    Runs the critic once, on two points between real and fake. Its parameters, their gradients, its modules' buffers and
-    plain attributes and torch's random state stay as they are; its hooks are called. A ``torch.autograd.Function`` of
-    the critic's own is not seen.
+    Runs the critic once, on two points between real and fake, or on all where it gets further inputs. Its parameters,
+    their gradients, its modules' buffers and plain attributes and torch's random state stay as they are; its hooks are
+    called. A ``torch.autograd.Function`` of the critic's own is not seen.
     """
-    from gankern.ops.gradient_penalty import gradient_penalty
+    from gankern.ops.gradient_penalty import check_points, gradient_penalty
 
     names = ("critic", "real", "fake")
     if not (args and callable(args[0]) and not isinstance(args[0], Tensor)) and "critic" not in kwargs:
         return found
     call = inspect.signature(gradient_penalty).bind(*args, **kwargs).arguments
     critic, real, fake = (call[name] for name in names)
-    if isinstance(critic, nn.Module):
-        # As the penalty does; and DistributedDataParallel would wait for a backward pass.
-        critic = getattr(critic, "_orig_mod", critic)
-        critic = critic.module if isinstance(critic, DistributedDataParallel) else critic
-    real, fake = real[:SAMPLES].detach(), fake[:SAMPLES].detach()
+    inputs, critic_kwargs = call.get("inputs", ()), call.get("critic_kwargs", {})
+    check_points("real", real)
+    check_points("fake", fake)
+    _check.same_shape("fake", fake, "real", real)
+    # As the penalty does; and DistributedDataParallel would wait for a backward pass.
+    critic = inner_module(critic)
+    if not inputs and not critic_kwargs:
+        real, fake = real[:SAMPLES], fake[:SAMPLES]
+    real, fake = real.detach(), fake.detach()
     layers = _Recorder()
     with _untouched(critic, real.device), torch.enable_grad():
         points = (real + (fake - real) / 2).requires_grad_()
         with layers:
-            critic(points)
+            critic(points, *inputs, **critic_kwargs)
     why = {name: "; ".join(reasons) for name, reasons in layers.why.items()}
     return PenaltyExplanation(
         found.op, found.chosen, found.refused, dict(layers.taken), dict(layers.stock), why, dict(layers.linear)
