@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gankern/parallel.h"
+#include "gankern/workspace.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -20,6 +21,7 @@ namespace {
 using namespace gankern;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+float* floats(uintptr_t address) { return static_cast<float*>(pointer(address)); }
 
 void bind_avg_pool(py::module_& m) {
     auto bind = [&m](const char* name, void (*KernelTable::*kernel)(const AvgPool&)) {
@@ -102,19 +104,100 @@ void bind_gradient_penalty(py::module_& m) {
         "one_sided"_a, "squared"_a, "threads"_a);
 }
 
+// Memory of a workspace for as long as Python knows it, as writable bytes.
+struct Lease {
+    explicit Lease(size_t bytes) : bytes(bytes), block(workspace().take(bytes)) {}
+    ~Lease() { workspace().give(block); }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+
+    static Workspace& workspace() {
+        // Never destroyed: tensors may outlive the interpreter's modules.
+        static auto* shared = new Workspace;
+        return *shared;
+    }
+
+    size_t bytes;
+    Workspace::Block block;
+};
+
+void bind_workspace(py::module_& m) {
+    py::class_<Lease>(m, "Lease", py::buffer_protocol())
+        .def(py::init<size_t>(), "bytes"_a)
+        .def_buffer([](Lease& lease) {
+            return py::buffer_info(static_cast<uint8_t*>(lease.block.data), static_cast<py::ssize_t>(lease.bytes));
+        });
+    m.def("workspace_limit", [](size_t bytes) { Lease::workspace().set_limit(bytes); }, "bytes"_a);
+    m.def("workspace_bytes", [] { return std::pair(Lease::workspace().used(), Lease::workspace().idle()); });
+}
+
 using Pair = std::array<int64_t, 2>;
 
-void bind_conv_input_grad(py::module_& m) {
-    m.def("conv_input_grad_scratch", &conv_input_grad_scratch, "taps"_a, "out_channels"_a);
+void bind_conv(py::module_& m) {
+    py::class_<ConvShape>(m, "ConvShape")
+        .def(py::init([](const std::array<int64_t, 4>& input, const std::array<int64_t, 3>& output, Pair kernel,
+                         Pair stride, Pair padding, Pair dilation, const std::array<int64_t, 4>& weight_strides,
+                         int64_t sum_block, int threads) {
+                 auto [n, height, width, channels] = input;
+                 auto [out_height, out_width, out_channels] = output;
+                 auto [w0, w1, w2, w3] = weight_strides;
+                 return ConvShape{n,
+                                  height,
+                                  width,
+                                  channels,
+                                  out_height,
+                                  out_width,
+                                  out_channels,
+                                  {kernel[0], kernel[1]},
+                                  {stride[0], stride[1]},
+                                  {padding[0], padding[1]},
+                                  {dilation[0], dilation[1]},
+                                  {w0, w1, w2, w3},
+                                  sum_block,
+                                  threads};
+             }),
+             "input"_a, "output"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "weight_strides"_a, "sum_block"_a,
+             "threads"_a);
+    m.def("conv_forward_scratch", &conv_forward_scratch, "shape"_a);
+    m.def("conv_input_grad_scratch", &conv_input_grad_scratch, "shape"_a);
+    m.def("conv_weight_grad_scratch", &conv_weight_grad_scratch, "shape"_a);
+    m.def(
+        "conv_forward",
+        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
+           uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().conv_forward(
+                {shape, floats(input), floats(weight), floats(bias), floats(output), floats(scratch)});
+        },
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "scratch"_a);
     m.def(
         "conv_input_grad",
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().conv_input_grad({shape, floats(grad_output), floats(weight), floats(grad_input), floats(scratch)});
+        },
+        "shape"_a, "grad_output"_a, "weight"_a, "grad_input"_a, "scratch"_a);
+    m.def(
+        "conv_weight_grad",
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t grad_weight, uintptr_t scratch) {
+            py::gil_scoped_release release;
+            kernels().conv_weight_grad(
+                {shape, floats(grad_output), floats(input), floats(grad_weight), floats(scratch)});
+        },
+        "shape"_a, "grad_output"_a, "input"_a, "grad_weight"_a, "scratch"_a);
+}
+
+void bind_stem_input_grad(py::module_& m) {
+    m.def("stem_input_grad_scratch", &stem_input_grad_scratch, "taps"_a, "out_channels"_a);
+    m.def(
+        "stem_input_grad",
         [](int dtype, const std::array<int64_t, 4>& input, const std::array<int64_t, 3>& output, Pair kernel,
            Pair stride, Pair padding, Pair dilation, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input,
            uintptr_t scratch, int threads) {
             py::gil_scoped_release release;
             auto [n, height, width, channels] = input;
             auto [out_height, out_width, out_channels] = output;
-            kernels().conv_input_grad({static_cast<Dtype>(dtype),
+            kernels().stem_input_grad({static_cast<Dtype>(dtype),
                                        n,
                                        height,
                                        width,
@@ -341,7 +424,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("threading_runtime", &threading_runtime, "Where the kernels' threads come from: openmp or serial.");
     bind_avg_pool(m);
     bind_batch_norm_act(m);
-    bind_conv_input_grad(m);
+    bind_workspace(m);
+    bind_conv(m);
+    bind_stem_input_grad(m);
     bind_gradient_penalty(m);
     bind_group_norm(m);
     bind_layer_norm(m);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ def refuse(*tensors: Tensor) -> str | None:
         if tensor.dtype not in DTYPES:
             return f"needs float32, float64 or bfloat16; got {tensor.dtype}"
     return None
+
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """Shows a kernel in torch's profiler, where one is on."""
+    return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

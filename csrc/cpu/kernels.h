@@ -5,11 +5,12 @@
 
 #include "gankern/avg_pool.h"
 #include "gankern/batch_norm_act.h"
-#include "gankern/conv_input_grad.h"
+#include "gankern/conv.h"
 #include "gankern/gradient_penalty.h"
 #include "gankern/group_norm.h"
 #include "gankern/layer_norm.h"
 #include "gankern/minibatch_discrimination.h"
+#include "gankern/stem_input_grad.h"
 #include "gankern/types.h"
 #include "gankern/weight_clip.h"
 
@@ -18,7 +19,10 @@ namespace gankern {
 #define GANKERN_KERNELS(X)                                                             \
     X(batch_norm_act_forward, BatchNormActForward)                                     \
     X(batch_norm_act_backward, BatchNormActBackward)                                   \
-    X(conv_input_grad, ConvInputGrad)                                                  \
+    X(conv_forward, ConvForward)                                                           \
+    X(conv_input_grad, ConvInputGrad)                                                      \
+    X(conv_weight_grad, ConvWeightGrad)                                                    \
+    X(stem_input_grad, StemInputGrad)                                                  \
     X(layer_norm_forward, LayerNormForward)                                            \
     X(layer_norm_backward, LayerNormBackward)                                          \
     X(layer_norm_double_backward, LayerNormDoubleBackward)                             \

@@ -1,6 +1,7 @@
 // Fork-join over the OpenMP runtime that torch has loaded: one pool of threads in the process, torch's.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace gankern {
@@ -30,6 +31,23 @@ void parallel_for(int64_t items, int threads, const Body& body) {
             c.body(c.items * index / count, c.items * (index + 1) / count);
         },
         &context, threads);
+}
+
+// Calls body(thread, item) for every item once, each by the first thread that is free: where a core is slower or taken
+// for a while, the others do its share. At most `threads` values of thread.
+template <class Body>
+void parallel_for_each(int64_t items, int threads, const Body& body) {
+    struct Context {
+        const Body& body;
+        int64_t items;
+        std::atomic<int64_t> next;
+    } context{body, items, {0}};
+    run_on_threads(
+        [](void* data, int index, int) {
+            auto& c = *static_cast<Context*>(data);
+            for (int64_t item; (item = c.next.fetch_add(1, std::memory_order_relaxed)) < c.items;) c.body(index, item);
+        },
+        &context, items < threads ? static_cast<int>(items) : threads);
 }
 
 }  // namespace gankern

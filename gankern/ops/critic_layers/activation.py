@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gankern._layout import like_layout
+from gankern import backends
+
+
+def _layers(*tensors: Tensor) -> Any:
+    return backends.select("critic_layers", *tensors)
 
 
 class LeakyRelu(torch.autograd.Function):
@@ -20,7 +24,7 @@ class LeakyRelu(torch.autograd.Function):
             ctx.mark_dirty(input)
             output = F.relu_(input) if negative_slope == 0 else F.leaky_relu_(input, negative_slope)
         else:
-            output = F.relu(input) if negative_slope == 0 else F.leaky_relu(input, negative_slope)
+            output = _layers(input).leaky_relu(input, negative_slope)
         # With a slope of zero or more the output is positive just where the input is.
         ctx.save_for_backward(output)
         ctx.negative_slope = negative_slope
@@ -41,13 +45,12 @@ class LeakyReluGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
         # Once here, for both passes, instead of a walk over two layouts in each.
-        output = like_layout(output, grad_output)
+        layers = _layers(grad_output, output)
+        output = layers.like_layout(output, grad_output)
         ctx.save_for_backward(output)
         ctx.negative_slope = negative_slope
         ctx.set_materialize_grads(False)
-        if negative_slope == 0:
-            return torch.ops.aten.threshold_backward.default(grad_output, output, 0)
-        return torch.ops.aten.leaky_relu_backward.default(grad_output, output, negative_slope, True)
+        return layers.leaky_relu_backward(grad_output, output, negative_slope)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, None, None]:

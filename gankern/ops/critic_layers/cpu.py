@@ -10,18 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gankern import workspace
+from gankern._layout import memory_format
 from gankern._native import DTYPES, acc_dtype, address, kernels, refuse
+from gankern.ops.critic_layers.cpu_convolution import (
+    channels_last,
+    conv,
+    conv_as_stock,
+    conv_input_grad,
+    conv_weight_grad,
+)
 
 __all__ = [
     "avg_pool2d",
     "avg_pool2d_backward",
+    "channels_last",
+    "conv",
+    "conv_as_stock",
     "conv_input_grad",
+    "conv_weight_grad",
     "group_norm_backward",
     "group_norm_double_backward",
     "group_norm_forward",
     "layer_norm_backward",
     "layer_norm_double_backward",
     "layer_norm_forward",
+    "leaky_relu",
+    "leaky_relu_backward",
+    "like_layout",
     "refuse",
 ]
 
@@ -38,7 +54,7 @@ def _scratch(input: Tensor, sums: int) -> Tensor:
 def layer_norm_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = torch.empty_like(input)
+    output = workspace.like(input)
     mean, rstd = torch.empty(2, input.size(0), dtype=torch.float64).unbind()
     kernels.layer_norm_forward(
         _shape(input),
@@ -57,7 +73,7 @@ def layer_norm_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     grad_output = grad_output.contiguous()
-    grad_input = torch.empty_like(input)
+    grad_input = workspace.like(input)
     grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
     grad_bias = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
     scratch = _scratch(input, 2) if want_params else None
@@ -86,7 +102,7 @@ def layer_norm_double_backward(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     tangent, grad_output = tangent.contiguous(), grad_output.contiguous()
-    grad_grad_output, grad_input = torch.empty_like(input), torch.empty_like(input)
+    grad_grad_output, grad_input = workspace.like(input), workspace.like(input)
     grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_weight else None
     scratch = _scratch(input, 1) if want_weight else None
     kernels.layer_norm_double_backward(
@@ -105,29 +121,28 @@ def layer_norm_double_backward(
     return grad_grad_output, grad_input, grad_weight
 
 
-def conv_input_grad(
-    grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Gradient of a channels_last input (N, C, H, W), of which only shape and dtype are used; weight channels_last."""
-    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-    grad_input = torch.empty_like(input, memory_format=torch.channels_last)
-    (n, c, h, w), (k, _, *kernel) = input.shape, weight.shape
-    scratch = torch.empty(kernels.conv_input_grad_scratch(weight[0].numel(), k), dtype=input.dtype)
-    kernels.conv_input_grad(
-        DTYPES[input.dtype],
-        (n, h, w, c),
-        (*grad_output.shape[2:], k),
-        kernel,
-        stride,
-        padding,
-        dilation,
-        grad_output.data_ptr(),
-        weight.data_ptr(),
-        grad_input.data_ptr(),
-        scratch.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return grad_input
+def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the memory order of another of the same shape."""
+    order = memory_format(other)
+    if tensor.is_contiguous(memory_format=order):
+        return tensor
+    return workspace.empty_like(tensor, order).copy_(tensor)
+
+
+def leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
+    output = workspace.empty_like(input, memory_format(input))
+    # The same as ReLU where the slope is 0, but for the sign of that zero.
+    if negative_slope == 0:
+        return torch.clamp_min(input, 0, out=output)
+    return torch.ops.aten.leaky_relu.out(input, negative_slope, out=output)
+
+
+def leaky_relu_backward(grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
+    grad_input = workspace.empty_like(grad_output, memory_format(grad_output))
+    if negative_slope == 0:
+        return torch.ops.aten.threshold_backward.grad_input(grad_output, output, 0, grad_input=grad_input)
+    backward = torch.ops.aten.leaky_relu_backward.grad_input
+    return backward(grad_output, output, negative_slope, True, grad_input=grad_input)
 
 
 def _group_shape(input: Tensor, mean: Tensor) -> Any:
@@ -149,7 +164,7 @@ def _as(tensor: Tensor, input: Tensor) -> Tensor:
 def group_norm_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = torch.empty_like(input)
+    output = workspace.like(input)
     mean, rstd = torch.empty(2, input.size(0), groups, dtype=torch.float64).unbind()
     kernels.group_norm_forward(
         _group_shape(input, mean),
@@ -168,7 +183,7 @@ def group_norm_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     grad_output = _as(grad_output, input)
-    grad_input = torch.empty_like(input)
+    grad_input = workspace.like(input)
     grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
     grad_bias = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
     scratch = torch.empty(2, *input.shape[:2], dtype=torch.float64) if want_params else None
@@ -197,7 +212,7 @@ def group_norm_double_backward(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     tangent, grad_output = _as(tangent, input), _as(grad_output, input)
-    grad_grad_output, grad_input = torch.empty_like(input), torch.empty_like(input)
+    grad_grad_output, grad_input = workspace.like(input), workspace.like(input)
     grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_weight else None
     scratch = torch.empty(input.shape[:2], dtype=torch.float64) if want_weight else None
     kernels.group_norm_double_backward(
@@ -219,7 +234,7 @@ def group_norm_double_backward(
 def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:
     input = input.contiguous()
     n, channels, height, width = input.shape
-    output = torch.empty(n, channels, height // kernel[0], width // kernel[1], dtype=input.dtype)
+    output = workspace.empty((n, channels, height // kernel[0], width // kernel[1]), input.dtype)
     kernels.avg_pool_forward(
         DTYPES[input.dtype],
         n * channels,
@@ -236,7 +251,7 @@ def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:
 def avg_pool2d_backward(grad_output: Tensor, shape: torch.Size, kernel: list[int]) -> Tensor:
     grad_output = grad_output.contiguous()
     n, channels, height, width = shape
-    grad_input = torch.empty(shape, dtype=grad_output.dtype)
+    grad_input = workspace.empty(shape, grad_output.dtype)
     kernels.avg_pool_backward(
         DTYPES[grad_output.dtype],
         n * channels,

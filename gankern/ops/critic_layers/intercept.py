@@ -16,7 +16,8 @@ from gankern._layout import memory_format
 from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
 from gankern.ops.critic_layers.layer_norm import LayerNorm
-from gankern.ops.critic_layers.linear import Conv, ConvOptions, Linear, channels_last, ints
+from gankern.ops.critic_layers.linear import Conv, Linear
+from gankern.ops.critic_layers.options import ConvOptions, ints
 from gankern.ops.critic_layers.pooling import adaptive_avg_pool, avg_pool
 from gankern.ops.critic_layers.scope import Scope
 
@@ -47,8 +48,6 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         options = ConvOptions(ints(stride, dims), ints(padding, dims), ints(dilation, dims), False, zeros, groups)
         first = input is scope.points
         given = _autocast(input, weight, bias)
-        if scope.channels_last:
-            given[:2] = channels_last(given[:2])
         return Conv.apply(*given, options, scope, first)
 
     return conv
@@ -72,8 +71,6 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
         options = ConvOptions(ints(stride, dims), *pads, True, ints(output_padding, dims), groups)
         first = input is scope.points
         given = _autocast(input, weight, bias)
-        if scope.channels_last:
-            given[:2] = channels_last(given[:2])
         return Conv.apply(*given, options, scope, first)
 
     return conv_transpose
@@ -99,14 +96,6 @@ def _leaky_relu(scope: Scope, input: Tensor, negative_slope: float = 0.01, inpla
 
 def _leaky_relu_(scope: Scope, input: Tensor, negative_slope: float = 0.01) -> Any:
     return _leaky_relu(scope, input, negative_slope, True)
-
-
-def _view(scope: Scope, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
-    """A view of what would be contiguous, had the convolution before not run in channels_last."""
-    turned = scope.channels_last and memory_format(input) == torch.channels_last
-    if not turned or isinstance(shape[0] if shape else None, torch.dtype):
-        return NotImplemented
-    return input.contiguous().view(*shape, **kwargs)
 
 
 def _layer_norm(
@@ -153,7 +142,6 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
     F.layer_norm: _layer_norm,
-    Tensor.view: _view,
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
@@ -164,6 +152,27 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: adaptive_avg_pool(2),
     F.adaptive_avg_pool3d: adaptive_avg_pool(3),
 }
+
+
+# Functions that do the same in any order of memory, beside those above, by name: of elements, or of no elements at all.
+_ANY_ORDER = frozenset(
+    "__get__ __len__ size dim ndimension numel nelement element_size type is_floating_point get_device requires_grad_"
+    " detach clone flatten reshape add add_ sub sub_ rsub mul mul_ div div_ true_divide neg __add__ __radd__ __iadd__"
+    " __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __itruediv__ __neg__ cat concat max_pool2d"
+    " abs square sqrt pow __pow__ exp clamp clamp_ clamp_min clamp_max where to float double bfloat16 half"
+    " silu silu_ gelu mish elu elu_ selu celu hardtanh hardswish softplus softsign tanh tanh_ sigmoid"
+    " sigmoid_ logsigmoid threshold prelu relu6".split()
+)
+
+
+def _contiguous(value: Any) -> Any:
+    """Activations in the order that they have in stock."""
+    if isinstance(value, Tensor):
+        turned = value.requires_grad and memory_format(value) == torch.channels_last
+        return value.contiguous() if turned else value
+    if type(value) in (tuple, list):
+        return type(value)(_contiguous(v) for v in value)
+    return value
 
 
 class CriticLayers(TorchFunctionMode):
@@ -196,6 +205,8 @@ class CriticLayers(TorchFunctionMode):
             if result is not NotImplemented:
                 self.taken[func.__name__] += 1
                 return result
+        if self.scope.turns and getattr(func, "__name__", "") not in _ANY_ORDER:
+            args, kwargs = _contiguous(args), {name: _contiguous(value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if any(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern import backends
 from gankern._layout import memory_format
-from gankern.ops.critic_layers.linear import ints
+from gankern.ops.critic_layers.options import ints
 from gankern.ops.critic_layers.scope import Scope
 
 

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gankern._layout import memory_format
+from gankern.ops.critic_layers.options import ConvOptions
+
 
 def refuse(*tensors: Tensor) -> str | None:
     return None
@@ -38,12 +41,54 @@ def input_grad_vjp(
     return vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
 
 
-def conv_input_grad(
-    grad_output: Tensor, input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Gradient of a convolution's input (N, C, H, W), of which only shape, dtype and layout are used."""
-    options = (stride, padding, dilation, False, [0, 0], 1, [True, False, False])
-    return torch.ops.aten.convolution_backward.default(grad_output, input, weight, None, *options)[0]
+def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
+    return torch.ops.aten.convolution.default(input, weight, bias, *options)
+
+
+conv_as_stock = conv
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor as it is: only on the CPU is another layout worth a copy."""
+    return tensor
+
+
+def conv_shape(input: Tensor, weight: Tensor, options: ConvOptions) -> list[int]:
+    """Sizes of the output of a convolution that is not transposed."""
+    spatial = zip(input.shape[2:], weight.shape[2:], options.stride, options.padding, options.dilation, strict=True)
+    return [input.size(0), weight.size(0), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
+
+
+def _conv_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward.default(grad_output, input, weight, None, *options, mask)
+
+
+def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the input, of which only the shape, dtype and layout are used."""
+    return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+
+
+def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the weight, of which only the shape, dtype and layout are used."""
+    return _conv_backward(grad_output, input, weight, options, [False, True, False])[1]
+
+
+def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the memory order of another of the same shape."""
+    return tensor.contiguous(memory_format=memory_format(other))
+
+
+def leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
+    return F.relu(input) if negative_slope == 0 else F.leaky_relu(input, negative_slope)
+
+
+def leaky_relu_backward(grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
+    """Gradient of the input, by the signs of the output."""
+    if negative_slope == 0:
+        return torch.ops.aten.threshold_backward.default(grad_output, output, 0)
+    return torch.ops.aten.leaky_relu_backward.default(grad_output, output, negative_slope, True)
 
 
 def layer_norm_forward(

@@ -19,16 +19,18 @@ class Scope:
     points : Tensor or None
         The critic's input, where nobody will ask for the gradient of the penalty with respect to it: once the inner
         gradient is taken, a layer that stands right behind it leaves its input gradient out.
-    channels_last : bool
-        Whether the forward pass, too, may convolve in channels_last on the CPU. Where not, it keeps stock's bits, and
-        with them its activation pattern: a single pre-activation that rounds to the other sign moves a float32 gradient
-        by as much as 1e-4 of its norm.
+    as_stock : bool
+        Whether the forward pass keeps stock's bits, and with them its activation pattern: a single pre-activation that
+        rounds to the other sign moves a float32 gradient by as much as 1e-4 of its norm.
+    turns : bool
+        Whether layers turn images into channels_last that stock keeps contiguous. Other functions get them contiguous.
     """
 
-    def __init__(self, points: Tensor | None = None, channels_last: bool = False) -> None:
+    def __init__(self, points: Tensor | None = None, as_stock: bool = True, turns: bool = True) -> None:
         self.input_gradient_only = False
         self.points = points
-        self.channels_last = channels_last
+        self.as_stock = as_stock
+        self.turns = turns
 
     @contextmanager
     def input_gradient(self) -> Iterator[None]:

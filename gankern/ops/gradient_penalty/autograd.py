@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from gankern import _library, backends
+from gankern._layout import memory_format
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import cpu, reference
 
@@ -171,7 +172,8 @@ def _penalty(
         x = points.detach().requires_grad_()
         inputs = [t.detach().requires_grad_(want) for t, want in zip(inputs, want_inputs, strict=True)]
         args, kwargs = _fill(registered.template, inputs)
-        scope = Scope(None if want_points else x, _has_norm(critic))
+        turns = memory_format(x) == torch.contiguous_format
+        scope = Scope(None if want_points else x, not _has_norm(critic), turns)
         with CriticLayers(scope), mixed:
             scores = critic(x, *args, **kwargs)
         if not isinstance(scores, Tensor):
@@ -266,9 +268,11 @@ class _Penalty(torch.autograd.Function):
                 "gradient_penalty to differentiate them again"
             )
         grad_points, *grads = ctx.saved_tensors
-        rest = [g * grad_loss for g in grads]
-        tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
-        return (grad_points * grad_loss if ctx.want_points else None), None, None, None, None, *tensors
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+            grads = [g * grad_loss for g in grads]
+            grad_points = grad_points * grad_loss
+        tensors = [grads.pop(0) if wanted else None for wanted in ctx.wanted]
+        return (grad_points if ctx.want_points else None), None, None, None, None, *tensors
 
 
 def penalty(

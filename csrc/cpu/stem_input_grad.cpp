@@ -1,4 +1,4 @@
-#include "gankern/conv_input_grad.h"
+#include "gankern/stem_input_grad.h"
 
 #include <algorithm>
 #include <vector>
@@ -34,7 +34,7 @@ GANKERN_INLINE void multiply(const A* const (&grad)[kPixels], const A* weight, i
 
 // Adds the taps of one output pixel to the input pixels that they came from.
 template <class A>
-void scatter(const ConvInputGrad& a, const A* taps, int64_t oy, int64_t ox, A* image) {
+void scatter(const StemInputGrad& a, const A* taps, int64_t oy, int64_t ox, A* image) {
     int64_t c = a.channels, x0 = ox * a.stride[1] - a.padding[1];
     for (int64_t i = 0; i < a.kernel[0]; ++i) {
         int64_t y = oy * a.stride[0] - a.padding[0] + i * a.dilation[0];
@@ -56,8 +56,8 @@ void scatter(const ConvInputGrad& a, const A* taps, int64_t oy, int64_t ox, A* i
 }
 
 template <class A>
-void conv_input_grad(const ConvInputGrad& a) {
-    int64_t taps = a.kernel[0] * a.kernel[1] * a.channels, row = conv_input_grad_row(taps);
+void stem_input_grad(const StemInputGrad& a) {
+    int64_t taps = a.kernel[0] * a.kernel[1] * a.channels, row = stem_input_grad_row(taps);
     auto* weight = static_cast<const A*>(a.weight);
     auto* padded = static_cast<A*>(a.scratch);
     for (int64_t k = 0; k < a.out_channels; ++k) {
@@ -95,8 +95,8 @@ void conv_input_grad(const ConvInputGrad& a) {
 
 }  // namespace
 
-void conv_input_grad(const ConvInputGrad& a) {
-    a.dtype == Dtype::kFloat64 ? conv_input_grad<double>(a) : conv_input_grad<float>(a);
+void stem_input_grad(const StemInputGrad& a) {
+    a.dtype == Dtype::kFloat64 ? stem_input_grad<double>(a) : stem_input_grad<float>(a);
 }
 
 }  // namespace GANKERN_ISA

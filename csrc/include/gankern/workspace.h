@@ -1,0 +1,32 @@
+// Memory that is used again by the next step, where malloc would give it back to the system and take it page by page.
+#pragma once
+
+#include <cstddef>
+#include <map>
+
+namespace gankern {
+
+// Not safe for threads: the bindings use it under Python's lock, which fork() holds, too.
+class Workspace {
+public:
+    struct Block {
+        void* data;
+        size_t size;
+    };
+
+    // At least so many bytes, aligned to 64. Throws std::bad_alloc.
+    Block take(size_t bytes);
+    void give(Block block) noexcept;
+
+    // Idle memory above the limit goes back to the system, at once and from then on.
+    void set_limit(size_t bytes) noexcept;
+
+    size_t used() const { return used_; }
+    size_t idle() const { return idle_; }
+
+private:
+    std::multimap<size_t, void*> free_;  // by size
+    size_t used_ = 0, idle_ = 0, limit_ = size_t{1} << 30;
+};
+
+}  // namespace gankern

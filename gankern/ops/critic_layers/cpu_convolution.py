@@ -1,0 +1,137 @@
+"""Convolutions of the CPU adapter: csrc/cpu/conv.cpp and stem_input_grad.cpp, torch's where those do not apply.
+
+Images and their gradients are channels_last; results are, too, and lie in the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gankern import workspace
+from gankern._layout import memory_format
+from gankern._native import DTYPES, address, kernels, span
+from gankern.ops.critic_layers import reference
+from gankern.ops.critic_layers.options import ConvOptions
+
+# Up to so many input channels the vectors of the input's gradient run along the taps.
+_STEM = 4
+# Fewer channels than these leave the vectors of the other kernels mostly empty.
+_VECTOR = 16
+
+
+def _ours(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
+    return (
+        input.dim() == 4
+        and input.dtype == weight.dtype == torch.float32
+        and options.groups == 1
+        and not options.transposed
+        and input.numel() > 0
+    )
+
+
+def _shape(input: torch.Size, output: Sequence[int], weight: Tensor, options: ConvOptions, sum_block: int = 0) -> Any:
+    n, c, h, w = input
+    sizes = (n, h, w, c), (*output[2:], output[1]), weight.shape[2:]
+    return kernels.ConvShape(*sizes, *options[:3], weight.stride(), sum_block, torch.get_num_threads())
+
+
+def _scratch(size: int) -> Tensor:
+    return workspace.empty((size,), torch.float32)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor in channels_last, in which all passes of a 2-d convolution are nearer the peak."""
+    if tensor.dim() != 4 or tensor.dtype not in (torch.float32, torch.bfloat16):
+        return tensor
+    # Not contiguous(), which leaves images of one pixel as they are: convolutions go by the strides.
+    if memory_format(tensor) == torch.channels_last:
+        return tensor
+    return workspace.empty_like(tensor, torch.channels_last).copy_(tensor)
+
+
+def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
+    if not _ours(input, weight, options):
+        return reference.conv(channels_last(input), channels_last(weight), bias, options)
+    return _conv(input, weight, bias, options, 0)
+
+
+def conv_as_stock(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
+    """The convolution with the bits of torch's of contiguous images."""
+    if _ours(input, weight, options) and _sums_in_blocks(input, weight, bias, options):
+        return _conv(input, weight, bias, options, _VECTOR)
+    return reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
+
+
+def _sums_in_blocks(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> bool:
+    """Whether torch leaves it to oneDNN's kernels for AVX-512, which sum up 16 channels at a time."""
+    if kernels.cpu_isa() != "avx512" or weight[0, 0].numel() == 1 or not weight.is_contiguous():
+        return False
+    bias_size = None if bias is None else [bias.numel()]
+    chosen = torch._C._select_conv_backend(input, weight, bias, *options, bias_size)
+    return chosen == torch._C._ConvBackend.Mkldnn
+
+
+def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int) -> Tensor:
+    input = channels_last(input)
+    output = workspace.empty(reference.conv_shape(input, weight, options), input.dtype, torch.channels_last)
+    shape = _shape(input.shape, output.shape, weight, options, sum_block)
+    scratch = _scratch(kernels.conv_forward_scratch(shape))
+    addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr(), scratch.data_ptr()
+    with span("gankern::conv"):
+        kernels.conv_forward(shape, *addresses)
+    return output
+
+
+def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the input, of which only the shape and dtype are used."""
+    if not _ours(input, weight, options):
+        return reference.conv_input_grad(grad_output, channels_last(weight), input, options)
+    grad_output = channels_last(grad_output)
+    if input.size(1) <= _STEM:
+        return _stem_input_grad(grad_output, channels_last(weight), input, options)
+    shape = _shape(input.shape, grad_output.shape, weight, options)
+    grad_input = workspace.empty_like(input, torch.channels_last)
+    scratch = _scratch(kernels.conv_input_grad_scratch(shape))
+    addresses = grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(), scratch.data_ptr()
+    with span("gankern::conv_input_grad"):
+        kernels.conv_input_grad(shape, *addresses)
+    return grad_input
+
+
+def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the weight, of which only the shape, dtype and layout are used."""
+    row = input.size(1) * weight.size(-1)
+    if not _ours(input, weight, options) or row < 2 * _VECTOR or weight.size(0) < _VECTOR:
+        return reference.conv_weight_grad(grad_output, input, channels_last(weight), options)
+    grad_output, input = channels_last(grad_output), channels_last(input)
+    shape = _shape(input.shape, grad_output.shape, weight, options)
+    grad_weight = workspace.like(weight)
+    scratch = _scratch(kernels.conv_weight_grad_scratch(shape))
+    addresses = grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(), scratch.data_ptr()
+    with span("gankern::conv_weight_grad"):
+        kernels.conv_weight_grad(shape, *addresses)
+    return grad_weight
+
+
+def _stem_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
+    grad_input = workspace.empty_like(input, torch.channels_last)
+    (n, c, h, w), (k, _, *kernel) = input.shape, weight.shape
+    scratch = torch.empty(kernels.stem_input_grad_scratch(weight[0].numel(), k), dtype=input.dtype)
+    with span("gankern::conv_input_grad"):
+        kernels.stem_input_grad(
+            DTYPES[input.dtype],
+            (n, h, w, c),
+            (*grad_output.shape[2:], k),
+            kernel,
+            *options[:3],
+            grad_output.data_ptr(),
+            weight.data_ptr(),
+            grad_input.data_ptr(),
+            scratch.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return grad_input

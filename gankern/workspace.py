@@ -1,0 +1,94 @@
+"""Memory of intermediates on the CPU, kept from one step to the next.
+
+Freshly allocated memory costs a page fault every 4 KiB when it is first touched, which for tensors of many megabytes is
+as much as the arithmetic on them. Intermediates of gankern's operations lie in blocks that a later call takes again.
+A block belongs to one tensor at a time, for as long as anything refers to it. Threads, several models and forked
+processes may use it at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gankern._native import kernels
+
+__all__ = ["empty", "empty_like", "idle_bytes", "release", "set_limit", "used_bytes"]
+
+# Below, malloc keeps memory by itself.
+SMALLEST = 1 << 16
+
+
+def set_limit(size: int) -> None:
+    """Let at most so much memory lie idle.
+
+    Parameters
+    ----------
+    size : int
+        Bytes; 0 gives all memory back as soon as it is free. Before the first call it is the environment variable
+        ``GANKERN_WORKSPACE_LIMIT``, or 1 GiB.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `size` is no integer or negative.
+    """
+    global _limit
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"size must be an int; got {type(size).__name__}")
+    if size < 0:
+        raise ValueError(f"size must be at least 0; got {size}")
+    _limit = size
+    kernels.workspace_limit(size)
+
+
+def release() -> None:
+    """Give all idle memory back to the system."""
+    kernels.workspace_limit(0)
+    kernels.workspace_limit(_limit)
+
+
+def used_bytes() -> int:
+    """Memory that tensors lie in, in bytes."""
+    return kernels.workspace_bytes()[0]
+
+
+def idle_bytes() -> int:
+    """Memory kept for later calls, in bytes."""
+    return kernels.workspace_bytes()[1]
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """:func:`torch.empty` on the CPU; large ones in the workspace."""
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    if size < SMALLEST:
+        return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+    flat = torch.frombuffer(kernels.Lease(size), dtype=dtype)
+    if memory_format == torch.channels_last:
+        n, c, h, w = shape
+        return flat.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+    return flat.view(*shape)
+
+
+def empty_like(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """:func:`empty` of a tensor's shape and dtype."""
+    return empty(tensor.shape, tensor.dtype, memory_format)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Room for the values of a tensor that is dense in some order: of the same shape, dtype and strides."""
+    if tensor.numel() * tensor.element_size() < SMALLEST:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return empty((tensor.numel(),), tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+_limit = 1 << 30
+if "GANKERN_WORKSPACE_LIMIT" in os.environ:
+    set_limit(int(os.environ["GANKERN_WORKSPACE_LIMIT"]))
