@@ -117,6 +117,8 @@ struct Lease {
         return *shared;
     }
 
+    float* floats() const { return static_cast<float*>(block.data); }
+
     size_t bytes;
     Workspace::Block block;
 };
@@ -158,33 +160,33 @@ void bind_conv(py::module_& m) {
              }),
              "input"_a, "output"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "weight_strides"_a, "sum_block"_a,
              "threads"_a);
-    m.def("conv_forward_scratch", &conv_forward_scratch, "shape"_a);
-    m.def("conv_input_grad_scratch", &conv_input_grad_scratch, "shape"_a);
-    m.def("conv_weight_grad_scratch", &conv_weight_grad_scratch, "shape"_a);
     m.def(
         "conv_forward",
-        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
-           uintptr_t scratch) {
+        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output) {
+            Lease scratch(conv_forward_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
             kernels().conv_forward(
-                {shape, floats(input), floats(weight), floats(bias), floats(output), floats(scratch)});
+                {shape, floats(input), floats(weight), floats(bias), floats(output), scratch.floats()});
         },
-        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "scratch"_a);
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a);
     m.def(
         "conv_input_grad",
-        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input, uintptr_t scratch) {
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input) {
+            Lease scratch(conv_input_grad_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
-            kernels().conv_input_grad({shape, floats(grad_output), floats(weight), floats(grad_input), floats(scratch)});
+            kernels().conv_input_grad(
+                {shape, floats(grad_output), floats(weight), floats(grad_input), scratch.floats()});
         },
-        "shape"_a, "grad_output"_a, "weight"_a, "grad_input"_a, "scratch"_a);
+        "shape"_a, "grad_output"_a, "weight"_a, "grad_input"_a);
     m.def(
         "conv_weight_grad",
-        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t grad_weight, uintptr_t scratch) {
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t grad_weight) {
+            Lease scratch(conv_weight_grad_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
             kernels().conv_weight_grad(
-                {shape, floats(grad_output), floats(input), floats(grad_weight), floats(scratch)});
+                {shape, floats(grad_output), floats(input), floats(grad_weight), scratch.floats()});
         },
-        "shape"_a, "grad_output"_a, "input"_a, "grad_weight"_a, "scratch"_a);
+        "shape"_a, "grad_output"_a, "input"_a, "grad_weight"_a);
 }
 
 void bind_stem_input_grad(py::module_& m) {

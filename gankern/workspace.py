@@ -19,7 +19,7 @@ from gankern._native import kernels
 __all__ = ["empty", "empty_like", "idle_bytes", "release", "set_limit", "used_bytes"]
 
 # Below, malloc keeps memory by itself.
-SMALLEST = 1 << 16
+SMALLEST = 1 << 14
 
 
 def set_limit(size: int) -> None:

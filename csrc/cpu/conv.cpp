@@ -9,6 +9,7 @@
 #include "conv_plan.h"
 #include "gankern/parallel.h"
 #include "kernels.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace gankern {
@@ -76,13 +77,13 @@ void multiply(const float* image, const int64_t* pixels, const Run* run, const R
     tile.store(sums, kWidth);
 }
 
-// A block of channels of one phase: all pixels of a piece of work, one chunk of the weights after the other. The bias
+// A block of channels of one zone: all its pixels in a piece of work, one chunk of the weights after the other. The bias
 // comes right after the first chunk, as in oneDNN.
 template <int V>
-void multiply_all(const float* image, const int64_t* pixels, int64_t count, const Phase& phase, const float* weight,
+void multiply_all(const float* image, const int64_t* pixels, int64_t count, const Zone& zone, const float* weight,
                   const float* bias, float* sums) {
-    for (size_t c = 0; c + 1 < phase.chunks.size(); ++c) {
-        const Run *run = &phase.runs[phase.chunks[c]], *end = phase.runs.data() + phase.chunks[c + 1];
+    for (size_t c = 0; c + 1 < zone.chunks.size(); ++c) {
+        const Run *run = zone.runs.data() + zone.chunks[c], *end = zone.runs.data() + zone.chunks[c + 1];
         const float* before = c == 0 ? bias : sums;
         int64_t row = c == 0 ? 0 : kWidth, p = 0;
         for (; p + kRows<V> <= count; p += kRows<V>)
@@ -94,146 +95,326 @@ void multiply_all(const float* image, const int64_t* pixels, int64_t count, cons
 }
 
 // One piece of the images with zeros around them.
-void pad(const ConvPlan& p, const float* source, int64_t image, int64_t row, float* padded) {
+void pad(const ConvPlan& p, const float* source, int64_t image, int64_t images, int64_t row, float* padded) {
     int64_t height = p.source[0], width = p.source[1], c = p.source[2];
-    int64_t from = std::max<int64_t>(0, -p.before[1]), to = std::min(width, p.padded[1] - p.before[1]);
-    int64_t left = std::clamp<int64_t>(p.before[1], 0, p.padded[1]), right = std::max(left, to + p.before[1]);
-    int64_t images = std::min(p.images, p.n - image);
+    int64_t from = std::max<int64_t>(0, -p.before[1]), to = std::min(width, p.size[1] - p.before[1]);
+    int64_t left = std::clamp<int64_t>(p.before[1], 0, p.size[1]), right = std::max(left, to + p.before[1]);
     for (int64_t n = image; n < image + images; ++n)
-        for (int64_t r = 0; r < p.padded[0]; ++r, padded += p.padded[1] * c) {
+        for (int64_t r = 0; r < p.size[0]; ++r, padded += p.size[1] * c) {
             int64_t y = row * p.source_step[0] + r - p.before[0];
             if (y < 0 || y >= height || from >= to) {
-                std::fill(padded, padded + p.padded[1] * c, 0.0f);
+                std::fill(padded, padded + p.size[1] * c, 0.0f);
                 continue;
             }
             const float* line = source + (n * height + y) * width * c;
             std::fill(padded, padded + left * c, 0.0f);
             std::copy(line + from * c, line + to * c, padded + left * c);
-            std::fill(padded + right * c, padded + p.padded[1] * c, 0.0f);
+            std::fill(padded + right * c, padded + p.size[1] * c, 0.0f);
         }
 }
 
-// Where the pixels of a phase begin in the padded images of a piece.
-void place(const ConvPlan& p, const Phase& phase, int64_t images, int64_t rows, std::vector<int64_t>& pixels) {
-    pixels.clear();
+// Places of pixels in the images that are read and in the result.
+struct Places {
+    std::vector<int64_t> from, to;
+};
+
+void place(const ConvPlan& p, const Phase& phase, const Zone& zone, int64_t image, int64_t images, int64_t row,
+           int64_t rows, Places& places) {
+    int64_t height = p.padded ? p.size[0] : p.source[0], width = p.padded ? p.size[1] : p.source[1];
+    places.from.clear();
+    places.to.clear();
     for (int64_t n = 0; n < images; ++n)
-        for (int64_t y = 0; y < rows; ++y)
-            for (int64_t x = 0; x < phase.grid[1]; ++x)
-                pixels.push_back(((n * p.padded[0] + y * p.source_step[0]) * p.padded[1] + x * p.source_step[1]) *
-                                 p.source[2]);
+        for (int64_t y = std::max(zone.begin[0], row); y < std::min(zone.end[0], row + rows); ++y)
+            for (int64_t x = zone.begin[1]; x < zone.end[1]; ++x) {
+                int64_t line = (p.padded ? n : image + n) * height + (p.padded ? y - row : y) * p.source_step[0];
+                int64_t to_y = phase.origin[0] + y * p.result_step[0], to_x = phase.origin[1] + x * p.result_step[1];
+                places.from.push_back((line * width + x * p.source_step[1]) * p.source[2]);
+                places.to.push_back((((image + n) * p.result[0] + to_y) * p.result[1] + to_x) * p.result[2]);
+            }
 }
 
-// weight[block][k][channels of the block], one phase after the other; channels are filled up to vectors with zeros.
-void pack(const ConvPlan& p, const float* weight, float* packed) {
-    int64_t blocks = (p.result[2] + kWidth - 1) / kWidth;
-    for (const Phase& phase : p.phases) {
-        auto taps = static_cast<int64_t>(phase.taps.size());
-        parallel_for(blocks * taps, p.threads, [&](int64_t begin, int64_t end) {
-            for (int64_t item = begin; item < end; ++item) {
-                int64_t first = item / taps * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
-                int64_t row = (lanes + kLane - 1) / kLane * kLane;
-                const Tap& tap = phase.taps[item % taps];
-                const float* from = weight + first * p.weight_result + tap.channel * p.weight_source +
-                                    tap.i * p.weight_taps[0] + tap.j * p.weight_taps[1];
-                float* to = packed + phase.packed + first * phase.depth + tap.k * row;
-                for (int64_t c = 0; c < tap.channels; ++c, from += p.weight_source, to += row) {
-                    for (int64_t l = 0; l < lanes; ++l) to[l] = from[l * p.weight_result];
-                    std::fill(to + lanes, to + row, 0.0f);
-                }
-            }
+// The weight as convolve() reads it: [block of the result's channels][row][channels of the block], one phase after the
+// other; channels are filled up to vectors with zeros.
+class Packing {
+public:
+    Packing(const ConvPlan& plan, const float* weight, float* packed) : p_(plan), weight_(weight), packed_(packed) {
+        for (const Phase& phase : p_.phases)
+            for (size_t t = 0; t < phase.taps.size(); ++t)
+                taps_.push_back({phase.taps[t].offset, &phase, static_cast<int64_t>(t)});
+        std::sort(taps_.begin(), taps_.end(), [](const Target& a, const Target& b) { return a.offset < b.offset; });
+        for (size_t t = 0; t < taps_.size(); ++t)
+            side_by_side_ = side_by_side_ && taps_[t].offset == taps_[0].offset + static_cast<int64_t>(t);
+        int64_t last = taps_.empty() ? 0 : taps_.back().offset;
+        end_ = weight + (p_.result[2] - 1) * p_.weight_result + (p_.source[2] - 1) * p_.weight_source + last + 1;
+    }
+
+    void run() const {
+        int64_t blocks = (p_.result[2] + kWidth - 1) / kWidth, shares = (p_.source[2] + kLane - 1) / kLane;
+        parallel_for(taps_.empty() ? 0 : blocks * shares, p_.threads, [&](int64_t begin, int64_t end) {
+            for (int64_t item = begin; item < end; ++item) pack(item / shares * kWidth, item % shares * kLane);
         });
     }
-}
 
-// Sums of one block of channels to their places in the result.
-void spread(const ConvPlan& p, const Phase& phase, int64_t image, int64_t images, int64_t row, int64_t rows,
-            int64_t first, const float* sums, float* result) {
-    int lanes = static_cast<int>(std::min<int64_t>(kWidth, p.result[2] - first));
-    for (int64_t n = image; n < image + images; ++n)
-        for (int64_t y = row; y < row + rows; ++y)
-            for (int64_t x = 0; x < phase.grid[1]; ++x, sums += kWidth) {
-                int64_t at_y = phase.origin[0] + y * p.result_step[0], at_x = phase.origin[1] + x * p.result_step[1];
-                float* to = result + ((n * p.result[0] + at_y) * p.result[1] + at_x) * p.result[2] + first;
-                for_each_vec<float>(lanes, [&](int64_t l, int part) { store(to + l, part, load(sums + l)); });
-            }
-}
+private:
+    struct Target {
+        int64_t offset;
+        const Phase* phase;
+        int64_t tap;
+    };
+
+    float* row(const Target& target, int64_t channel, int64_t first, int64_t width) const {
+        const Phase& phase = *target.phase;
+        return packed_ + phase.packed + first * phase.depth + p_.row(phase, target.tap, channel) * width;
+    }
+
+    // Up to a vector of the source's channels, for a block of the result's.
+    void pack(int64_t first, int64_t channel) const {
+        int64_t lanes = std::min<int64_t>(kWidth, p_.result[2] - first), width = (lanes + kLane - 1) / kLane * kLane;
+        int64_t channels = std::min<int64_t>(kLane, p_.source[2] - channel);
+        for (int64_t v = 0; v < width; v += kLane) {
+            int part = static_cast<int>(std::min<int64_t>(kLane, lanes - v));
+            const float* from = weight_ + (first + v) * p_.weight_result + channel * p_.weight_source;
+            auto put = [&](const Target& target, int64_t c, Vec<float> values) {
+                store(row(target, channel + c, first, width) + v, values);
+            };
+            // Along whatever lies side by side in the weight.
+            if (p_.weight_result == 1)
+                for (const Target& t : taps_)
+                    for (int64_t c = 0; c < channels; ++c)
+                        put(t, c, load(from + c * p_.weight_source + t.offset, part, 0.0f));
+            else if (side_by_side_ && taps_.size() > 1)
+                for (int64_t c = 0; c < channels; ++c)
+                    for_each_column(from + c * p_.weight_source + taps_[0].offset, p_.weight_result, part,
+                                    static_cast<int64_t>(taps_.size()), end_,
+                                    [&](int64_t t, Vec<float> values) { put(taps_[t], c, values); });
+            else if (p_.weight_source == 1)
+                for (const Target& t : taps_)
+                    for_each_column(from + t.offset, p_.weight_result, part, channels, end_,
+                                    [&](int64_t c, Vec<float> values) { put(t, c, values); });
+            else
+                for (const Target& t : taps_)
+                    for (int64_t c = 0; c < channels; ++c)
+                        for_each_column(from + c * p_.weight_source + t.offset, p_.weight_result, part, 1, end_,
+                                        [&](int64_t, Vec<float> values) { put(t, c, values); });
+        }
+    }
+
+    const ConvPlan& p_;
+    const float* weight_;
+    float* packed_;
+    std::vector<Target> taps_;
+    bool side_by_side_ = true;
+    const float* end_;
+};
 
 void convolve(const ConvPlan& p, const float* source, const float* weight, const float* bias, float* result,
               float* scratch) {
     if (p.n == 0) return;
     float* packed = scratch;
-    pack(p, weight, packed);
+    Packing(p, weight, packed).run();
     int64_t blocks = (p.result[2] + kWidth - 1) / kWidth, pieces = p.pieces(), bands = p.bands();
     // Few pieces: threads share one by its blocks of channels.
     int64_t shares = std::min(blocks, (p.threads + pieces - 1) / std::max<int64_t>(pieces, 1));
-    int64_t working = p.source_values() + p.pixels() * kConvBlock, tasks = pieces * shares;
+    int64_t working = p.padded_values() + p.pixels() * kConvBlock, tasks = pieces * shares;
     parallel_for_each(tasks, p.threads, [&](int thread, int64_t task) {
         float* padded = scratch + p.packed + thread * working;
-        float* sums = padded + p.source_values();
+        float* sums = padded + p.padded_values();
         int64_t piece = task / shares, share = task % shares;
         int64_t image = piece / bands * p.images, row = piece % bands * p.rows;
         int64_t images = std::min(p.images, p.n - image);
-        std::vector<int64_t> pixels;
-        pad(p, source, image, row, padded);
-        for (const Phase& phase : p.phases) {
-            int64_t rows = std::min(p.rows, phase.grid[0] - row);
-            if (rows <= 0) continue;
-            place(p, phase, images, rows, pixels);
-            auto count = static_cast<int64_t>(pixels.size());
-            for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
-                int64_t first = b * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
-                float offset[kWidth] = {};
-                if (bias) std::copy_n(bias + first, lanes, offset);
-                const float* w = packed + phase.packed + first * phase.depth;
-                if (phase.depth == 0) std::fill(sums, sums + count * kWidth, 0.0f);
-                with_constant<kVectors>(static_cast<int>((lanes + kLane - 1) / kLane), [&](auto v) {
-                    multiply_all<v.value>(padded, pixels.data(), count, phase, w, offset, sums);
-                });
-                spread(p, phase, image, images, row, rows, first, sums, result);
+        if (p.padded) pad(p, source, image, images, row, padded);
+        const float* from = p.padded ? padded : source;
+        Places places;
+        for (const Phase& phase : p.phases)
+            for (const Zone& zone : phase.zones) {
+                place(p, phase, zone, image, images, row, p.rows, places);
+                auto count = static_cast<int64_t>(places.to.size());
+                for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
+                    int64_t first = b * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
+                    float offset[kWidth] = {};
+                    if (bias) std::copy_n(bias + first, lanes, offset);
+                    const float* w = packed + phase.packed + first * phase.depth;
+                    // No taps, no chunks: pixels that no output saw.
+                    for (int64_t i = 0; i < count && zone.chunks.size() < 2; ++i)
+                        std::copy_n(offset, kWidth, sums + i * kWidth);
+                    with_constant<kVectors>(static_cast<int>((lanes + kLane - 1) / kLane), [&](auto v) {
+                        multiply_all<v.value>(from, places.from.data(), count, zone, w, offset, sums);
+                    });
+                    for (int64_t i = 0; i < count; ++i)
+                        for_each_vec<float>(lanes, [&](int64_t l, int part) {
+                            store(result + places.to[i] + first + l, part, load(sums + i * kWidth + l));
+                        });
+                }
             }
-        }
     });
 }
 
-// sums[k of R][V vectors] += grad[pixel][k] * image[pixel] over pixels, which are added up for themselves: over all
-// images rounding errors would pile up.
+// Pixels of two sides that are multiplied, as places of their channels.
+struct Pairs {
+    std::vector<int64_t> left, right;
+};
+
+// sums[row of R][V vectors] += left[pixel][row] * right[pixel] over pixels, which are added up for themselves: over all
+// images rounding errors would pile up. The last of the vectors may be a part.
 template <int R, int V>
-void correlate(const float* image, const int64_t* pixels, int64_t count, const float* grad, int64_t channels,
+void correlate(const float* left, const float* right, const Pairs& pairs, int64_t begin, int64_t end, int part,
                float* sums, bool first) {
     Tile<R, V> tile;
     tile.clear();
-    for (int64_t p = 0; p < count; ++p, grad += channels) {
-        const float* x = image + pixels[p];
+    for (int64_t p = begin; p < end; ++p) {
+        const float *x = left + pairs.left[p], *y = right + pairs.right[p];
         Vec<float> factor[V];
-        for (int v = 0; v < V; ++v) factor[v] = load(x + v * kLane);
+        for (int v = 0; v + 1 < V; ++v) factor[v] = load(y + v * kLane);
+        factor[V - 1] = load(y + (V - 1) * kLane, part, 0.0f);
         for (int r = 0; r < R; ++r) {
-            Vec<float> g = splat(grad[r]);
-            for (int v = 0; v < V; ++v) tile.sums[r][v] += g * factor[v];
+            Vec<float> f = splat(x[r]);
+            for (int v = 0; v < V; ++v) tile.sums[r][v] += f * factor[v];
         }
     }
     if (!first) tile.add(sums, kWidth);
     tile.store(sums, kWidth);
 }
 
-// A block of up to kWidth values of a run, for the output channels [begin, end).
+// Pixels that are gone through at once: their gradients and one block of their images fit in the nearest cache.
+constexpr int64_t kPixelChunk = 96;
+// Pixels of a piece of work: their images stay in the second cache for all output channels and taps.
+constexpr int64_t kPiece = 768;
+
+// A block of the right side's channels, for the left side's [begin, end).
 template <int V>
-void correlate_all(const float* image, const int64_t* pixels, int64_t count, const float* grad, int64_t channels,
-                   int64_t begin, int64_t end, float* sums, bool first) {
-    int64_t k = begin;
-    for (; k + kRows<V> <= end; k += kRows<V>)
-        correlate<kRows<V>, V>(image, pixels, count, grad + k, channels, sums + k * kWidth, first);
-    with_constant<kRows<V> - 1>(static_cast<int>(end - k), [&](auto rows) {
-        correlate<rows.value, V>(image, pixels, count, grad + k, channels, sums + k * kWidth, first);
+void correlate_all(const float* left, const float* right, const Pairs& pairs, int64_t begin, int64_t end, int part,
+                   float* sums, bool first) {
+    auto count = static_cast<int64_t>(pairs.left.size());
+    // Also where there are no pixels: the sums are then zero.
+    for (int64_t at = 0; at == 0 || at < count; at += kPixelChunk, first = false) {
+        int64_t k = begin, stop = std::min(at + kPixelChunk, count);
+        for (; k + kRows<V> <= end; k += kRows<V>)
+            correlate<kRows<V>, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
+        with_constant<kRows<V> - 1>(static_cast<int>(end - k), [&](auto rows) {
+            correlate<rows.value, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
+        });
+    }
+}
+
+// sums[tap][block of right][row of left][kWidth of right]: left^T * right over the pairs of pixels of each tap.
+struct Correlation {
+    int64_t taps, rows, columns;  // kernel elements; channels of the left and of the right side
+    const float *left, *right;
+    float* sums;
+    int threads;
+
+    int64_t blocks() const { return (columns + kWidth - 1) / kWidth; }
+
+    // visit(f) calls f(first image, images, first row, rows) for pieces of work; pair(tap, piece, pairs) finds a tap's
+    // pixels in one. A thread owns a share of the sums and goes through all pieces, so that each sum has one order.
+    template <class Visit, class Pair>
+    void run(const Visit& visit, const Pair& pair) const {
+        int64_t per_tap = blocks() * rows;
+        parallel_for(taps * per_tap, threads, [&](int64_t begin, int64_t end) {
+            Pairs pairs;
+            bool first = true;
+            visit([&](int64_t image, int64_t images, int64_t row, int64_t lines) {
+                for (int64_t item = begin; item < end;) {
+                    int64_t tap = item / per_tap, tap_end = std::min(end, (tap + 1) * per_tap);
+                    pairs.left.clear();
+                    pairs.right.clear();
+                    pair(tap, image, images, row, lines, pairs);
+                    while (item < tap_end) {
+                        int64_t block = item / rows % blocks(), r = item % rows;
+                        int64_t last = std::min(rows, r + tap_end - item);
+                        int64_t width = std::min<int64_t>(kWidth, columns - block * kWidth);
+                        int vectors = static_cast<int>((width + kLane - 1) / kLane);
+                        int part = static_cast<int>(width - (vectors - 1) * kLane);
+                        with_constant<kVectors>(vectors, [&](auto v) {
+                            correlate_all<v.value>(left, right + block * kWidth, pairs, r, last, part,
+                                                   sums + (item - r) * kWidth, first);
+                        });
+                        item += last - r;
+                    }
+                }
+                first = false;
+            });
+        });
+    }
+};
+
+// Whole images or rows of one that have about kPiece pixels; one piece without pixels where there are none.
+template <class F>
+void for_each_piece(const ConvShape& s, const F& f) {
+    int64_t width = std::max<int64_t>(s.out_width, 1), height = std::max<int64_t>(s.out_height, 1);
+    int64_t rows = std::clamp<int64_t>(kPiece / width, 1, height);
+    int64_t images = rows == height ? std::max<int64_t>(kPiece / (width * height), 1) : 1;
+    for (int64_t n = 0; n == 0 || n < s.n; n += images)
+        for (int64_t y = 0; y == 0 || y < s.out_height; y += rows)
+            f(n, std::min(images, s.n - n), y, std::min(rows, s.out_height - y));
+}
+
+// The sums of taps, blocks of channels, output channels and channels to their places in the weight's gradient.
+void spread_sums(const ConvWeightGrad& a, int64_t taps, int64_t blocks) {
+    const ConvShape& s = a.shape;
+    const int64_t(&step)[4] = s.weight_strides;
+    int64_t tap_sums = blocks * s.out_channels * kWidth;
+    const float* end = a.scratch + taps * tap_sums;
+    parallel_for(s.out_channels, s.threads, [&](int64_t begin, int64_t stop) {
+        for (int64_t k = begin; k < stop; ++k)
+            for (int64_t c = 0; c < s.channels; c += kWidth) {
+                int64_t width = std::min<int64_t>(kWidth, s.channels - c);
+                const float* from = a.scratch + (c / kWidth * s.out_channels + k) * kWidth;
+                float* to = a.grad_weight + k * step[0] + c * step[1];
+                bool side_by_side = step[3] == 1 && step[2] == s.kernel[1];
+                for (int64_t t = 0; t < taps && side_by_side; t += kLane) {
+                    int part = static_cast<int>(std::min<int64_t>(kLane, taps - t));
+                    for_each_column(from + t * tap_sums, tap_sums, part, width, end, [&](int64_t i, Vec<float> sums) {
+                        store(to + i * step[1] + t, part, sums);
+                    });
+                }
+                for (int64_t t = 0; t < taps && !side_by_side; ++t)
+                    for (int64_t i = 0; i < width; ++i)
+                        to[i * step[1] + t / s.kernel[1] * step[2] + t % s.kernel[1] * step[3]] =
+                            from[t * tap_sums + i];
+            }
     });
 }
 
-// Pixels that are gone through at once: their gradients and one block of their images fit in the nearest cache.
-constexpr int64_t kPixelChunk = 96;
-
-// A block of a run: the values [offset, offset + width) from a pixel, which are rows k of the weight.
-struct Block {
-    int64_t offset, width, k;
-};
+// Few input channels: vectors run along the output channels, and the values under a row of the kernel are the rows of
+// the product. The images are copied with zeros around them, so that every pixel has all of them.
+void stem_weight_grad(const ConvWeightGrad& a) {
+    const ConvShape& s = a.shape;
+    int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
+    int64_t width = (s.out_width - 1) * s.stride[1] + s.kernel[1], line = width * s.channels;
+    float* padded = a.scratch;
+    parallel_for(s.n * height, s.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            int64_t y = r % height - s.padding[0], left = std::min(s.padding[1], width);
+            int64_t columns = y < 0 || y >= s.height ? 0 : std::min(s.width, width - left);
+            float* to = padded + r * line;
+            std::fill_n(to, line, 0.0f);
+            std::copy_n(a.input + (r / height * s.height + y) * s.width * s.channels, columns * s.channels,
+                        to + left * s.channels);
+        }
+    });
+    int64_t run = s.kernel[1] * s.channels;
+    Correlation product{s.kernel[0], run, s.out_channels, padded, a.grad_output, padded + s.n * height * line,
+                        s.threads};
+    product.run([&](const auto& f) { for_each_piece(s, f); },
+                [&](int64_t i, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
+                    for (int64_t n = image; n < image + images; ++n)
+                        for (int64_t y = row; y < row + rows; ++y)
+                            for (int64_t x = 0; x < s.out_width; ++x) {
+                                int64_t at = n * height + y * s.stride[0] + i * s.dilation[0];
+                                pairs.left.push_back(at * line + x * s.stride[1] * s.channels);
+                                pairs.right.push_back(((n * s.out_height + y) * s.out_width + x) * s.out_channels);
+                            }
+                });
+    for (int64_t k = 0; k < s.out_channels; ++k)
+        for (int64_t i = 0; i < s.kernel[0]; ++i)
+            for (int64_t r = 0; r < run; ++r) {
+                const int64_t(&step)[4] = s.weight_strides;
+                int64_t row = (i * product.blocks() + k / kWidth) * run + r;
+                a.grad_weight[k * step[0] + r % s.channels * step[1] + i * step[2] + r / s.channels * step[3]] =
+                    product.sums[row * kWidth + k % kWidth];
+            }
+}
 
 }  // namespace
 
@@ -246,57 +427,22 @@ void conv_input_grad(const ConvInputGrad& a) {
 }
 
 void conv_weight_grad(const ConvWeightGrad& a) {
-    ConvPlan p = plan_weight_grad(a.shape);
-    const Phase& phase = p.phases[0];
-    std::vector<Block> blocks;
-    for (const Run& run : phase.runs)
-        for (int64_t at = 0; at < run.length; at += kWidth)
-            blocks.push_back({run.offset + at, std::min<int64_t>(kWidth, run.length - at), run.k + at});
-    int64_t channels = p.result[2], out_row = p.result[1] * channels, bands = p.bands();
-    auto size = static_cast<int64_t>(blocks.size());
-    float* all_sums = a.scratch + p.threads * p.source_values();
-    // A thread owns a share of the sums and goes through all images, so that each sum has one order.
-    auto threads = static_cast<int>(std::min<int64_t>(p.threads, size * channels));
-    parallel_for(threads, threads, [&](int64_t first_thread, int64_t last_thread) {
-        for (int64_t thread = first_thread; thread < last_thread; ++thread) {
-            float* padded = a.scratch + thread * p.source_values();
-            int64_t begin = size * channels * thread / threads, end = size * channels * (thread + 1) / threads;
-            std::vector<int64_t> pixels;
-            bool first = true;
-            for (int64_t piece = 0; piece < p.pieces(); ++piece) {
-                int64_t image = piece / bands * p.images, row = piece % bands * p.rows;
-                int64_t images = std::min(p.images, p.n - image), rows = std::min(p.rows, phase.grid[0] - row);
-                pad(p, a.input, image, row, padded);
-                place(p, phase, images, rows, pixels);
-                // Pixels of one image lie one after the other in the gradient; of whole images those of several do.
-                const float* grad = a.grad_output + image * p.result[0] * out_row + row * out_row;
-                auto count = static_cast<int64_t>(pixels.size());
-                for (int64_t at = 0; at < count; at += kPixelChunk, first = false)
-                    for (int64_t item = begin; item < end;) {
-                        int64_t b = item / channels, k = item % channels;
-                        int64_t last = std::min(channels, k + end - item);
-                        auto vectors = static_cast<int>((blocks[b].width + kLane - 1) / kLane);
-                        with_constant<kVectors>(vectors, [&](auto v) {
-                            correlate_all<v.value>(padded + blocks[b].offset, &pixels[at],
-                                                   std::min(kPixelChunk, count - at), grad + at * channels, channels,
-                                                   k, last, all_sums + b * channels * kWidth, first);
-                        });
-                        item += last - k;
-                    }
-            }
-            for (int64_t item = begin; item < end; ++item) {
-                const Block& block = blocks[item / channels];
-                const float* sums = all_sums + item * kWidth;
-                float* to = a.grad_weight + item % channels * a.shape.weight_strides[0];
-                for (int64_t v = 0; v < block.width; ++v) {
-                    const Tap& tap = phase.taps[(block.k + v) / p.source[2]];
-                    int64_t c = (block.k + v) % p.source[2];
-                    to[c * p.weight_source + tap.i * p.weight_taps[0] + tap.j * p.weight_taps[1]] =
-                        first ? 0.0f : sums[v];
-                }
-            }
-        }
-    });
+    const ConvShape& s = a.shape;
+    if (conv_is_stem(s)) return stem_weight_grad(a);
+    int64_t taps = s.kernel[0] * s.kernel[1];
+    Correlation product{taps, s.out_channels, s.channels, a.grad_output, a.input, a.scratch, s.threads};
+    product.run([&](const auto& f) { for_each_piece(s, f); },
+                [&](int64_t tap, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
+                    Reach r = reach(s, tap / s.kernel[1], tap % s.kernel[1]);
+                    for (int64_t n = image; n < image + images; ++n)
+                        for (int64_t y = std::max(row, r.begin[0]); y < std::min(row + rows, r.end[0]); ++y)
+                            for (int64_t x = r.begin[1]; x < r.end[1]; ++x) {
+                                int64_t at = (n * s.height + y * s.stride[0]) * s.width + x * s.stride[1];
+                                pairs.left.push_back(((n * s.out_height + y) * s.out_width + x) * s.out_channels);
+                                pairs.right.push_back(at * s.channels + r.offset);
+                            }
+                });
+    spread_sums(a, taps, product.blocks());
 }
 
 }  // namespace GANKERN_ISA

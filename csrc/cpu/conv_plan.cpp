@@ -5,124 +5,178 @@
 namespace gankern {
 namespace {
 
-// Rows of the packed weight that are used together: 64 of these rows of 64 values fill half of a 32 KB cache.
+// Rows of the packed weight that are used together: with 64 channels each they fill half of the nearest cache.
 constexpr int64_t kChunk = 96;
-// Pixels whose sums and taps stay in the second cache while the weights go by: more where the weights come from behind
-// it, each time anew.
+// Pixels whose sums stay in the second cache while the weights go by: more where the weights come from behind it, each
+// time anew, and where each zone is to have enough.
 constexpr int64_t kPixels = 144, kManyPixels = 576;
 constexpr int64_t kManyWeights = 1 << 18;
-// Values of padded images that a piece of a weight's gradient reads again and again from the second cache.
-constexpr int64_t kPaddedValues = 1 << 16;
+constexpr int64_t kZoneImages = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-struct Offsets {
-    int64_t i, j;   // of the kernel
-    int64_t at[2];  // in the source, from the place of the grid's pixel
+// A tap as a phase sees it: of the kernel, and where in the source from the place of the grid's pixel.
+struct Seen {
+    int64_t tap[2], at[2];
 };
 
-// Taps of `block` channels are summed up together.
-void finish(ConvPlan& p, const std::vector<std::vector<Offsets>>& seen, int64_t block) {
-    int64_t least[2] = {0, 0}, most[2] = {0, 0};
-    bool any = false;
-    for (const auto& taps : seen)
-        for (const Offsets& o : taps) {
-            for (int d = 0; d < 2; ++d) {
-                least[d] = any ? std::min(least[d], o.at[d]) : o.at[d];
-                most[d] = any ? std::max(most[d], o.at[d]) : o.at[d];
-            }
-            any = true;
-        }
-    int64_t columns = 0;
-    for (const Phase& phase : p.phases) columns = std::max(columns, phase.grid[1]);
-    for (int d = 0; d < 2; ++d) {
-        p.before[d] = -least[d];
-        p.extent[d] = most[d] - least[d] + 1;
-    }
-    p.padded[1] = std::max<int64_t>(columns - 1, 0) * p.source_step[1] + p.extent[1];
-    p.packed = 0;
-    for (size_t f = 0; f < p.phases.size(); ++f) {
-        Phase& phase = p.phases[f];
-        int64_t k = 0;
-        for (int64_t c = 0; c < p.source[2]; c += block) {
-            int64_t channels = std::min(block, p.source[2] - c);
-            phase.chunks.push_back(static_cast<int64_t>(phase.runs.size()));
-            for (const Offsets& o : seen[f]) {
-                phase.taps.push_back({o.i, o.j, c, channels, k});
-                int64_t offset = ((o.at[0] + p.before[0]) * p.padded[1] + o.at[1] + p.before[1]) * p.source[2] + c;
-                if (!phase.runs.empty() && phase.runs.back().offset + phase.runs.back().length == offset)
-                    phase.runs.back().length += channels;
-                else
-                    phase.runs.push_back({offset, channels, k});
-                k += channels;
-            }
-        }
-        phase.chunks.push_back(static_cast<int64_t>(phase.runs.size()));
-        phase.depth = k;
-        phase.packed = p.packed;
-        p.packed += k * round_up(p.result[2], 16);
-    }
+using SeenByPhase = std::vector<std::vector<Seen>>;
+
+// Grid positions [begin, end) of one axis from which a tap lies inside the source.
+void inside(const ConvPlan& p, const Phase& phase, int d, int64_t at, int64_t& begin, int64_t& end) {
+    begin = std::clamp<int64_t>(ceil_div(-at, p.source_step[d]), 0, phase.grid[d]);
+    if (at > 0) begin = 0;
+    end = std::clamp<int64_t>(floor_div(p.source[d] - 1 - at, p.source_step[d]) + 1, begin, phase.grid[d]);
 }
 
-void cut_runs(ConvPlan& p) {
-    for (Phase& phase : p.phases) {
-        std::vector<Run> cut;
-        phase.chunks = {0};
-        int64_t room = kChunk;
-        for (Run run : phase.runs)
-            while (run.length > 0) {
-                int64_t length = std::min(run.length, room);
-                cut.push_back({run.offset, length, run.k});
-                run = {run.offset + length, run.length - length, run.k + length};
-                room -= length;
-                if (room == 0) {
-                    phase.chunks.push_back(static_cast<int64_t>(cut.size()));
-                    room = kChunk;
-                }
-            }
-        if (phase.chunks.back() != static_cast<int64_t>(cut.size()))
-            phase.chunks.push_back(static_cast<int64_t>(cut.size()));
-        phase.runs = std::move(cut);
-    }
+int64_t columns(const ConvPlan& p) {
+    int64_t most = 1;
+    for (const Phase& phase : p.phases) most = std::max(most, phase.grid[1]);
+    return most;
 }
 
 // As many rows of a grid, and where it is small as many images, as have about so many pixels.
-void cut_images(ConvPlan& p, int64_t pixels, int64_t most_images) {
-    int64_t columns = 1;
-    for (const Phase& phase : p.phases) columns = std::max(columns, phase.grid[1]);
-    int64_t all = std::max<int64_t>(p.grid_rows(), 1);
-    p.rows = std::clamp<int64_t>(pixels / columns, 1, all);
+void cut_images(ConvPlan& p, int64_t pixels) {
+    int64_t width = columns(p), all = std::max<int64_t>(p.grid_rows(), 1);
+    p.rows = std::clamp<int64_t>(pixels / width, 1, all);
     // Bands of one height, not full ones and a rest.
     p.rows = ceil_div(all, ceil_div(all, p.rows));
-    p.images = std::max<int64_t>(1, std::min(pixels / (all * columns), most_images));
-    p.padded[0] = (p.rows - 1) * p.source_step[0] + p.extent[0];
+    p.images = std::max<int64_t>(1, std::min(pixels / (all * width), p.n / p.threads));
 }
 
-ConvPlan forward(const ConvShape& s, int64_t block) {
-    ConvPlan p{};
-    p.n = s.n;
-    int64_t source[3] = {s.height, s.width, s.channels}, result[3] = {s.out_height, s.out_width, s.out_channels};
-    std::copy(source, source + 3, p.source);
-    std::copy(result, result + 3, p.result);
-    p.weight_result = s.weight_strides[0];
-    p.weight_source = s.weight_strides[1];
-    for (int d = 0; d < 2; ++d) {
-        p.weight_taps[d] = s.weight_strides[2 + d];
-        p.source_step[d] = s.stride[d];
-        p.result_step[d] = 1;
+void number_taps(ConvPlan& p, const SeenByPhase& seen) {
+    for (size_t f = 0; f < p.phases.size(); ++f) {
+        Phase& phase = p.phases[f];
+        for (const Seen& s : seen[f])
+            phase.taps.push_back(
+                {s.tap[0], s.tap[1], s.tap[0] * p.weight_taps[0] + s.tap[1] * p.weight_taps[1]});
+        phase.depth = static_cast<int64_t>(phase.taps.size()) * p.source[2];
+        phase.packed = p.packed;
+        p.packed += phase.depth * round_up(p.result[2], 16);
     }
-    p.threads = s.threads;
-    std::vector<Offsets> taps;
-    for (int64_t i = 0; i < s.kernel[0]; ++i)
-        for (int64_t j = 0; j < s.kernel[1]; ++j)
-            taps.push_back({i, j, {i * s.dilation[0] - s.padding[0], j * s.dilation[1] - s.padding[1]}});
-    Phase whole{};
-    whole.grid[0] = s.out_height;
-    whole.grid[1] = s.out_width;
-    p.phases = {whole};
-    finish(p, {taps}, block);
-    return p;
+}
+
+// Share of the multiplications that would have a factor of zero padding.
+double wasted(const ConvPlan& p, const SeenByPhase& seen) {
+    double all = 0, useful = 0;
+    for (size_t f = 0; f < p.phases.size(); ++f)
+        for (const Seen& s : seen[f]) {
+            int64_t begin[2], end[2];
+            for (int d = 0; d < 2; ++d) inside(p, p.phases[f], d, s.at[d], begin[d], end[d]);
+            all += static_cast<double>(p.phases[f].grid[0] * p.phases[f].grid[1]);
+            useful += static_cast<double>((end[0] - begin[0]) * (end[1] - begin[1]));
+        }
+    return all > 0 ? 1 - useful / all : 0;
+}
+
+// The runs of a zone, for images with rows of `width` pixels whose first lies at `before`.
+void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& seen, int64_t width,
+               const int64_t (&before)[2], Zone& zone) {
+    std::vector<Run> runs;
+    std::vector<int64_t> chunks;
+    for (int64_t c = 0; c < p.source[2]; c += p.block) {
+        chunks.push_back(static_cast<int64_t>(runs.size()));
+        int64_t channels = std::min(p.block, p.source[2] - c);
+        for (size_t t = 0; t < seen.size(); ++t) {
+            const Seen& s = seen[t];
+            bool visible = true;
+            for (int d = 0; d < 2 && !p.padded; ++d) {
+                int64_t begin, end;
+                inside(p, phase, d, s.at[d], begin, end);
+                visible = visible && begin <= zone.begin[d] && zone.end[d] <= end;
+            }
+            if (!visible) continue;
+            int64_t offset = ((s.at[0] + before[0]) * width + s.at[1] + before[1]) * p.source[2] + c;
+            int64_t k = p.row(phase, static_cast<int64_t>(t), c);
+            bool joins = chunks.back() < static_cast<int64_t>(runs.size()) &&
+                         runs.back().offset + runs.back().length == offset && runs.back().k + runs.back().length == k;
+            if (joins)
+                runs.back().length += channels;
+            else
+                runs.push_back({offset, channels, k});
+        }
+    }
+    chunks.push_back(static_cast<int64_t>(runs.size()));
+    if (p.block < p.source[2] || chunks.size() == 1) {
+        zone.runs = std::move(runs);
+        zone.chunks = std::move(chunks);
+        return;
+    }
+    // Any order will do: chunks that fit in the cache.
+    zone.chunks = {0};
+    int64_t room = kChunk;
+    for (Run run : runs)
+        while (run.length > 0) {
+            int64_t length = std::min(run.length, room);
+            zone.runs.push_back({run.offset, length, run.k});
+            run = {run.offset + length, run.length - length, run.k + length};
+            room -= length;
+            if (room > 0) continue;
+            zone.chunks.push_back(static_cast<int64_t>(zone.runs.size()));
+            room = kChunk;
+        }
+    if (zone.chunks.back() != static_cast<int64_t>(zone.runs.size()))
+        zone.chunks.push_back(static_cast<int64_t>(zone.runs.size()));
+}
+
+// Positions of one axis at which the set of taps inside the source changes.
+std::vector<int64_t> borders(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& seen, int d) {
+    std::vector<int64_t> found = {0, phase.grid[d]};
+    for (const Seen& s : seen) {
+        int64_t begin, end;
+        inside(p, phase, d, s.at[d], begin, end);
+        found.insert(found.end(), {begin, end});
+    }
+    std::sort(found.begin(), found.end());
+    found.erase(std::unique(found.begin(), found.end()), found.end());
+    return found;
+}
+
+void find_zones(ConvPlan& p, const SeenByPhase& seen) {
+    for (size_t f = 0; f < p.phases.size(); ++f) {
+        Phase& phase = p.phases[f];
+        if (p.padded) {
+            Zone zone{{0, 0}, {phase.grid[0], phase.grid[1]}, {}, {}};
+            find_runs(p, phase, seen[f], p.size[1], p.before, zone);
+            phase.zones = {zone};
+            continue;
+        }
+        auto ys = borders(p, phase, seen[f], 0), xs = borders(p, phase, seen[f], 1);
+        for (size_t y = 0; y + 1 < ys.size(); ++y)
+            for (size_t x = 0; x + 1 < xs.size(); ++x) {
+                Zone zone{{ys[y], xs[x]}, {ys[y + 1], xs[x + 1]}, {}, {}};
+                find_runs(p, phase, seen[f], p.source[1], {0, 0}, zone);
+                phase.zones.push_back(zone);
+            }
+    }
+}
+
+void cut(ConvPlan& p, const SeenByPhase& seen, int64_t block) {
+    p.block = block;
+    number_taps(p, seen);
+    cut_images(p, kManyPixels);
+    p.padded = p.bands() > 1 || p.images < kZoneImages || wasted(p, seen) < 0.04;
+    if (p.padded) {
+        if (p.packed < kManyWeights) cut_images(p, kPixels);
+        int64_t least[2] = {0, 0}, most[2] = {0, 0};
+        bool any = false;
+        for (const auto& taps : seen)
+            for (const Seen& s : taps) {
+                for (int d = 0; d < 2; ++d) {
+                    least[d] = any ? std::min(least[d], s.at[d]) : s.at[d];
+                    most[d] = any ? std::max(most[d], s.at[d]) : s.at[d];
+                }
+                any = true;
+            }
+        int64_t grid[2] = {p.rows, columns(p)};
+        for (int d = 0; d < 2; ++d) {
+            p.before[d] = -least[d];
+            p.size[d] = (grid[d] - 1) * p.source_step[d] + most[d] - least[d] + 1;
+        }
+    }
+    find_zones(p, seen);
 }
 
 }  // namespace
@@ -133,32 +187,40 @@ int64_t ConvPlan::grid_rows() const {
     return most;
 }
 
-int64_t ConvPlan::source_values() const { return images * padded[0] * padded[1] * source[2] + kConvBlock; }
+int64_t ConvPlan::padded_values() const { return padded ? images * size[0] * size[1] * source[2] : 0; }
 
-int64_t ConvPlan::pixels() const {
-    int64_t columns = 0;
-    for (const Phase& phase : phases) columns = std::max(columns, phase.grid[1]);
-    return images * rows * columns;
-}
+int64_t ConvPlan::pixels() const { return images * rows * columns(*this); }
 
 ConvPlan plan_forward(const ConvShape& s) {
-    ConvPlan p = forward(s, s.sum_block > 0 ? s.sum_block : s.channels);
-    if (s.sum_block == 0) cut_runs(p);
-    cut_images(p, p.packed < kManyWeights ? kPixels : kManyPixels, p.n / p.threads);
-    return p;
-}
-
-ConvPlan plan_weight_grad(const ConvShape& s) {
-    ConvPlan p = forward(s, s.channels);
-    int64_t row = p.padded[1] * p.source[2] * p.source_step[0];
-    int64_t rows = std::max<int64_t>(1, kPaddedValues / std::max<int64_t>(row, 1));
-    cut_images(p, rows * std::max<int64_t>(s.out_width, 1), p.n);
+    ConvPlan p{};
+    p.n = s.n;
+    p.threads = s.threads;
+    int64_t source[3] = {s.height, s.width, s.channels}, result[3] = {s.out_height, s.out_width, s.out_channels};
+    std::copy(source, source + 3, p.source);
+    std::copy(result, result + 3, p.result);
+    p.weight_result = s.weight_strides[0];
+    p.weight_source = s.weight_strides[1];
+    for (int d = 0; d < 2; ++d) {
+        p.weight_taps[d] = s.weight_strides[2 + d];
+        p.source_step[d] = s.stride[d];
+        p.result_step[d] = 1;
+    }
+    std::vector<Seen> taps;
+    for (int64_t i = 0; i < s.kernel[0]; ++i)
+        for (int64_t j = 0; j < s.kernel[1]; ++j)
+            taps.push_back({{i, j}, {i * s.dilation[0] - s.padding[0], j * s.dilation[1] - s.padding[1]}});
+    Phase whole{};
+    whole.grid[0] = s.out_height;
+    whole.grid[1] = s.out_width;
+    p.phases = {whole};
+    cut(p, {taps}, s.sum_block > 0 ? std::min(s.sum_block, s.channels) : s.channels);
     return p;
 }
 
 ConvPlan plan_input_grad(const ConvShape& s) {
     ConvPlan p{};
     p.n = s.n;
+    p.threads = s.threads;
     int64_t source[3] = {s.out_height, s.out_width, s.out_channels}, result[3] = {s.height, s.width, s.channels};
     std::copy(source, source + 3, p.source);
     std::copy(result, result + 3, p.result);
@@ -169,17 +231,16 @@ ConvPlan plan_input_grad(const ConvShape& s) {
         p.source_step[d] = 1;
         p.result_step[d] = s.stride[d];
     }
-    p.threads = s.threads;
-    std::vector<std::vector<Offsets>> seen;
+    SeenByPhase seen;
     for (int64_t y = 0; y < std::min(s.stride[0], s.height); ++y)
         for (int64_t x = 0; x < std::min(s.stride[1], s.width); ++x) {
             // From the last tap to the first: neighbours in the source are then neighbours in the weight.
-            std::vector<Offsets> taps;
+            std::vector<Seen> taps;
             for (int64_t i = s.kernel[0] - 1; i >= 0; --i)
                 for (int64_t j = s.kernel[1] - 1; j >= 0; --j) {
                     int64_t dy = y + s.padding[0] - i * s.dilation[0], dx = x + s.padding[1] - j * s.dilation[1];
                     if (dy % s.stride[0] == 0 && dx % s.stride[1] == 0)
-                        taps.push_back({i, j, {dy / s.stride[0], dx / s.stride[1]}});
+                        taps.push_back({{i, j}, {dy / s.stride[0], dx / s.stride[1]}});
                 }
             Phase phase{};
             phase.origin[0] = y;
@@ -189,16 +250,26 @@ ConvPlan plan_input_grad(const ConvShape& s) {
             p.phases.push_back(phase);
             seen.push_back(taps);
         }
-    finish(p, seen, p.source[2]);
-    cut_runs(p);
-    cut_images(p, p.packed < kManyWeights ? kPixels : kManyPixels, p.n / p.threads);
+    cut(p, seen, p.source[2]);
     return p;
+}
+
+Reach reach(const ConvShape& s, int64_t i, int64_t j) {
+    Reach r{};
+    int64_t tap[2] = {i, j}, size[2] = {s.height, s.width}, out[2] = {s.out_height, s.out_width}, at[2];
+    for (int d = 0; d < 2; ++d) {
+        at[d] = tap[d] * s.dilation[d] - s.padding[d];
+        r.begin[d] = at[d] >= 0 ? 0 : std::min(ceil_div(-at[d], s.stride[d]), out[d]);
+        r.end[d] = std::clamp<int64_t>(floor_div(size[d] - 1 - at[d], s.stride[d]) + 1, r.begin[d], out[d]);
+    }
+    r.offset = (at[0] * s.width + at[1]) * s.channels;
+    return r;
 }
 
 namespace {
 
 int64_t image_scratch(const ConvPlan& p) {
-    return p.packed + p.threads * (p.source_values() + p.pixels() * kConvBlock);
+    return p.packed + p.threads * (p.padded_values() + p.pixels() * kConvBlock);
 }
 
 }  // namespace
@@ -206,11 +277,13 @@ int64_t image_scratch(const ConvPlan& p) {
 int64_t conv_forward_scratch(const ConvShape& shape) { return image_scratch(plan_forward(shape)); }
 int64_t conv_input_grad_scratch(const ConvShape& shape) { return image_scratch(plan_input_grad(shape)); }
 
-int64_t conv_weight_grad_scratch(const ConvShape& shape) {
-    ConvPlan p = plan_weight_grad(shape);
-    int64_t blocks = 0;
-    for (const Run& run : p.phases[0].runs) blocks += ceil_div(run.length, kConvBlock);
-    return p.threads * p.source_values() + blocks * kConvBlock * shape.out_channels;
+bool conv_is_stem(const ConvShape& s) { return s.channels <= 8 && s.dilation[1] == 1; }
+
+int64_t conv_weight_grad_scratch(const ConvShape& s) {
+    if (!conv_is_stem(s)) return s.kernel[0] * s.kernel[1] * round_up(s.channels, kConvBlock) * s.out_channels;
+    int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
+    int64_t width = (s.out_width - 1) * s.stride[1] + s.kernel[1];
+    return (s.n * height * width + s.kernel[0] * s.kernel[1] * round_up(s.out_channels, kConvBlock)) * s.channels;
 }
 
 }  // namespace gankern

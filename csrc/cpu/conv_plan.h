@@ -11,30 +11,34 @@ namespace gankern {
 
 constexpr int64_t kConvBlock = 64;  // channels of the result whose sums are gathered at once
 
-// Some channels of the source behind one element of the kernel: rows of the packed weight.
+// An element of the kernel, and its place in the weight of two channels.
 struct Tap {
-    int64_t i, j;
-    int64_t channel, channels;
-    int64_t k;  // first row
+    int64_t i, j, offset;
 };
 
-// Values that lie side by side both in the padded images and in the packed weight.
+// Values that lie side by side both in the images and in the packed weight.
 struct Run {
-    int64_t offset;  // in the padded images, from the place of the result's pixel
+    int64_t offset;  // in the images, from the place of the result's pixel
     int64_t length;
     int64_t k;  // row of the packed weight
 };
 
-// The pixels (origin + step * grid) of the result, all of which see the same taps: with a stride of two, an input
+// Pixels of a grid that see the same taps of the source; others would multiply zeros.
+struct Zone {
+    int64_t begin[2], end[2];
+    std::vector<Run> runs;
+    std::vector<int64_t> chunks;  // where in runs a part begins that is summed up for itself; ends with size
+};
+
+// The pixels (origin + step * grid) of the result, whose taps have the same weights: with a stride of two, an input
 // gradient has four such sets, forward one.
 struct Phase {
     int64_t origin[2];
     int64_t grid[2];
     std::vector<Tap> taps;
-    std::vector<Run> runs;
-    std::vector<int64_t> chunks;  // where in runs a part begins that is summed up for itself; ends with size
-    int64_t depth;                // rows of the packed weight
-    int64_t packed;               // where in the packed weights its own begin
+    std::vector<Zone> zones;
+    int64_t depth;   // rows of the packed weight: by blocks of channels, by taps, by channels of the block
+    int64_t packed;  // where in the packed weights its own begin
 };
 
 // A result image as a function of a source image that is padded on the way.
@@ -43,23 +47,44 @@ struct ConvPlan {
     int64_t source[3], result[3];  // height, width, channels
     int64_t weight_result, weight_source, weight_taps[2];  // strides of the weight
     int64_t source_step[2], result_step[2];                // between neighbours of a grid
-    int64_t before[2];                                     // rows above and columns to the left; negative to crop
-    int64_t extent[2];                                     // rows and columns that all taps of a pixel span
     std::vector<Phase> phases;
-    int64_t images, rows;  // of the grid in one piece of work
-    int64_t padded[2];     // rows and columns of one image in it
+    int64_t block;         // channels of the source whose products are summed up together
     int64_t packed;        // values of the packed weights
+
+    // Row of the packed weight.
+    int64_t row(const Phase& phase, int64_t tap, int64_t channel) const {
+        int64_t first = channel / block * block;
+        int64_t channels = block < source[2] - first ? block : source[2] - first;
+        return first * static_cast<int64_t>(phase.taps.size()) + tap * channels + channel - first;
+    }
+
+    int64_t images, rows;  // of the grid in one piece of work
+    // Small images are read where they lie, zone by zone; others are copied with zeros around them, into one zone.
+    bool padded;
+    int64_t before[2];  // rows above and columns to the left in a padded image; negative to crop
+    int64_t size[2];    // rows and columns of a padded image in one piece
     int threads;
 
     int64_t grid_rows() const;
     int64_t bands() const { return (grid_rows() + rows - 1) / rows; }
     int64_t pieces() const { return (n + images - 1) / images * bands(); }
-    int64_t source_values() const;  // of one piece, padded, with room for a vector read past the end
+    int64_t padded_values() const;  // of one piece
     int64_t pixels() const;         // of the grid in one piece, at most
 };
 
 ConvPlan plan_forward(const ConvShape& shape);
 ConvPlan plan_input_grad(const ConvShape& shape);
-ConvPlan plan_weight_grad(const ConvShape& shape);
+
+// Values of an input image [height, width, channels] that a weight's gradient is a sum over, for a tap or a few.
+struct Reach {
+    int64_t begin[2], end[2];  // of the output's pixels
+    int64_t offset;            // in the input, from the place of the output's pixel
+};
+
+Reach reach(const ConvShape& shape, int64_t i, int64_t j);
+
+// Whether the gradient of the weight has too few input channels for vectors of them, and a row of the kernel covers
+// values that lie side by side.
+bool conv_is_stem(const ConvShape& shape);
 
 }  // namespace gankern

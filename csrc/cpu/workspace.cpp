@@ -9,7 +9,7 @@ namespace gankern {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kSmallest = size_t{64} << 10;
+constexpr size_t kPage = size_t{4} << 10;
 
 size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
@@ -32,7 +32,7 @@ void* map(size_t size) {
 }  // namespace
 
 Workspace::Block Workspace::take(size_t bytes) {
-    size_t size = round_up(bytes, bytes < kHugePage ? kSmallest : kHugePage);
+    size_t size = round_up(bytes, bytes < kHugePage ? kPage : kHugePage);
     if (size < bytes) throw std::bad_alloc();
     auto found = free_.lower_bound(size);
     Block block{};

@@ -5,7 +5,7 @@ Images and their gradients are channels_last; results are, too, and lie in the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from gankern.ops.critic_layers.options import ConvOptions
 
 # Up to so many input channels the vectors of the input's gradient run along the taps.
 _STEM = 4
-# Fewer channels than these leave the vectors of the other kernels mostly empty.
-_VECTOR = 16
+# Channels that oneDNN sums up at a time with AVX-512.
+_SUM_BLOCK = 16
 
 
 def _ours(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
@@ -33,14 +33,24 @@ def _ours(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
     )
 
 
-def _shape(input: torch.Size, output: Sequence[int], weight: Tensor, options: ConvOptions, sum_block: int = 0) -> Any:
+@lru_cache(maxsize=1024)
+def _shape(
+    input: torch.Size,
+    output: torch.Size,
+    weight: torch.Size,
+    weight_strides: tuple[int, ...],
+    options: ConvOptions,
+    sum_block: int,
+    threads: int,
+) -> Any:
     n, c, h, w = input
-    sizes = (n, h, w, c), (*output[2:], output[1]), weight.shape[2:]
-    return kernels.ConvShape(*sizes, *options[:3], weight.stride(), sum_block, torch.get_num_threads())
+    return kernels.ConvShape(
+        (n, h, w, c), (*output[2:], output[1]), weight[2:], *options[:3], weight_strides, sum_block, threads
+    )
 
 
-def _scratch(size: int) -> Tensor:
-    return workspace.empty((size,), torch.float32)
+def _shape_of(input: Tensor, output: Tensor, weight: Tensor, options: ConvOptions, sum_block: int = 0) -> Any:
+    return _shape(input.shape, output.shape, weight.shape, weight.stride(), options, sum_block, torch.get_num_threads())
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -62,25 +72,34 @@ def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOption
 def conv_as_stock(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
     """The convolution with the bits of torch's of contiguous images."""
     if _ours(input, weight, options) and _sums_in_blocks(input, weight, bias, options):
-        return _conv(input, weight, bias, options, _VECTOR)
+        return _conv(input, weight, bias, options, _SUM_BLOCK)
     return reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
 
 
 def _sums_in_blocks(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> bool:
     """Whether torch leaves it to oneDNN's kernels for AVX-512, which sum up 16 channels at a time."""
-    if kernels.cpu_isa() != "avx512" or weight[0, 0].numel() == 1 or not weight.is_contiguous():
+    if kernels.cpu_isa() != "avx512" or not weight.is_contiguous() or weight.shape[2:] == (1, 1):
         return False
-    bias_size = None if bias is None else [bias.numel()]
-    chosen = torch._C._select_conv_backend(input, weight, bias, *options, bias_size)
+    bias_size = None if bias is None else weight.size(0)
+    return _is_mkldnn(
+        input.shape, weight.shape, bias_size, options, torch.get_num_threads(), torch.backends.mkldnn.enabled
+    )
+
+
+@lru_cache(maxsize=1024)
+def _is_mkldnn(
+    input: torch.Size, weight: torch.Size, bias_size: int | None, options: ConvOptions, threads: int, enabled: bool
+) -> bool:
+    given = torch.empty(input), torch.empty(weight), None if bias_size is None else torch.empty(bias_size)
+    chosen = torch._C._select_conv_backend(*given, *options, None if bias_size is None else [bias_size])
     return chosen == torch._C._ConvBackend.Mkldnn
 
 
 def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int) -> Tensor:
     input = channels_last(input)
     output = workspace.empty(reference.conv_shape(input, weight, options), input.dtype, torch.channels_last)
-    shape = _shape(input.shape, output.shape, weight, options, sum_block)
-    scratch = _scratch(kernels.conv_forward_scratch(shape))
-    addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr(), scratch.data_ptr()
+    shape = _shape_of(input, output, weight, options, sum_block)
+    addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
     with span("gankern::conv"):
         kernels.conv_forward(shape, *addresses)
     return output
@@ -93,10 +112,9 @@ def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options:
     grad_output = channels_last(grad_output)
     if input.size(1) <= _STEM:
         return _stem_input_grad(grad_output, channels_last(weight), input, options)
-    shape = _shape(input.shape, grad_output.shape, weight, options)
+    shape = _shape_of(input, grad_output, weight, options)
     grad_input = workspace.empty_like(input, torch.channels_last)
-    scratch = _scratch(kernels.conv_input_grad_scratch(shape))
-    addresses = grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(), scratch.data_ptr()
+    addresses = grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr()
     with span("gankern::conv_input_grad"):
         kernels.conv_input_grad(shape, *addresses)
     return grad_input
@@ -104,14 +122,12 @@ def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options:
 
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
-    row = input.size(1) * weight.size(-1)
-    if not _ours(input, weight, options) or row < 2 * _VECTOR or weight.size(0) < _VECTOR:
+    if not _ours(input, weight, options):
         return reference.conv_weight_grad(grad_output, input, channels_last(weight), options)
     grad_output, input = channels_last(grad_output), channels_last(input)
-    shape = _shape(input.shape, grad_output.shape, weight, options)
+    shape = _shape_of(input, grad_output, weight, options)
     grad_weight = workspace.like(weight)
-    scratch = _scratch(kernels.conv_weight_grad_scratch(shape))
-    addresses = grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(), scratch.data_ptr()
+    addresses = grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr()
     with span("gankern::conv_weight_grad"):
         kernels.conv_weight_grad(shape, *addresses)
     return grad_weight

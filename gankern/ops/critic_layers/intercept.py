@@ -44,7 +44,7 @@ def _conv(dims: int) -> Callable[..., Tensor]:
     ) -> Any:
         if isinstance(padding, str) or input.dim() != dims + 2:
             return NotImplemented
-        zeros = [0] * dims
+        zeros = (0,) * dims
         options = ConvOptions(ints(stride, dims), ints(padding, dims), ints(dilation, dims), False, zeros, groups)
         first = input is scope.points
         given = _autocast(input, weight, bias)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 class ConvOptions(NamedTuple):
     """Arguments of ``aten.convolution`` behind the weight and bias."""
 
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     transposed: bool
-    output_padding: list[int]
+    output_padding: tuple[int, ...]
     groups: int
 
 
-def ints(value: Any, dims: int) -> list[int]:
+def ints(value: Any, dims: int) -> tuple[int, ...]:
     """An option of a convolution or a pooling, one number a dimension."""
-    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)

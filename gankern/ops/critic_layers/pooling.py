@@ -17,9 +17,9 @@ from gankern.ops.critic_layers.scope import Scope
 class Windows(NamedTuple):
     """Arguments of ``aten.avg_pool2d`` and ``avg_pool3d`` behind the input."""
 
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     ceil_mode: bool
     count_include_pad: bool
     divisor_override: int | None
@@ -28,7 +28,7 @@ class Windows(NamedTuple):
 class Adaptive(NamedTuple):
     """Argument of ``aten._adaptive_avg_pool2d`` and ``3d``."""
 
-    size: list[int]
+    size: tuple[int, ...]
 
 
 class Images(NamedTuple):
@@ -135,7 +135,7 @@ def avg_pool(dims: int) -> Callable[..., Any]:
         kernel, pads = ints(kernel_size, dims), ints(padding, dims)
         steps = kernel if stride is None or stride == () or stride == [] else ints(stride, dims)
         if dims == 1:
-            kernel, steps, pads = [1, *kernel], [1, *steps], [0, *pads]
+            kernel, steps, pads = (1, *kernel), (1, *steps), (0, *pads)
         return _apply(input, Windows(kernel, steps, pads, ceil_mode, count_include_pad, divisor_override), dims)
 
     return pool
@@ -147,7 +147,7 @@ def adaptive_avg_pool(dims: int) -> Callable[..., Any]:
     def pool(scope: Scope, input: Tensor, output_size: Any) -> Any:
         if input.dim() != dims + 2:
             return NotImplemented
-        given = [output_size] * dims if output_size is None else ints(output_size, dims)
+        given = (output_size,) * dims if output_size is None else ints(output_size, dims)
         sizes = list(input.shape[2:])
         wanted = [size if want is None else want for want, size in zip(given, sizes, strict=True)]
         if any(want < 1 for want in wanted):
@@ -155,8 +155,8 @@ def adaptive_avg_pool(dims: int) -> Callable[..., Any]:
         if dims == 1:
             sizes, wanted = [1, *sizes], [1, *wanted]
         if any(size % want for size, want in zip(sizes, wanted, strict=True)):
-            return _apply(input, Adaptive(wanted), dims)
-        kernel = [size // want for size, want in zip(sizes, wanted, strict=True)]
-        return _apply(input, Windows(kernel, kernel, [0] * len(kernel), False, True, None), dims)
+            return _apply(input, Adaptive(tuple(wanted)), dims)
+        kernel = tuple(size // want for size, want in zip(sizes, wanted, strict=True))
+        return _apply(input, Windows(kernel, kernel, (0,) * len(kernel), False, True, None), dims)
 
     return pool
