@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gankern.ops.conv_act import conv2d_act
+from gankern.ops.conv_act.reference import activate
 from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
-from gankern.ops.conv_transpose_bn_act.reference import activate
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -21,16 +22,19 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def refusal(conv: nn.Module | None, bn: nn.Module) -> str | None:
-    """Why a convolution (or None) and a batch norm cannot run as one op; None if they can."""
-    if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+def refusal(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
+    """Why a convolution and a batch norm, or one of them, cannot run as one op; None if they can."""
+    if bn is not None and type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return f"{type(bn).__name__} is not a plain batch norm"
     if conv is not None:
         if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
             return f"{type(conv).__name__} is not a plain 2-d convolution"
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return f"padding {conv.padding!r} with padding_mode {conv.padding_mode!r} is not supported"
-        if type(bn) is not nn.BatchNorm2d or bn.num_features != conv.out_channels:
+        if bn is None:
+            if conv.groups != 1:
+                return f"{conv.groups} groups have no kernel"
+        elif type(bn) is not nn.BatchNorm2d or bn.num_features != conv.out_channels:
             return f"the batch norm does not fit {conv.out_channels} channels"
     for module in (conv, bn):
         if module is None:
@@ -42,10 +46,16 @@ def refusal(conv: nn.Module | None, bn: nn.Module) -> str | None:
     return None
 
 
-def run_block(input: Tensor, conv: Conv | None, bn: Norm, activation: str, negative_slope: float) -> Tensor:
+def run_block(input: Tensor, conv: Conv | None, bn: Norm | None, activation: str, negative_slope: float) -> Tensor:
     """Run ``activation(bn(conv(input)))`` as one op; module by module where that would not mean the same."""
     if refusal(conv, bn) is not None or (conv is not None and input.dim() != 4):
-        return activate(bn(input if conv is None else conv(input)), activation, negative_slope)
+        output = input if conv is None else conv(input)
+        return activate(output if bn is None else bn(output), activation, negative_slope)
+    if bn is None:
+        assert conv is not None
+        geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        return conv2d_act(input, conv.weight, conv.bias, **geometry, **act)
     training = bn.training or bn.running_mean is None
     momentum = _update_count(bn)
     # Running statistics are updated only in training mode, as in torch.nn.

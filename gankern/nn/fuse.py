@@ -35,12 +35,12 @@ class Run:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Children [start, stop) of a sequential: maybe a convolution, a batch norm, maybe an activation."""
+    """Children [start, stop) of a sequential: a convolution, a batch norm or both, and maybe an activation."""
 
     start: int
     stop: int
     conv: block.Conv | None
-    bn: block.Norm
+    bn: block.Norm | None
     activation: nn.Module | None
 
     def refusal(self) -> str | None:
@@ -66,52 +66,67 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def _stretches(children: list[nn.Module]) -> list[_Stretch]:
     found = []
-    for i, bn in enumerate(children):
-        if not isinstance(bn, _NORMS):
+    position = 0
+    while position < len(children):
+        start = position
+        conv = bn = activation = None
+        if isinstance(module := children[position], _CONVS):
+            conv = module
+            position += 1
+        if position < len(children) and isinstance(module := children[position], _NORMS):
+            bn = module
+            position += 1
+        # A transposed convolution alone has no kernel yet.
+        if bn is None and not isinstance(conv, nn.Conv2d):
+            position = start + 1
             continue
-        before = children[i - 1] if i else None
-        after = children[i + 1] if i + 1 < len(children) else None
-        conv = before if isinstance(before, _CONVS) else None
-        activation = after if after is not None and type(after) in _ACTIVATIONS else None
-        found.append(_Stretch(i - (conv is not None), i + 1 + (activation is not None), conv, bn, activation))
+        if position < len(children) and type(children[position]) in _ACTIVATIONS:
+            activation = children[position]
+            position += 1
+        found.append(_Stretch(start, position, conv, bn, activation))
     return found
 
 
 class FusedSequential(nn.Sequential):
-    """``nn.Sequential`` that runs convolution + batch norm + activation stretches of its children as fused ops."""
+    """``nn.Sequential`` that runs stretches of convolution, batch norm and activation as fused ops."""
 
     def forward(self, input: Tensor) -> Tensor:
         children = list(self)
-        stretches = _stretches(children)
-        # The CPU's convolutions are faster in channels_last; the caller gets its own layout back.
-        turned = (
-            input.dim() == 4
-            and input.device.type == "cpu"
-            and memory_format(input) == torch.contiguous_format
-            and any(s.conv is not None and s.refusal() is None for s in stretches)
-        )
-        if turned:
-            # Not contiguous(), which leaves an image of one pixel as it is: convolutions go by the strides.
-            input = input.clone(memory_format=torch.channels_last)
+        # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
+        turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
         position = 0
-        for stretch in stretches:
-            for module in children[position : stretch.start]:
-                input = module(input)
-            position = stretch.start
-            if stretch.refusal() is None:
-                input = stretch.run(input)
-                position = stretch.stop
-        for module in children[position:]:
-            input = module(input)
-        return input.contiguous() if turned else input
+        for stretch in _stretches(children):
+            if stretch.refusal() is not None:
+                continue
+            input = _run(children[position : stretch.start], input, turns)
+            if turns and stretch.bn is not None and stretch.conv is not None and input.dim() == 4:
+                input = _channels_last(input)
+            input = stretch.run(input)
+            position = stretch.stop
+        input = _run(children[position:], input, turns)
+        return input.contiguous() if turns else input
+
+
+def _channels_last(input: Tensor) -> Tensor:
+    # Not contiguous(), which leaves an image of one pixel as it is: convolutions go by the strides.
+    turned = memory_format(input) == torch.channels_last
+    return input if turned else input.clone(memory_format=torch.channels_last)
+
+
+def _run(modules: list[nn.Module], input: Tensor, turns: bool) -> Tensor:
+    for module in modules:
+        known = type(module).__module__.startswith("torch.nn.") or isinstance(module, FusedSequential)
+        input = module(input.contiguous() if turns and not known and input.dim() == 4 else input)
+    return input
 
 
 def fuse(module: M) -> M:
     """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
 
-    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh]. Modules, parameters, buffers, their
-    names and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A run with a
-    hook on one of its modules, or with an option that has no kernel, runs stock: :func:`fusion_report` tells.
+    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or Conv2d [, activation]. Modules,
+    parameters, buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its
+    children changes. A run with a hook on one of its modules, or with an option that has no kernel, runs stock:
+    :func:`fusion_report` tells.
 
     Parameters
     ----------

@@ -1,6 +1,14 @@
 """The ops, one room each."""
 
+from gankern.ops.conv_act import conv2d_act
 from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
 from gankern.ops.minibatch_discrimination import l1_distance, minibatch_discrimination
 
-__all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act", "l1_distance", "minibatch_discrimination"]
+__all__ = [
+    "batch_norm_act",
+    "conv2d_act",
+    "conv2d_bn_act",
+    "conv_transpose2d_bn_act",
+    "l1_distance",
+    "minibatch_discrimination",
+]

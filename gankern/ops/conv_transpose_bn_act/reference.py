@@ -6,13 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    if activation == "relu":
-        return F.relu(z)
-    if activation == "leaky_relu":
-        return F.leaky_relu(z, negative_slope)
-    return torch.tanh(z) if activation == "tanh" else z
+from gankern.ops.conv_act.reference import activate
 
 
 def batch_norm_act(

@@ -1,4 +1,4 @@
-"""Adapter of the C++ kernels in csrc/cpu: layer_norm.cpp, group_norm.cpp, avg_pool.cpp and conv_input_grad.cpp.
+"""Adapter of the C++ kernels in csrc/cpu: layer_norm.cpp, group_norm.cpp and avg_pool.cpp.
 
 Layer norm's tensors are contiguous rows (M, D), group norm's (N, C, L), contiguous or with the channels last.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 from gankern import workspace
 from gankern._layout import memory_format
 from gankern._native import DTYPES, acc_dtype, address, kernels, refuse
-from gankern.ops.critic_layers.cpu_convolution import (
+from gankern.ops.conv_act.cpu import (
+    activate_backward,
     channels_last,
     conv,
     conv_as_stock,
@@ -138,11 +139,8 @@ def leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
 
 
 def leaky_relu_backward(grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
-    grad_input = workspace.empty_like(grad_output, memory_format(grad_output))
-    if negative_slope == 0:
-        return torch.ops.aten.threshold_backward.grad_input(grad_output, output, 0, grad_input=grad_input)
-    backward = torch.ops.aten.leaky_relu_backward.grad_input
-    return backward(grad_output, output, negative_slope, True, grad_input=grad_input)
+    """Gradient of the input, by the signs of the output."""
+    return activate_backward(grad_output, output, "leaky_relu" if negative_slope else "relu", negative_slope)
 
 
 def _group_shape(input: Tensor, mean: Tensor) -> Any:

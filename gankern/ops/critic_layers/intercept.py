@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gankern._layout import memory_format
+from gankern.ops.conv_act import conv2d_act
+from gankern.ops.conv_act.reference import ConvOptions, activate
 from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
-from gankern.ops.critic_layers.layer_norm import LayerNorm
+from gankern.ops.critic_layers.layer_norm import layer_norm
 from gankern.ops.critic_layers.linear import Conv, Linear
-from gankern.ops.critic_layers.options import ConvOptions, ints
+from gankern.ops.critic_layers.options import ints
 from gankern.ops.critic_layers.pooling import adaptive_avg_pool, avg_pool
 from gankern.ops.critic_layers.scope import Scope
 
@@ -98,37 +99,30 @@ def _leaky_relu_(scope: Scope, input: Tensor, negative_slope: float = 0.01) -> A
     return _leaky_relu(scope, input, negative_slope, True)
 
 
-def _layer_norm(
+_conv2d = _conv(2)
+
+
+def _conv2d_act(
     scope: Scope,
     input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
+    weight: Tensor,
     bias: Tensor | None = None,
-    eps: float = 1e-5,
+    *,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
+    **options: Any,
 ) -> Any:
-    dims = len(normalized_shape)
-    params = [t for t in (weight, bias) if t is not None]
-    if (
-        not input.numel()
-        or tuple(input.shape[-dims:]) != tuple(normalized_shape)
-        or any(t.dtype != input.dtype for t in params)
-        or torch.is_autocast_enabled(input.device.type)
-    ):
-        return NotImplemented
-    turned = dims == 3 and memory_format(input) == torch.channels_last
-    if turned:
-        # The statistics do not ask for an order: only the weights' few elements move.
-        input = input.permute(0, 2, 3, 1)
-        weight, bias = (None if t is None else t.permute(1, 2, 0) for t in (weight, bias))
-    rows = input.contiguous().view(-1, math.prod(normalized_shape))
-    flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
-    output = LayerNorm.apply(rows, *flat, eps, scope).view(input.shape)
-    return output.permute(0, 3, 1, 2) if turned else output
+    """What ``fuse`` made of a convolution and an activation."""
+    output = _conv2d(scope, input, weight, bias, **options)
+    if output is NotImplemented or activation not in ("relu", "leaky_relu") or negative_slope < 0:
+        return output if output is NotImplemented else activate(output, activation, negative_slope)
+    return LeakyRelu.apply(output, negative_slope if activation == "leaky_relu" else 0.0, True)
 
 
 _TAKEN: dict[Any, Callable[..., Any]] = {
     F.conv1d: _conv(1),
-    F.conv2d: _conv(2),
+    F.conv2d: _conv2d,
+    conv2d_act: _conv2d_act,
     F.conv3d: _conv(3),
     F.conv_transpose1d: _conv_transpose(1),
     F.conv_transpose2d: _conv_transpose(2),
@@ -141,7 +135,7 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     Tensor.relu_: _relu_,
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
-    F.layer_norm: _layer_norm,
+    F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
@@ -154,15 +148,18 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
 }
 
 
-# Functions that do the same in any order of memory, beside those above, by name: of elements, or of no elements at all.
-_ANY_ORDER = frozenset(
-    "__get__ __len__ size dim ndimension numel nelement element_size type is_floating_point get_device requires_grad_"
-    " detach clone flatten reshape add add_ sub sub_ rsub mul mul_ div div_ true_divide neg __add__ __radd__ __iadd__"
-    " __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __itruediv__ __neg__ cat concat max_pool2d"
-    " abs square sqrt pow __pow__ exp clamp clamp_ clamp_min clamp_max where to float double bfloat16 half"
-    " silu silu_ gelu mish elu elu_ selu celu hardtanh hardswish softplus softsign tanh tanh_ sigmoid"
-    " sigmoid_ logsigmoid threshold prelu relu6".split()
-)
+# Functions that do the same in any order of memory, beside those above, by name: they compute element by element, move
+# whole elements or none.
+_ANY_ORDER = {
+    *("__get__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point"),
+    *("type", "to", "float", "double", "bfloat16", "half", "get_device", "requires_grad_", "detach", "clone"),
+    *("flatten", "reshape", "cat", "concat", "where", "max_pool2d", "neg", "__neg__", "abs", "square", "sqrt", "exp"),
+    *("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "rsub", "__sub__", "__rsub__", "__isub__"),
+    *("mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__", "__itruediv__", "true_divide"),
+    *("pow", "__pow__", "clamp", "clamp_", "clamp_min", "clamp_max", "threshold", "prelu", "relu6", "hardtanh"),
+    *("silu", "silu_", "gelu", "mish", "elu", "elu_", "selu", "celu", "hardswish", "softplus", "softsign"),
+    *("tanh", "tanh_", "sigmoid", "sigmoid_", "logsigmoid"),
+}
 
 
 def _contiguous(value: Any) -> Any:

@@ -2,57 +2,113 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gankern import backends
+from gankern._layout import memory_format
 from gankern.ops.critic_layers import cpu, reference
 from gankern.ops.critic_layers.scope import Scope
 
 backends.register("critic_layers", cpu=cpu, reference=reference)
 
 
-def _plain(eps: float) -> Any:
-    """Layer norm by its formula: stock's third derivative takes the mean and deviation for constants."""
+class Rows(NamedTuple):
+    """How samples lie in memory that are normalised each for itself: as rows (M, D), channels_last where `turned`."""
 
-    def function(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        var, mean = torch.var_mean(input, 1, correction=0, keepdim=True)
-        output = (input - mean) * (var + eps).rsqrt()
-        output = output if weight is None else output * weight
-        return output if bias is None else output + bias
+    shape: torch.Size
+    size: int
+    turned: bool
 
-    return function
+    def of(self, tensor: Tensor) -> Tensor:
+        return (tensor.permute(0, 2, 3, 1) if self.turned else tensor).reshape(-1, self.size)
+
+    def back(self, rows: Tensor) -> Tensor:
+        if not self.turned:
+            return rows.view(self.shape)
+        n, c, h, w = self.shape
+        return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+    def fresh(self, rows: Tensor) -> Tensor:
+        """Back, for a result that nobody else has: not a view, so that it can be changed in place."""
+        view = self.back(rows)
+        return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
+            rows.untyped_storage(), rows.storage_offset(), view.shape, view.stride()
+        )
+
+    def plain(self, eps: float) -> Callable[..., Tensor]:
+        """Layer norm by its formula: stock's third derivative takes the mean and deviation for constants."""
+
+        def function(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            input = self.of(input)
+            var, mean = torch.var_mean(input, 1, correction=0, keepdim=True)
+            output = (input - mean) * (var + eps).rsqrt()
+            output = output if weight is None else output * weight
+            return self.back(output if bias is None else output + bias)
+
+        return function
+
+
+def layer_norm(
+    scope: Scope,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """:func:`torch.nn.functional.layer_norm`."""
+    dims = len(normalized_shape)
+    params = [t for t in (weight, bias) if t is not None]
+    if (
+        not input.numel()
+        or tuple(input.shape[-dims:]) != tuple(normalized_shape)
+        or any(t.dtype != input.dtype for t in params)
+        or torch.is_autocast_enabled(input.device.type)
+    ):
+        return NotImplemented
+    # The statistics do not ask for an order: only the weights' few elements move.
+    turned = dims == 3 and memory_format(input) == torch.channels_last
+    rows = Rows(input.shape, math.prod(normalized_shape), turned)
+    flat = [None if t is None else (t.permute(1, 2, 0) if turned else t).reshape(-1) for t in (weight, bias)]
+    return LayerNorm.apply(input, *flat, rows, eps, scope)
 
 
 class LayerNorm(torch.autograd.Function):
-    """Normalised rows (M, D), with weight and bias (D,) or None."""
+    """Normalised samples, with weight and bias (D,) in the order of the rows or None."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scope: Scope
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Rows, eps: float, scope: Scope
     ) -> Tensor:
         adapter = backends.select("critic_layers", input)
-        output, mean, rstd = adapter.layer_norm_forward(input, weight, bias, eps)
+        output, mean, rstd = adapter.layer_norm_forward(rows.of(input), weight, bias, eps)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.eps, ctx.scope = eps, scope
+        ctx.rows, ctx.eps, ctx.scope = rows, eps, scope
         ctx.set_materialize_grads(False)
-        return output
+        return rows.fresh(output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None, None, None)
         if grad_output is None:
-            return None, None, None, None, None
+            return None, None, None, *nothing
         input, weight, bias, mean, rstd = ctx.saved_tensors
+        rows, eps = ctx.rows, ctx.eps
         if ctx.scope.input_gradient_only:
-            return LayerNormInputGrad.apply(grad_output, input, weight, mean, rstd, ctx.eps), None, None, None, None
+            return LayerNormInputGrad.apply(grad_output, input, weight, mean, rstd, rows, eps), None, None, *nothing
         if torch.is_grad_enabled():
-            return *reference.vjp(_plain(ctx.eps), (input, weight, bias), grad_output, create_graph=True), None, None
+            grads = reference.vjp(rows.plain(eps), (input, weight, bias), grad_output, create_graph=True)
+            return *grads, *nothing
         want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         adapter = backends.select("critic_layers", input)
-        grads = adapter.layer_norm_backward(grad_output, input, weight, mean, rstd, want)
-        return (*(g if w else None for g, w in zip(grads, ctx.needs_input_grad, strict=False)), None, None)
+        grad_input, *grads = adapter.layer_norm_backward(rows.of(grad_output), rows.of(input), weight, mean, rstd, want)
+        grads = [g if w else None for g, w in zip(grads, ctx.needs_input_grad[1:], strict=False)]
+        return rows.fresh(grad_input), *grads, *nothing
 
 
 class LayerNormInputGrad(torch.autograd.Function):
@@ -60,24 +116,40 @@ class LayerNormInputGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
+        ctx: Any,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        rows: Rows,
+        eps: float,
     ) -> Tensor:
         ctx.save_for_backward(grad_output, input, weight, mean, rstd)
-        ctx.eps = eps
+        ctx.rows, ctx.eps = rows, eps
         ctx.set_materialize_grads(False)
         adapter = backends.select("critic_layers", input)
-        return adapter.layer_norm_backward(grad_output, input, weight, mean, rstd, False)[0]
+        grads = adapter.layer_norm_backward(rows.of(grad_output), rows.of(input), weight, mean, rstd, False)
+        return rows.fresh(grads[0])
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None, None, None, None)
         if tangent is None:
-            return None, None, None, None, None, None
+            return None, None, None, *nothing
         grad_output, input, weight, mean, rstd = ctx.saved_tensors
+        rows: Rows = ctx.rows
         if torch.is_grad_enabled():
-            grads = reference.input_grad_vjp(_plain(ctx.eps), grad_output, input, weight, tangent)
-            return *grads, None, None, None
+            grads = reference.input_grad_vjp(rows.plain(ctx.eps), grad_output, input, weight, tangent)
+            return *grads, *nothing
         adapter = backends.select("critic_layers", input)
-        grads = adapter.layer_norm_double_backward(
-            tangent, grad_output, input, weight, mean, rstd, weight is not None and ctx.needs_input_grad[2]
+        grad_grad_output, grad_input, grad_weight = adapter.layer_norm_double_backward(
+            rows.of(tangent),
+            rows.of(grad_output),
+            rows.of(input),
+            weight,
+            mean,
+            rstd,
+            weight is not None and ctx.needs_input_grad[2],
         )
-        return *grads, None, None, None
+        return rows.fresh(grad_grad_output), rows.fresh(grad_input), grad_weight, *nothing

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gankern import backends
+from gankern.ops.conv_act.reference import ConvOptions
 from gankern.ops.critic_layers import reference
-from gankern.ops.critic_layers.options import ConvOptions
 from gankern.ops.critic_layers.scope import Scope
 
 

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-
-class ConvOptions(NamedTuple):
-    """Arguments of ``aten.convolution`` behind the weight and bias."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
+from typing import Any
 
 
 def ints(value: Any, dims: int) -> tuple[int, ...]:

@@ -9,7 +9,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern._layout import memory_format
-from gankern.ops.critic_layers.options import ConvOptions
+from gankern.ops.conv_act.reference import (
+    activate_backward,
+    channels_last,
+    conv,
+    conv_as_stock,
+    conv_input_grad,
+    conv_weight_grad,
+)
+
+__all__ = [
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "channels_last",
+    "conv",
+    "conv_as_stock",
+    "conv_input_grad",
+    "conv_weight_grad",
+    "group_norm_backward",
+    "group_norm_double_backward",
+    "group_norm_forward",
+    "input_grad_vjp",
+    "layer_norm_backward",
+    "layer_norm_double_backward",
+    "layer_norm_forward",
+    "leaky_relu",
+    "leaky_relu_backward",
+    "like_layout",
+    "refuse",
+    "vjp",
+]
 
 
 def refuse(*tensors: Tensor) -> str | None:
@@ -41,40 +70,6 @@ def input_grad_vjp(
     return vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
 
 
-def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
-    return torch.ops.aten.convolution.default(input, weight, bias, *options)
-
-
-conv_as_stock = conv
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """The tensor as it is: only on the CPU is another layout worth a copy."""
-    return tensor
-
-
-def conv_shape(input: Tensor, weight: Tensor, options: ConvOptions) -> list[int]:
-    """Sizes of the output of a convolution that is not transposed."""
-    spatial = zip(input.shape[2:], weight.shape[2:], options.stride, options.padding, options.dilation, strict=True)
-    return [input.size(0), weight.size(0), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
-
-
-def _conv_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward.default(grad_output, input, weight, None, *options, mask)
-
-
-def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
-    """Gradient of the input, of which only the shape, dtype and layout are used."""
-    return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
-
-
-def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
-    """Gradient of the weight, of which only the shape, dtype and layout are used."""
-    return _conv_backward(grad_output, input, weight, options, [False, True, False])[1]
-
-
 def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor in the memory order of another of the same shape."""
     return tensor.contiguous(memory_format=memory_format(other))
@@ -86,9 +81,7 @@ def leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
 
 def leaky_relu_backward(grad_output: Tensor, output: Tensor, negative_slope: float) -> Tensor:
     """Gradient of the input, by the signs of the output."""
-    if negative_slope == 0:
-        return torch.ops.aten.threshold_backward.default(grad_output, output, 0)
-    return torch.ops.aten.leaky_relu_backward.default(grad_output, output, negative_slope, True)
+    return activate_backward(grad_output, output, "leaky_relu" if negative_slope else "relu", negative_slope)
 
 
 def layer_norm_forward(

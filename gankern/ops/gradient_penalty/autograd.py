@@ -268,7 +268,9 @@ class _Penalty(torch.autograd.Function):
                 "gradient_penalty to differentiate them again"
             )
         grad_points, *grads = ctx.saved_tensors
-        if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+        # A total loss that the penalty is a term of: its gradient is 1, and a pass over memory is saved.
+        is_one = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        if not is_one:
             grads = [g * grad_loss for g in grads]
             grad_points = grad_points * grad_loss
         tensors = [grads.pop(0) if wanted else None for wanted in ctx.wanted]

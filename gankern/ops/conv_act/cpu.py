@@ -1,4 +1,4 @@
-"""Convolutions of the CPU adapter: csrc/cpu/conv.cpp and stem_input_grad.cpp, torch's where those do not apply.
+"""Adapter of csrc/cpu/conv.cpp and stem_input_grad.cpp; torch's convolutions where those do not apply.
 
 Images and their gradients are channels_last; results are, too, and lie in the workspace.
 """
@@ -9,18 +9,46 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gankern import workspace
-from gankern._layout import memory_format
+from gankern import _native, workspace
+from gankern._layout import dense, memory_format
 from gankern._native import DTYPES, address, kernels, span
-from gankern.ops.critic_layers import reference
-from gankern.ops.critic_layers.options import ConvOptions
+from gankern.ops.conv_act import reference
+from gankern.ops.conv_act.reference import ConvOptions
 
 # Up to so many input channels the vectors of the input's gradient run along the taps.
 _STEM = 4
 # Channels that oneDNN sums up at a time with AVX-512.
 _SUM_BLOCK = 16
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if tensor.dtype != torch.float32:
+            return f"needs float32; got {tensor.dtype}"
+    return _native.refuse(*tensors)
+
+
+def activate_(output: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """In place, in memory that nobody else has seen."""
+    if activation == "leaky_relu":
+        return F.leaky_relu_(output, negative_slope)
+    return output.relu_() if activation == "relu" else output.tanh_() if activation == "tanh" else output
+
+
+def activate_backward(grad_output: Tensor, output: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Gradient of an activation's input, by its output; the slope is 0 or more."""
+    if activation == "none":
+        return grad_output
+    grad_input = workspace.empty_like(grad_output, memory_format(grad_output))
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward.grad_input(grad_output, output, 0, grad_input=grad_input)
+    if activation == "tanh":
+        return torch.ops.aten.tanh_backward.grad_input(grad_output, output, grad_input=grad_input)
+    backward = torch.ops.aten.leaky_relu_backward.grad_input
+    return backward(grad_output, output, negative_slope, True, grad_input=grad_input)
 
 
 def _ours(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
@@ -92,7 +120,7 @@ def _is_mkldnn(
 ) -> bool:
     given = torch.empty(input), torch.empty(weight), None if bias_size is None else torch.empty(bias_size)
     chosen = torch._C._select_conv_backend(*given, *options, None if bias_size is None else [bias_size])
-    return chosen == torch._C._ConvBackend.Mkldnn
+    return chosen == torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
 
 
 def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int) -> Tensor:
@@ -124,7 +152,7 @@ def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
     if not _ours(input, weight, options):
         return reference.conv_weight_grad(grad_output, input, channels_last(weight), options)
-    grad_output, input = channels_last(grad_output), channels_last(input)
+    grad_output, input, weight = channels_last(grad_output), channels_last(input), dense(weight)
     shape = _shape_of(input, grad_output, weight, options)
     grad_weight = workspace.like(weight)
     addresses = grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr()

@@ -1,0 +1,107 @@
+"""Convolution and activation in one op: the layer of critics without batch norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from gankern.ops import _check
+from gankern.ops.conv_act import autograd
+from gankern.ops.conv_act.reference import ACTIVATIONS, ConvOptions
+
+__all__ = ["conv2d_act"]
+
+Size2 = int | tuple[int, int]
+
+
+def conv2d_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    activation: str = "leaky_relu",
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """2-d convolution and activation.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (N, C_in, H, W), any layout. The kernels take float32 on the CPU without groups; all else is torch's.
+    weight : Tensor
+        Shape (C_out, C_in // groups, kH, kW), of the input's dtype.
+    bias : Tensor or None
+        Shape (C_out,).
+    stride, padding, dilation, groups
+        As in :func:`torch.nn.functional.conv2d`.
+    activation : str
+        "relu", "leaky_relu", "tanh" or "none".
+    negative_slope : float
+        Of "leaky_relu".
+
+    Returns
+    -------
+    Tensor
+        Shape (N, C_out, H_out, W_out); channels_last where a kernel ran.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the rule and what was received.
+
+    Notes
+    -----
+    Differentiable to any order. On processors with AVX-512 the output has the bits of torch's convolution of contiguous
+    images, so that no unit of a critic lies on the other side of zero than in stock.
+
+    References
+    ----------
+    Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
+    """
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors):
+        options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        options |= {"activation": activation, "negative_slope": negative_slope}
+        return handle_torch_function(conv2d_act, tensors, *tensors, **options)
+    _check.floating("input", input)
+    _check.ndim("input", input, 4, "(N, C_in, H, W)")
+    _check.floating("weight", weight)
+    _check.ndim("weight", weight, 4, "(C_out, C_in // groups, kH, kW)")
+    _check.same_device("weight", weight, "input", input)
+    if bias is not None:
+        _check.vector("bias", bias, weight.size(0))
+        _check.same_device("bias", bias, "input", input)
+    if not torch.is_autocast_enabled(input.device.type):
+        _check.same_dtype("weight", weight, "input", input)
+        if bias is not None:
+            _check.same_dtype("bias", bias, "input", input)
+    _check.positive_int("groups", groups)
+    _check.one_of("activation", activation, ACTIVATIONS)
+    _check.number("negative_slope", negative_slope)
+    if weight.size(1) * groups != input.size(1):
+        raise ValueError(
+            f"weight must have input's {input.size(1)} channels / groups {groups} as its second size; got "
+            f"{tuple(weight.shape)}"
+        )
+    geometry = ConvOptions(
+        _check.int_pair("stride", stride, 1),
+        _check.int_pair("padding", padding, 0),
+        _check.int_pair("dilation", dilation, 1),
+        False,
+        (0, 0),
+        groups,
+    )
+    sizes = [
+        n + 2 * p - d * (k - 1)
+        for n, k, p, d in zip(input.shape[2:], weight.shape[2:], geometry.padding, geometry.dilation, strict=True)
+    ]
+    if min(sizes) < 1:
+        raise ValueError(f"input must be at least as large as the kernel; got {tuple(input.shape)}")
+    return autograd.conv2d_act(input, weight, bias, geometry, activation, negative_slope)

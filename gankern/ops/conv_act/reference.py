@@ -1,0 +1,84 @@
+"""Plain torch: the oracle of tests and benchmarks, and the ``reference`` backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "none")
+
+
+class ConvOptions(NamedTuple):
+    """Arguments of ``aten.convolution`` behind the weight and bias."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    return None
+
+
+def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    return torch.tanh(z) if activation == "tanh" else z
+
+
+def activate_backward(grad_output: Tensor, output: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Gradient of an activation's input, by its output; the slope is 0 or more."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward.default(grad_output, output, 0)
+    if activation == "leaky_relu":
+        return torch.ops.aten.leaky_relu_backward.default(grad_output, output, negative_slope, True)
+    return torch.ops.aten.tanh_backward.default(grad_output, output) if activation == "tanh" else grad_output
+
+
+def conv2d_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str, negative_slope: float
+) -> Tensor:
+    output = F.conv2d(input, weight, bias, options.stride, options.padding, options.dilation, options.groups)
+    return activate(output, activation, negative_slope)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor as it is: only on the CPU is another layout worth a copy."""
+    return tensor
+
+
+def conv_shape(input: Tensor, weight: Tensor, options: ConvOptions) -> list[int]:
+    """Sizes of the output of a convolution that is not transposed."""
+    spatial = zip(input.shape[2:], weight.shape[2:], options.stride, options.padding, options.dilation, strict=True)
+    return [input.size(0), weight.size(0), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
+
+
+def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
+    return torch.ops.aten.convolution.default(input, weight, bias, *options)
+
+
+conv_as_stock = conv
+
+
+def _conv_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward.default(grad_output, input, weight, None, *options, mask)
+
+
+def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the input, of which only the shape, dtype and layout are used."""
+    return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+
+
+def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
+    """Gradient of the weight, of which only the shape, dtype and layout are used."""
+    return _conv_backward(grad_output, input, weight, options, [False, True, False])[1]
