@@ -158,8 +158,8 @@ void bind_conv(py::module_& m) {
                                   sum_block,
                                   threads};
              }),
-             "input"_a, "output"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "weight_strides"_a, "sum_block"_a,
-             "threads"_a);
+             "input"_a, "output"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "weight_strides"_a,
+             "sum_block"_a, "threads"_a);
     m.def(
         "conv_forward",
         [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output) {

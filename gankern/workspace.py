@@ -43,23 +43,25 @@ def set_limit(size: int) -> None:
     if size < 0:
         raise ValueError(f"size must be at least 0; got {size}")
     _limit = size
-    kernels.workspace_limit(size)
+    if kernels is not None:
+        kernels.workspace_limit(size)
 
 
 def release() -> None:
     """Give all idle memory back to the system."""
-    kernels.workspace_limit(0)
-    kernels.workspace_limit(_limit)
+    if kernels is not None:
+        kernels.workspace_limit(0)
+        kernels.workspace_limit(_limit)
 
 
 def used_bytes() -> int:
     """Memory that tensors lie in, in bytes."""
-    return kernels.workspace_bytes()[0]
+    return 0 if kernels is None else kernels.workspace_bytes()[0]
 
 
 def idle_bytes() -> int:
     """Memory kept for later calls, in bytes."""
-    return kernels.workspace_bytes()[1]
+    return 0 if kernels is None else kernels.workspace_bytes()[1]
 
 
 def empty(
@@ -93,5 +95,7 @@ def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, num
 
 
 _limit = 1 << 30
-if "GANKERN_WORKSPACE_LIMIT" in os.environ:
-    set_limit(int(os.environ["GANKERN_WORKSPACE_LIMIT"]))
+if (_given := os.environ.get("GANKERN_WORKSPACE_LIMIT")) is not None:
+    if not _given.isdecimal():
+        raise ValueError(f"GANKERN_WORKSPACE_LIMIT must be a number of bytes; got {_given!r}")
+    set_limit(int(_given))

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from gankern import workspace
+
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -26,6 +28,7 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if {"ops", "nn", "optim"} & set(request.path.parts):
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        monkeypatch.setattr(workspace, "_empty", _poisoned(workspace._empty))
         monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 

@@ -23,7 +23,10 @@ constexpr int kWidth = kVectors * kLane;
 static_assert(kConvBlock % kWidth == 0);
 
 template <int V>
-constexpr int kRows = GANKERN_VECTOR_BYTES == 64 ? (V == 4 ? 6 : V == 3 ? 8 : 12) : (V == 2 ? 6 : 8);
+constexpr int kRows = GANKERN_VECTOR_BYTES == 64 ? (V == 4   ? 6
+                                                    : V == 3 ? 8
+                                                             : 12)
+                                                 : (V == 2 ? 6 : 8);
 
 // Calls f with the number as a constant.
 template <int Most, class F>
@@ -77,8 +80,8 @@ void multiply(const float* image, const int64_t* pixels, const Run* run, const R
     tile.store(sums, kWidth);
 }
 
-// A block of channels of one zone: all its pixels in a piece of work, one chunk of the weights after the other. The bias
-// comes right after the first chunk, as in oneDNN.
+// A block of channels of one zone: all its pixels in a piece of work, one chunk of the weights after the other. The
+// bias comes right after the first chunk, as in oneDNN.
 template <int V>
 void multiply_all(const float* image, const int64_t* pixels, int64_t count, const Zone& zone, const float* weight,
                   const float* bias, float* sums) {
@@ -94,49 +97,34 @@ void multiply_all(const float* image, const int64_t* pixels, int64_t count, cons
     }
 }
 
-// One piece of the images with zeros around them.
-void pad(const ConvPlan& p, const float* source, int64_t image, int64_t images, int64_t row, float* padded) {
-    int64_t height = p.source[0], width = p.source[1], c = p.source[2];
-    int64_t from = std::max<int64_t>(0, -p.before[1]), to = std::min(width, p.size[1] - p.before[1]);
-    int64_t left = std::clamp<int64_t>(p.before[1], 0, p.size[1]), right = std::max(left, to + p.before[1]);
-    for (int64_t n = image; n < image + images; ++n)
-        for (int64_t r = 0; r < p.size[0]; ++r, padded += p.size[1] * c) {
-            int64_t y = row * p.source_step[0] + r - p.before[0];
-            if (y < 0 || y >= height || from >= to) {
-                std::fill(padded, padded + p.size[1] * c, 0.0f);
-                continue;
-            }
-            const float* line = source + (n * height + y) * width * c;
-            std::fill(padded, padded + left * c, 0.0f);
-            std::copy(line + from * c, line + to * c, padded + left * c);
-            std::fill(padded + right * c, padded + p.size[1] * c, 0.0f);
-        }
-}
-
 // Places of pixels in the images that are read and in the result.
 struct Places {
     std::vector<int64_t> from, to;
 };
 
 void place(const ConvPlan& p, const Phase& phase, const Zone& zone, int64_t image, int64_t images, int64_t row,
-           int64_t rows, Places& places) {
-    int64_t height = p.padded ? p.size[0] : p.source[0], width = p.padded ? p.size[1] : p.source[1];
-    places.from.clear();
-    places.to.clear();
-    for (int64_t n = 0; n < images; ++n)
-        for (int64_t y = std::max(zone.begin[0], row); y < std::min(zone.end[0], row + rows); ++y)
-            for (int64_t x = zone.begin[1]; x < zone.end[1]; ++x) {
-                int64_t line = (p.padded ? n : image + n) * height + (p.padded ? y - row : y) * p.source_step[0];
-                int64_t to_y = phase.origin[0] + y * p.result_step[0], to_x = phase.origin[1] + x * p.result_step[1];
-                places.from.push_back((line * width + x * p.source_step[1]) * p.source[2]);
-                places.to.push_back((((image + n) * p.result[0] + to_y) * p.result[1] + to_x) * p.result[2]);
+           Places& places) {
+    int64_t top = std::max(zone.begin[0], row), bottom = std::min(zone.end[0], row + p.rows);
+    int64_t width = zone.end[1] - zone.begin[1], count = images * std::max<int64_t>(bottom - top, 0) * width;
+    places.from.resize(count);
+    places.to.resize(count);
+    int64_t *from = places.from.data(), *to = places.to.data();
+    for (int64_t n = image; n < image + images; ++n)
+        for (int64_t y = top; y < bottom; ++y, from += width, to += width) {
+            int64_t line = (n * p.source[0] + y * p.source_step[0]) * p.source[1] + zone.begin[1] * p.source_step[1];
+            int64_t at = (n * p.result[0] + phase.origin[0] + y * p.result_step[0]) * p.result[1] + phase.origin[1] +
+                         zone.begin[1] * p.result_step[1];
+            for (int64_t x = 0; x < width; ++x) {
+                from[x] = (line + x * p.source_step[1]) * p.source[2];
+                to[x] = (at + x * p.result_step[1]) * p.result[2];
             }
+        }
 }
 
 // The weight as convolve() reads it: [block of the result's channels][row][channels of the block], one phase after the
 // other; channels are filled up to vectors with zeros.
 class Packing {
-public:
+ public:
     Packing(const ConvPlan& plan, const float* weight, float* packed) : p_(plan), weight_(weight), packed_(packed) {
         for (const Phase& phase : p_.phases)
             for (size_t t = 0; t < phase.taps.size(); ++t)
@@ -155,7 +143,7 @@ public:
         });
     }
 
-private:
+ private:
     struct Target {
         int64_t offset;
         const Phase* phase;
@@ -215,19 +203,16 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
     int64_t blocks = (p.result[2] + kWidth - 1) / kWidth, pieces = p.pieces(), bands = p.bands();
     // Few pieces: threads share one by its blocks of channels.
     int64_t shares = std::min(blocks, (p.threads + pieces - 1) / std::max<int64_t>(pieces, 1));
-    int64_t working = p.padded_values() + p.pixels() * kConvBlock, tasks = pieces * shares;
+    int64_t tasks = pieces * shares;
     parallel_for_each(tasks, p.threads, [&](int thread, int64_t task) {
-        float* padded = scratch + p.packed + thread * working;
-        float* sums = padded + p.padded_values();
+        float* sums = scratch + p.packed + thread * p.pixels() * kConvBlock;
         int64_t piece = task / shares, share = task % shares;
         int64_t image = piece / bands * p.images, row = piece % bands * p.rows;
         int64_t images = std::min(p.images, p.n - image);
-        if (p.padded) pad(p, source, image, images, row, padded);
-        const float* from = p.padded ? padded : source;
         Places places;
         for (const Phase& phase : p.phases)
             for (const Zone& zone : phase.zones) {
-                place(p, phase, zone, image, images, row, p.rows, places);
+                place(p, phase, zone, image, images, row, places);
                 auto count = static_cast<int64_t>(places.to.size());
                 for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
                     int64_t first = b * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
@@ -238,7 +223,7 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
                     for (int64_t i = 0; i < count && zone.chunks.size() < 2; ++i)
                         std::copy_n(offset, kWidth, sums + i * kWidth);
                     with_constant<kVectors>(static_cast<int>((lanes + kLane - 1) / kLane), [&](auto v) {
-                        multiply_all<v.value>(from, places.from.data(), count, zone, w, offset, sums);
+                        multiply_all<v.value>(source, places.from.data(), count, zone, w, offset, sums);
                     });
                     for (int64_t i = 0; i < count; ++i)
                         for_each_vec<float>(lanes, [&](int64_t l, int part) {
@@ -252,6 +237,20 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
 // Pixels of two sides that are multiplied, as places of their channels.
 struct Pairs {
     std::vector<int64_t> left, right;
+
+    void clear() {
+        left.clear();
+        right.clear();
+    }
+    void add_row(int64_t count, int64_t left_at, int64_t left_step, int64_t right_at, int64_t right_step) {
+        size_t size = left.size();
+        left.resize(size + count);
+        right.resize(size + count);
+        for (int64_t x = 0; x < count; ++x) {
+            left[size + x] = left_at + x * left_step;
+            right[size + x] = right_at + x * right_step;
+        }
+    }
 };
 
 // sums[row of R][V vectors] += left[pixel][row] * right[pixel] over pixels, which are added up for themselves: over all
@@ -316,8 +315,7 @@ struct Correlation {
             visit([&](int64_t image, int64_t images, int64_t row, int64_t lines) {
                 for (int64_t item = begin; item < end;) {
                     int64_t tap = item / per_tap, tap_end = std::min(end, (tap + 1) * per_tap);
-                    pairs.left.clear();
-                    pairs.right.clear();
+                    pairs.clear();
                     pair(tap, image, images, row, lines, pairs);
                     while (item < tap_end) {
                         int64_t block = item / rows % blocks(), r = item % rows;
@@ -352,7 +350,7 @@ void for_each_piece(const ConvShape& s, const F& f) {
 // The sums of taps, blocks of channels, output channels and channels to their places in the weight's gradient.
 void spread_sums(const ConvWeightGrad& a, int64_t taps, int64_t blocks) {
     const ConvShape& s = a.shape;
-    const int64_t(&step)[4] = s.weight_strides;
+    const int64_t (&step)[4] = s.weight_strides;
     int64_t tap_sums = blocks * s.out_channels * kWidth;
     const float* end = a.scratch + taps * tap_sums;
     parallel_for(s.out_channels, s.threads, [&](int64_t begin, int64_t stop) {
@@ -364,9 +362,8 @@ void spread_sums(const ConvWeightGrad& a, int64_t taps, int64_t blocks) {
                 bool side_by_side = step[3] == 1 && step[2] == s.kernel[1];
                 for (int64_t t = 0; t < taps && side_by_side; t += kLane) {
                     int part = static_cast<int>(std::min<int64_t>(kLane, taps - t));
-                    for_each_column(from + t * tap_sums, tap_sums, part, width, end, [&](int64_t i, Vec<float> sums) {
-                        store(to + i * step[1] + t, part, sums);
-                    });
+                    for_each_column(from + t * tap_sums, tap_sums, part, width, end,
+                                    [&](int64_t i, Vec<float> sums) { store(to + i * step[1] + t, part, sums); });
                 }
                 for (int64_t t = 0; t < taps && !side_by_side; ++t)
                     for (int64_t i = 0; i < width; ++i)
@@ -393,23 +390,20 @@ void stem_weight_grad(const ConvWeightGrad& a) {
                         to + left * s.channels);
         }
     });
-    int64_t run = s.kernel[1] * s.channels;
+    int64_t run = s.kernel[1] * s.channels, out_line = s.out_width * s.out_channels;
     Correlation product{s.kernel[0], run, s.out_channels, padded, a.grad_output, padded + s.n * height * line,
                         s.threads};
     product.run([&](const auto& f) { for_each_piece(s, f); },
                 [&](int64_t i, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
                     for (int64_t n = image; n < image + images; ++n)
                         for (int64_t y = row; y < row + rows; ++y)
-                            for (int64_t x = 0; x < s.out_width; ++x) {
-                                int64_t at = n * height + y * s.stride[0] + i * s.dilation[0];
-                                pairs.left.push_back(at * line + x * s.stride[1] * s.channels);
-                                pairs.right.push_back(((n * s.out_height + y) * s.out_width + x) * s.out_channels);
-                            }
+                            pairs.add_row(s.out_width, (n * height + y * s.stride[0] + i * s.dilation[0]) * line,
+                                          s.stride[1] * s.channels, (n * s.out_height + y) * out_line, s.out_channels);
                 });
     for (int64_t k = 0; k < s.out_channels; ++k)
         for (int64_t i = 0; i < s.kernel[0]; ++i)
             for (int64_t r = 0; r < run; ++r) {
-                const int64_t(&step)[4] = s.weight_strides;
+                const int64_t (&step)[4] = s.weight_strides;
                 int64_t row = (i * product.blocks() + k / kWidth) * run + r;
                 a.grad_weight[k * step[0] + r % s.channels * step[1] + i * step[2] + r / s.channels * step[3]] =
                     product.sums[row * kWidth + k % kWidth];
@@ -431,17 +425,18 @@ void conv_weight_grad(const ConvWeightGrad& a) {
     if (conv_is_stem(s)) return stem_weight_grad(a);
     int64_t taps = s.kernel[0] * s.kernel[1];
     Correlation product{taps, s.out_channels, s.channels, a.grad_output, a.input, a.scratch, s.threads};
-    product.run([&](const auto& f) { for_each_piece(s, f); },
-                [&](int64_t tap, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
-                    Reach r = reach(s, tap / s.kernel[1], tap % s.kernel[1]);
-                    for (int64_t n = image; n < image + images; ++n)
-                        for (int64_t y = std::max(row, r.begin[0]); y < std::min(row + rows, r.end[0]); ++y)
-                            for (int64_t x = r.begin[1]; x < r.end[1]; ++x) {
-                                int64_t at = (n * s.height + y * s.stride[0]) * s.width + x * s.stride[1];
-                                pairs.left.push_back(((n * s.out_height + y) * s.out_width + x) * s.out_channels);
-                                pairs.right.push_back(at * s.channels + r.offset);
-                            }
-                });
+    product.run(
+        [&](const auto& f) { for_each_piece(s, f); },
+        [&](int64_t tap, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
+            Reach r = reach(s, tap / s.kernel[1], tap % s.kernel[1]);
+            for (int64_t n = image; n < image + images; ++n)
+                for (int64_t y = std::max(row, r.begin[0]); y < std::min(row + rows, r.end[0]); ++y)
+                    pairs.add_row(
+                        r.end[1] - r.begin[1], ((n * s.out_height + y) * s.out_width + r.begin[1]) * s.out_channels,
+                        s.out_channels,
+                        ((n * s.height + y * s.stride[0]) * s.width + r.begin[1] * s.stride[1]) * s.channels + r.offset,
+                        s.stride[1] * s.channels);
+        });
     spread_sums(a, taps, product.blocks());
 }
 

@@ -8,10 +8,9 @@ namespace {
 // Rows of the packed weight that are used together: with 64 channels each they fill half of the nearest cache.
 constexpr int64_t kChunk = 96;
 // Pixels whose sums stay in the second cache while the weights go by: more where the weights come from behind it, each
-// time anew, and where each zone is to have enough.
-constexpr int64_t kPixels = 144, kManyPixels = 576;
+// time anew.
+constexpr int64_t kPixels = 288, kManyPixels = 576;
 constexpr int64_t kManyWeights = 1 << 18;
-constexpr int64_t kZoneImages = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
@@ -50,30 +49,14 @@ void number_taps(ConvPlan& p, const SeenByPhase& seen) {
     for (size_t f = 0; f < p.phases.size(); ++f) {
         Phase& phase = p.phases[f];
         for (const Seen& s : seen[f])
-            phase.taps.push_back(
-                {s.tap[0], s.tap[1], s.tap[0] * p.weight_taps[0] + s.tap[1] * p.weight_taps[1]});
+            phase.taps.push_back({s.tap[0], s.tap[1], s.tap[0] * p.weight_taps[0] + s.tap[1] * p.weight_taps[1]});
         phase.depth = static_cast<int64_t>(phase.taps.size()) * p.source[2];
         phase.packed = p.packed;
         p.packed += phase.depth * round_up(p.result[2], 16);
     }
 }
 
-// Share of the multiplications that would have a factor of zero padding.
-double wasted(const ConvPlan& p, const SeenByPhase& seen) {
-    double all = 0, useful = 0;
-    for (size_t f = 0; f < p.phases.size(); ++f)
-        for (const Seen& s : seen[f]) {
-            int64_t begin[2], end[2];
-            for (int d = 0; d < 2; ++d) inside(p, p.phases[f], d, s.at[d], begin[d], end[d]);
-            all += static_cast<double>(p.phases[f].grid[0] * p.phases[f].grid[1]);
-            useful += static_cast<double>((end[0] - begin[0]) * (end[1] - begin[1]));
-        }
-    return all > 0 ? 1 - useful / all : 0;
-}
-
-// The runs of a zone, for images with rows of `width` pixels whose first lies at `before`.
-void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& seen, int64_t width,
-               const int64_t (&before)[2], Zone& zone) {
+void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& seen, Zone& zone) {
     std::vector<Run> runs;
     std::vector<int64_t> chunks;
     for (int64_t c = 0; c < p.source[2]; c += p.block) {
@@ -82,13 +65,13 @@ void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& s
         for (size_t t = 0; t < seen.size(); ++t) {
             const Seen& s = seen[t];
             bool visible = true;
-            for (int d = 0; d < 2 && !p.padded; ++d) {
+            for (int d = 0; d < 2; ++d) {
                 int64_t begin, end;
                 inside(p, phase, d, s.at[d], begin, end);
                 visible = visible && begin <= zone.begin[d] && zone.end[d] <= end;
             }
             if (!visible) continue;
-            int64_t offset = ((s.at[0] + before[0]) * width + s.at[1] + before[1]) * p.source[2] + c;
+            int64_t offset = (s.at[0] * p.source[1] + s.at[1]) * p.source[2] + c;
             int64_t k = p.row(phase, static_cast<int64_t>(t), c);
             bool joins = chunks.back() < static_cast<int64_t>(runs.size()) &&
                          runs.back().offset + runs.back().length == offset && runs.back().k + runs.back().length == k;
@@ -137,17 +120,11 @@ std::vector<int64_t> borders(const ConvPlan& p, const Phase& phase, const std::v
 void find_zones(ConvPlan& p, const SeenByPhase& seen) {
     for (size_t f = 0; f < p.phases.size(); ++f) {
         Phase& phase = p.phases[f];
-        if (p.padded) {
-            Zone zone{{0, 0}, {phase.grid[0], phase.grid[1]}, {}, {}};
-            find_runs(p, phase, seen[f], p.size[1], p.before, zone);
-            phase.zones = {zone};
-            continue;
-        }
         auto ys = borders(p, phase, seen[f], 0), xs = borders(p, phase, seen[f], 1);
         for (size_t y = 0; y + 1 < ys.size(); ++y)
             for (size_t x = 0; x + 1 < xs.size(); ++x) {
                 Zone zone{{ys[y], xs[x]}, {ys[y + 1], xs[x + 1]}, {}, {}};
-                find_runs(p, phase, seen[f], p.source[1], {0, 0}, zone);
+                find_runs(p, phase, seen[f], zone);
                 phase.zones.push_back(zone);
             }
     }
@@ -156,26 +133,7 @@ void find_zones(ConvPlan& p, const SeenByPhase& seen) {
 void cut(ConvPlan& p, const SeenByPhase& seen, int64_t block) {
     p.block = block;
     number_taps(p, seen);
-    cut_images(p, kManyPixels);
-    p.padded = p.bands() > 1 || p.images < kZoneImages || wasted(p, seen) < 0.04;
-    if (p.padded) {
-        if (p.packed < kManyWeights) cut_images(p, kPixels);
-        int64_t least[2] = {0, 0}, most[2] = {0, 0};
-        bool any = false;
-        for (const auto& taps : seen)
-            for (const Seen& s : taps) {
-                for (int d = 0; d < 2; ++d) {
-                    least[d] = any ? std::min(least[d], s.at[d]) : s.at[d];
-                    most[d] = any ? std::max(most[d], s.at[d]) : s.at[d];
-                }
-                any = true;
-            }
-        int64_t grid[2] = {p.rows, columns(p)};
-        for (int d = 0; d < 2; ++d) {
-            p.before[d] = -least[d];
-            p.size[d] = (grid[d] - 1) * p.source_step[d] + most[d] - least[d] + 1;
-        }
-    }
+    cut_images(p, p.packed < kManyWeights ? kPixels : kManyPixels);
     find_zones(p, seen);
 }
 
@@ -186,8 +144,6 @@ int64_t ConvPlan::grid_rows() const {
     for (const Phase& phase : phases) most = std::max(most, phase.grid[0]);
     return most;
 }
-
-int64_t ConvPlan::padded_values() const { return padded ? images * size[0] * size[1] * source[2] : 0; }
 
 int64_t ConvPlan::pixels() const { return images * rows * columns(*this); }
 
@@ -268,9 +224,7 @@ Reach reach(const ConvShape& s, int64_t i, int64_t j) {
 
 namespace {
 
-int64_t image_scratch(const ConvPlan& p) {
-    return p.packed + p.threads * (p.padded_values() + p.pixels() * kConvBlock);
-}
+int64_t image_scratch(const ConvPlan& p) { return p.packed + p.threads * p.pixels() * kConvBlock; }
 
 }  // namespace
 

@@ -44,12 +44,12 @@ struct Phase {
 // A result image as a function of a source image that is padded on the way.
 struct ConvPlan {
     int64_t n;
-    int64_t source[3], result[3];  // height, width, channels
+    int64_t source[3], result[3];                          // height, width, channels
     int64_t weight_result, weight_source, weight_taps[2];  // strides of the weight
     int64_t source_step[2], result_step[2];                // between neighbours of a grid
     std::vector<Phase> phases;
-    int64_t block;         // channels of the source whose products are summed up together
-    int64_t packed;        // values of the packed weights
+    int64_t block;   // channels of the source whose products are summed up together
+    int64_t packed;  // values of the packed weights
 
     // Row of the packed weight.
     int64_t row(const Phase& phase, int64_t tap, int64_t channel) const {
@@ -59,17 +59,12 @@ struct ConvPlan {
     }
 
     int64_t images, rows;  // of the grid in one piece of work
-    // Small images are read where they lie, zone by zone; others are copied with zeros around them, into one zone.
-    bool padded;
-    int64_t before[2];  // rows above and columns to the left in a padded image; negative to crop
-    int64_t size[2];    // rows and columns of a padded image in one piece
     int threads;
 
     int64_t grid_rows() const;
     int64_t bands() const { return (grid_rows() + rows - 1) / rows; }
     int64_t pieces() const { return (n + images - 1) / images * bands(); }
-    int64_t padded_values() const;  // of one piece
-    int64_t pixels() const;         // of the grid in one piece, at most
+    int64_t pixels() const;  // of the grid in one piece, at most
 };
 
 ConvPlan plan_forward(const ConvShape& shape);

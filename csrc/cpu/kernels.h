@@ -19,9 +19,9 @@ namespace gankern {
 #define GANKERN_KERNELS(X)                                                             \
     X(batch_norm_act_forward, BatchNormActForward)                                     \
     X(batch_norm_act_backward, BatchNormActBackward)                                   \
-    X(conv_forward, ConvForward)                                                           \
-    X(conv_input_grad, ConvInputGrad)                                                      \
-    X(conv_weight_grad, ConvWeightGrad)                                                    \
+    X(conv_forward, ConvForward)                                                       \
+    X(conv_input_grad, ConvInputGrad)                                                  \
+    X(conv_weight_grad, ConvWeightGrad)                                                \
     X(stem_input_grad, StemInputGrad)                                                  \
     X(layer_norm_forward, LayerNormForward)                                            \
     X(layer_norm_backward, LayerNormBackward)                                          \

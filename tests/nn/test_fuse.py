@@ -92,6 +92,7 @@ def test_fusion_report() -> None:
         ("3", ("0", "1", "2")): None,
         ("", ("4", "5", "6")): None,
         ("", ("7",)): None,
+        ("", ("8",)): None,
     }
     odd = gankern.fuse(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(2)))
     assert "circular" in (gankern.fusion_report(odd)[0].reason or "")

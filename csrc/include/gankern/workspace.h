@@ -8,7 +8,7 @@ namespace gankern {
 
 // Not safe for threads: the bindings use it under Python's lock, which fork() holds, too.
 class Workspace {
-public:
+ public:
     struct Block {
         void* data;
         size_t size;
@@ -24,7 +24,7 @@ public:
     size_t used() const { return used_; }
     size_t idle() const { return idle_; }
 
-private:
+ private:
     std::multimap<size_t, void*> free_;  // by size
     size_t used_ = 0, idle_ = 0, limit_ = size_t{1} << 30;
 };

@@ -23,6 +23,7 @@ from gankern.ops.conv_act.cpu import (
 )
 
 __all__ = [
+    "add",
     "avg_pool2d",
     "avg_pool2d_backward",
     "channels_last",
@@ -40,6 +41,7 @@ __all__ = [
     "leaky_relu_backward",
     "like_layout",
     "refuse",
+    "room",
 ]
 
 
@@ -128,6 +130,10 @@ def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
     if tensor.is_contiguous(memory_format=order):
         return tensor
     return workspace.empty_like(tensor, order).copy_(tensor)
+
+
+def add(first: Tensor, second: Tensor) -> Tensor:
+    return torch.add(first, second, out=workspace.empty_like(first, memory_format(first)))
 
 
 def leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
@@ -227,6 +233,11 @@ def group_norm_double_backward(
         address(scratch),
     )
     return grad_grad_output, grad_input, grad_weight
+
+
+def room(tensor: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
+    """Memory for images like a tensor's, of another shape."""
+    return workspace.empty(shape, tensor.dtype, memory_format)
 
 
 def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from gankern._layout import memory_format
 from gankern.ops.conv_act import conv2d_act
 from gankern.ops.conv_act.reference import ConvOptions, activate
 from gankern.ops.critic_layers.activation import LeakyRelu
+from gankern.ops.critic_layers.fork import Forks, add
 from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
 from gankern.ops.critic_layers.layer_norm import layer_norm
 from gankern.ops.critic_layers.linear import Conv, Linear
@@ -128,6 +129,10 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.conv_transpose2d: _conv_transpose(2),
     F.conv_transpose3d: _conv_transpose(3),
     F.linear: _linear,
+    torch.add: add,
+    Tensor.add: add,
+    Tensor.__add__: add,
+    Tensor.__radd__: add,
     F.relu: _relu,
     torch.relu: _relu,
     Tensor.relu: _relu,
@@ -172,6 +177,9 @@ def _contiguous(value: Any) -> Any:
     return value
 
 
+_IN_PLACE = (_relu_, _leaky_relu_)
+
+
 class CriticLayers(TorchFunctionMode):
     """Runs the functions that gankern knows by its own layers, and all others as they are.
 
@@ -189,6 +197,7 @@ class CriticLayers(TorchFunctionMode):
     def __init__(self, scope: Scope) -> None:
         super().__init__()
         self.scope = scope
+        self._forks = Forks()
         self.taken: Counter[str] = Counter()
         self.stock: Counter[str] = Counter()
 
@@ -198,6 +207,8 @@ class CriticLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         replacement = _TAKEN.get(func)
         if replacement is not None:
+            if replacement not in _IN_PLACE and not kwargs.get("inplace"):
+                args = (*map(self._forks.use, args[:2]), *args[2:])
             result = replacement(self.scope, *args, **kwargs)
             if result is not NotImplemented:
                 self.taken[func.__name__] += 1
@@ -209,6 +220,10 @@ class CriticLayers(TorchFunctionMode):
         if any(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs):
             self.leave(func, args, kwargs, known=replacement is not None)
         return result
+
+    def __exit__(self, *args: Any) -> None:
+        self._forks.clear()
+        super().__exit__(*args)
 
     def leave(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: bool) -> None:
         """Note a differentiable call that stock autograd ran; `known` functions were called in a way not taken."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from gankern import backends
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import cpu, reference
+from gankern.ops.critic_layers.fork import Fork, large
 from gankern.ops.critic_layers.scope import Scope
 
 backends.register("critic_layers", cpu=cpu, reference=reference)
@@ -75,19 +76,28 @@ def layer_norm(
     turned = dims == 3 and memory_format(input) == torch.channels_last
     rows = Rows(input.shape, math.prod(normalized_shape), turned)
     flat = [None if t is None else (t.permute(1, 2, 0) if turned else t).reshape(-1) for t in (weight, bias)]
-    return LayerNorm.apply(input, *flat, rows, eps, scope)
+    # Used twice: by the norm, and by its input's gradient.
+    input, again = Fork.apply(input) if input.requires_grad and large(input) else (input, input)
+    return LayerNorm.apply(input, again, *flat, rows, eps, scope)
 
 
 class LayerNorm(torch.autograd.Function):
-    """Normalised samples, with weight and bias (D,) in the order of the rows or None."""
+    """Normalised samples, with weight and bias (D,) in the order of the rows or None; `again` is the input."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, rows: Rows, eps: float, scope: Scope
+        ctx: Any,
+        input: Tensor,
+        again: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows,
+        eps: float,
+        scope: Scope,
     ) -> Tensor:
         adapter = backends.select("critic_layers", input)
         output, mean, rstd = adapter.layer_norm_forward(rows.of(input), weight, bias, eps)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.save_for_backward(again, weight, bias, mean, rstd)
         ctx.rows, ctx.eps, ctx.scope = rows, eps, scope
         ctx.set_materialize_grads(False)
         return rows.fresh(output)
@@ -96,19 +106,20 @@ class LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None, None, None)
         if grad_output is None:
-            return None, None, None, *nothing
+            return None, None, None, None, *nothing
         input, weight, bias, mean, rstd = ctx.saved_tensors
         rows, eps = ctx.rows, ctx.eps
         if ctx.scope.input_gradient_only:
-            return LayerNormInputGrad.apply(grad_output, input, weight, mean, rstd, rows, eps), None, None, *nothing
+            grad_input = LayerNormInputGrad.apply(grad_output, input, weight, mean, rstd, rows, eps)
+            return grad_input, None, None, None, *nothing
         if torch.is_grad_enabled():
-            grads = reference.vjp(rows.plain(eps), (input, weight, bias), grad_output, create_graph=True)
-            return *grads, *nothing
-        want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+            grad_input, *grads = reference.vjp(rows.plain(eps), (input, weight, bias), grad_output, create_graph=True)
+            return grad_input, None, *grads, *nothing
+        want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         adapter = backends.select("critic_layers", input)
         grad_input, *grads = adapter.layer_norm_backward(rows.of(grad_output), rows.of(input), weight, mean, rstd, want)
-        grads = [g if w else None for g, w in zip(grads, ctx.needs_input_grad[1:], strict=False)]
-        return rows.fresh(grad_input), *grads, *nothing
+        grads = [g if w else None for g, w in zip(grads, ctx.needs_input_grad[2:], strict=False)]
+        return rows.fresh(grad_input), None, *grads, *nothing
 
 
 class LayerNormInputGrad(torch.autograd.Function):

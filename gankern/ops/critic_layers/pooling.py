@@ -73,13 +73,14 @@ def _pool_backward(grad_output: Tensor, images: Images, options: Windows | Adapt
         return backends.select("critic_layers", grad_output).avg_pool2d_backward(
             grad_output, images.shape, options.kernel
         )
-    # Memory that is never read or written: aten takes the shape from it.
-    shaped = torch.empty(
-        images.shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=images.memory_format
-    )
-    arguments = options if isinstance(options, Windows) else ()
+    grad_input = backends.select("critic_layers", grad_output).room(grad_output, *images)
     grad_output = grad_output.contiguous(memory_format=images.memory_format)
-    return _aten("avg_pool", options, images, "_backward")(grad_output, shaped, *arguments)
+    # Of the input, its second argument, aten takes the shape.
+    if isinstance(options, Windows) and len(images.shape) == 4:
+        backward = torch.ops.aten.avg_pool2d_backward.grad_input
+        return backward(grad_output, grad_input, *options, grad_input=grad_input)
+    arguments = options if isinstance(options, Windows) else ()
+    return _aten("avg_pool", options, images, "_backward")(grad_output, grad_input, *arguments)
 
 
 class Pool(torch.autograd.Function):

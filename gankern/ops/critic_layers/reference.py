@@ -19,6 +19,7 @@ from gankern.ops.conv_act.reference import (
 )
 
 __all__ = [
+    "add",
     "avg_pool2d",
     "avg_pool2d_backward",
     "channels_last",
@@ -37,6 +38,7 @@ __all__ = [
     "leaky_relu_backward",
     "like_layout",
     "refuse",
+    "room",
     "vjp",
 ]
 
@@ -73,6 +75,10 @@ def input_grad_vjp(
 def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor in the memory order of another of the same shape."""
     return tensor.contiguous(memory_format=memory_format(other))
+
+
+def add(first: Tensor, second: Tensor) -> Tensor:
+    return first + second
 
 
 def leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
@@ -181,6 +187,11 @@ def group_norm_double_backward(
         grad_input.reshape(input.shape),
         (grad_output * grad_weighted).sum((0, 2)) if want_weight else None,
     )
+
+
+def room(tensor: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
+    """Memory for images like a tensor's, of another shape."""
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
 
 
 def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:

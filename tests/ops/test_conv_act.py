@@ -1,0 +1,282 @@
+"""Convolution + activation: kernels against float64, bits against stock, derivatives, layouts, bad input."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate, layouts
+from torch import Tensor, nn
+
+import gankern
+from gankern import backends
+from gankern.ops import conv2d_act
+from gankern.ops.conv_act import cpu, reference
+from gankern.ops.conv_act.reference import ConvOptions
+
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+# Shape of the input, output channels, kernel, and (stride, padding, dilation).
+SHAPES: list[tuple[tuple[int, int, int, int], int, tuple[int, int], Geometry]] = [
+    ((2, 3, 9, 8), 5, (4, 4), ((2, 2), (1, 1), (1, 1))),
+    ((3, 1, 7, 9), 16, (5, 3), ((2, 1), (2, 0), (2, 3))),
+    ((1, 4, 5, 6), 1, (1, 1), ((3, 2), (0, 0), (1, 1))),
+    ((2, 3, 4, 4), 33, (7, 7), ((1, 1), (3, 3), (1, 1))),
+    ((9, 20, 8, 8), 70, (4, 4), ((2, 2), (1, 1), (1, 1))),
+    ((2, 64, 40, 11), 48, (3, 3), ((1, 1), (1, 1), (1, 1))),
+    ((3, 130, 5, 5), 17, (3, 2), ((3, 2), (0, 1), (1, 2))),
+    ((2, 9, 3, 3), 7, (3, 3), ((1, 1), (4, 4), (1, 1))),
+    ((2, 6, 8, 8), 100, (2, 2), ((3, 3), (0, 0), (1, 1))),
+    ((4, 256, 4, 4), 1, (4, 4), ((1, 1), (0, 0), (1, 1))),
+    ((40, 16, 2, 2), 300, (3, 3), ((1, 1), (1, 1), (1, 1))),
+    ((1, 32, 70, 3), 32, (3, 3), ((2, 1), (1, 1), (1, 1))),
+]
+
+
+def options(geometry: Geometry) -> ConvOptions:
+    return ConvOptions(*geometry, False, (0, 0), 1)
+
+
+def arguments(geometry: Geometry) -> dict[str, Any]:
+    return dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "channels", "kernel", "geometry"), SHAPES)
+def test_kernels_are_as_accurate_as_stock(
+    shape: tuple[int, ...], channels: int, kernel: tuple[int, int], geometry: Geometry, last: bool, threads: int
+) -> None:
+    x, weight, bias = torch.randn(shape), torch.randn(channels, shape[1], *kernel), torch.randn(channels)
+    if last:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    grad = torch.randn_like(F.conv2d(x, weight, None, *geometry))
+
+    def stock(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        output = F.conv2d(*leaves, bias.to(dtype), *geometry)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    ours = [
+        cpu.conv(x, weight, bias, options(geometry)),
+        cpu.conv_input_grad(grad, weight, x, options(geometry)),
+        cpu.conv_weight_grad(grad, x, weight, options(geometry)),
+    ]
+    assert ours[2].stride() == weight.stride()
+    for name, got, same, exact in zip(
+        ("output", "input", "weight"), ours, stock(torch.float32), stock(torch.float64), strict=True
+    ):
+        assert_as_accurate(got, same, exact, name)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "channels", "kernel", "geometry"), [s for s in SHAPES if s[0][1] <= 4])
+def test_input_gradient_of_few_channels(
+    shape: tuple[int, ...],
+    channels: int,
+    kernel: tuple[int, int],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    threads: int,
+) -> None:
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(channels, shape[1], *kernel, dtype=dtype)
+    grad = torch.randn_like(F.conv2d(x, weight, None, *geometry))
+
+    def stock(kind: torch.dtype) -> Tensor:
+        leaf = x.to(kind).requires_grad_()
+        return torch.autograd.grad(F.conv2d(leaf, weight.to(kind), None, *geometry), leaf, grad.to(kind))[0]
+
+    turned = (t.clone(memory_format=torch.channels_last) for t in (grad, weight))
+    assert_as_accurate(cpu._stem_input_grad(*turned, x, options(geometry)), stock(dtype), stock(torch.float64))
+
+
+@pytest.mark.skipif(cpu.kernels is None or cpu.kernels.cpu_isa() != "avx512", reason="oneDNN's order is AVX-512's")
+@pytest.mark.parametrize("n", [1, 3, 16, 40])
+@pytest.mark.parametrize(
+    ("shape", "channels", "kernel", "geometry"),
+    [
+        *[s for s in SHAPES if s[2] != (1, 1)],
+        ((1, 64, 32, 32), 64, (3, 3), ((1, 1), (1, 1), (1, 1))),
+        ((1, 128, 8, 8), 256, (4, 4), ((2, 2), (1, 1), (1, 1))),
+        ((1, 3, 64, 64), 32, (5, 5), ((2, 2), (2, 2), (1, 1))),
+    ],
+)
+def test_output_has_the_bits_of_stock(
+    shape: tuple[int, ...], channels: int, kernel: tuple[int, int], geometry: Geometry, n: int
+) -> None:
+    x, weight, bias = torch.randn(n, *shape[1:]), torch.randn(channels, shape[1], *kernel), torch.randn(channels)
+    assert torch.equal(cpu.conv_as_stock(x, weight, bias, options(geometry)), F.conv2d(x, weight, bias, *geometry))
+    turned = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(cpu.conv_as_stock(turned, weight, None, options(geometry)), F.conv2d(x, weight, None, *geometry))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "none"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_derivatives(activation: str, with_bias: bool) -> None:
+    geometry = ((2, 1), (1, 2), (1, 1))
+    tensors = [torch.randn(3, 5, 9, 8), torch.randn(6, 5, 4, 3), torch.randn(6)][: 2 + with_bias]
+
+    def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        output = function(*leaves)
+        grads = torch.autograd.grad(output.square().mean(), leaves, create_graph=True)
+        again = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        return [output.detach(), *(g.detach() for g in grads), *again]
+
+    def ours(*leaves: Tensor) -> Tensor:
+        return conv2d_act(*leaves, **arguments(geometry), activation=activation, negative_slope=0.3)
+
+    def stock(*leaves: Tensor) -> Tensor:
+        given = leaves if with_bias else (*leaves, None)
+        return reference.conv2d_act(*given, options(geometry), activation, 0.3)
+
+    for got, same, exact in zip(
+        results(ours, torch.float32), results(stock, torch.float32), results(stock, torch.float64), strict=True
+    ):
+        assert_as_accurate(got, same, exact)
+
+
+def test_first_order_gradients_are_the_kernels() -> None:
+    x, weight, bias = torch.randn(4, 3, 8, 8), torch.randn(16, 3, 4, 4), torch.randn(16)
+    for want in ([True, True, True], [False, True, False], [True, False, False], [False, False, True]):
+        leaves = [t.clone().requires_grad_(w) for t, w in zip((x, weight, bias), want, strict=True)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            conv2d_act(*leaves, stride=2, padding=1).sum().backward()
+        count = {e.key: e.count for e in profile.key_averages()}
+        assert "aten::convolution_backward" not in count
+        assert [count.get(f"gankern::conv{k}", 0) for k in ("", "_input_grad", "_weight_grad")] == [
+            1,
+            *map(int, want[:2]),
+        ]
+        assert [t.grad is not None for t in leaves] == want
+
+
+def test_every_layout() -> None:
+    x, weight = torch.randn(2, 5, 6, 7), torch.randn(8, 5, 3, 3)
+    for name, given in layouts(x).items():
+        for other, w in layouts(weight).items():
+            got, want = conv2d_act(given, w, padding=1), F.leaky_relu(F.conv2d(given, w, padding=1), 0.2)
+            torch.testing.assert_close(got, want, msg=f"{name}, {other}", rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": torch.float64},
+        {"dtype": torch.bfloat16},
+        {"groups": 2},
+        {"n": 0},
+        {"slope": -0.5},
+        {"backend": "reference"},
+        {"autocast": True},
+    ],
+    ids=str,
+)
+def test_what_has_no_kernel_is_stock(case: dict[str, Any]) -> None:
+    dtype, groups, slope = case.get("dtype", torch.float32), case.get("groups", 1), case.get("slope", 0.2)
+    x = torch.randn(case.get("n", 2), 4, 6, 6, dtype=dtype)
+    weight, bias = torch.randn(8, 4 // groups, 3, 3, dtype=dtype), torch.randn(8, dtype=dtype)
+    with (
+        gankern.backend(case.get("backend", "auto")),
+        torch.autocast("cpu", torch.bfloat16, enabled=case.get("autocast", False)),
+    ):
+        got = conv2d_act(x, weight, bias, groups=groups, negative_slope=slope)
+        want = F.leaky_relu(F.conv2d(x, weight, bias, groups=groups), slope)
+    assert torch.equal(got, want)
+
+
+def test_a_backend_asked_for_by_name_refuses() -> None:
+    with gankern.backend("cpu"), pytest.raises(backends.BackendUnavailable, match="float32"):
+        conv2d_act(torch.randn(1, 2, 4, 4).double(), torch.randn(3, 2, 3, 3).double())
+
+
+def test_operators() -> None:
+    x, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(16, 3, 4, 4), torch.randn(16)
+    geometry = ((2, 2), (1, 1), (1, 1))
+    forward, backward = torch.ops.gankern.conv2d_act.default, torch.ops.gankern.conv2d_act_backward.default
+    torch.library.opcheck(forward, (x, weight, bias, *geometry, "leaky_relu", 0.2))
+    output = forward(x, weight, bias, *geometry, "relu", 0.0)
+    for want in ([True, True, True], [False, True, False]):
+        given = (torch.randn_like(output), output, x, weight, *geometry, "relu", 0.0, want)
+        torch.library.opcheck(backward, given)
+
+
+def test_compiles_into_one_graph() -> None:
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(16, 3, 4, 4, requires_grad=True)
+    compiled = torch.compile(lambda w: conv2d_act(x, w, stride=2, padding=1).square().mean(), fullgraph=True)
+    compiled(weight).backward()
+    (want,) = torch.autograd.grad(conv2d_act(x, weight, stride=2, padding=1).square().mean(), weight)
+    torch.testing.assert_close(weight.grad, want)
+
+
+def critic() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 4, 2, 1),
+        nn.LeakyReLU(0.2, True),
+        nn.Conv2d(16, 32, 4, 2, 1, bias=False),
+        nn.ReLU(),
+        nn.Dropout2d(0.0),
+        nn.Conv2d(32, 1, 4),
+        nn.Flatten(0),
+    )
+
+
+def test_fused_critic_is_stock_bit_for_bit() -> None:
+    stock = critic()
+    ours = gankern.fuse(copy.deepcopy(stock))
+    assert [(r.names, r.reason) for r in gankern.fusion_report(ours)] == [
+        (("0", "1"), None),
+        (("2", "3"), None),
+        (("5",), None),
+    ]
+    x = torch.randn(16, 3, 16, 16)
+    assert torch.equal(ours(x), stock(x))
+    losses = [model(x).square().mean() for model in (stock, ours)]
+    for loss in losses:
+        loss.backward()
+    for p, q in zip(stock.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_other_modules_get_their_own_layout() -> None:
+    class View(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.size(0), -1)
+
+    stock = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), View(), nn.Linear(16 * 36, 1))
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(gankern.fuse(copy.deepcopy(stock))(x), stock(x))
+
+
+def test_groups_stay_stock() -> None:
+    (run,) = gankern.fusion_report(gankern.fuse(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ReLU())))
+    assert run.reason == "2 groups have no kernel"
+
+
+GOOD: dict[str, Any] = {"input": torch.ones(1, 2, 4, 4), "weight": torch.ones(3, 2, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "match"),
+    [
+        ({"input": 3}, TypeError, "input must be a Tensor; got int"),
+        ({"input": torch.ones(2, 4, 4)}, ValueError, r"input must have shape \(N, C_in, H, W\); got \(2, 4, 4\)"),
+        ({"weight": torch.ones(3, 2, 3)}, ValueError, "weight must have shape"),
+        ({"weight": torch.ones(3, 4, 3, 3)}, ValueError, r"weight must have input's 2 channels.*got \(3, 4, 3, 3\)"),
+        ({"weight": torch.ones(3, 2, 3, 3).double()}, TypeError, "weight must have input's dtype"),
+        ({"weight": torch.ones(3, 2, 5, 5)}, ValueError, "input must be at least as large as the kernel"),
+        ({"bias": torch.ones(2)}, ValueError, r"bias must have shape \(3,\); got \(2,\)"),
+        ({"stride": 0}, ValueError, "stride must be at least 1; got 0"),
+        ({"padding": "same"}, TypeError, "padding must be an int or a pair of ints; got 'same'"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of .*; got 'gelu'"),
+        ({"negative_slope": "x"}, TypeError, "negative_slope must be a number"),
+        ({"groups": 0}, ValueError, "groups must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(bad: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        conv2d_act(**(GOOD | bad))
