@@ -68,12 +68,14 @@ def empty(
     shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
     """:func:`torch.empty` on the CPU; large ones in the workspace."""
+    if math.prod(shape) * dtype.itemsize < SMALLEST:
+        return torch.empty(shape, dtype=dtype, memory_format=memory_format)
     strides, size = [0] * len(shape), 1
     order = (1, 3, 2, 0) if memory_format == torch.channels_last else range(len(shape) - 1, -1, -1)
     for d in order:
         strides[d] = size
-        size *= max(shape[d], 1)
-    return _empty(shape, strides, dtype, math.prod(shape))
+        size *= shape[d]
+    return _empty(shape, strides, dtype, size)
 
 
 def empty_like(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -83,12 +85,12 @@ def empty_like(tensor: Tensor, memory_format: torch.memory_format = torch.contig
 
 def like(tensor: Tensor) -> Tensor:
     """Room for the values of a tensor that is dense in some order: of the same shape, dtype and strides."""
+    if tensor.numel() * tensor.element_size() < SMALLEST:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return _empty(tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
 
 
 def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, numel: int) -> Tensor:
-    if numel * dtype.itemsize < SMALLEST:
-        return torch.empty_strided(shape, strides, dtype=dtype)
     values = torch.frombuffer(kernels.Lease(numel * dtype.itemsize), dtype=dtype)
     # Not a view of those, which could not be changed in place as a result of an autograd Function.
     return torch.empty(0, dtype=dtype).set_(values.untyped_storage(), 0, shape, strides)

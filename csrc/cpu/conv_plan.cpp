@@ -82,7 +82,7 @@ void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& s
         }
     }
     chunks.push_back(static_cast<int64_t>(runs.size()));
-    if (p.block < p.source[2] || chunks.size() == 1) {
+    if (p.in_blocks || chunks.size() == 1) {
         zone.runs = std::move(runs);
         zone.chunks = std::move(chunks);
         return;
@@ -130,8 +130,9 @@ void find_zones(ConvPlan& p, const SeenByPhase& seen) {
     }
 }
 
-void cut(ConvPlan& p, const SeenByPhase& seen, int64_t block) {
-    p.block = block;
+void cut(ConvPlan& p, const SeenByPhase& seen, int64_t sum_block) {
+    p.in_blocks = sum_block > 0;
+    p.block = p.in_blocks ? std::min(sum_block, p.source[2]) : p.source[2];
     number_taps(p, seen);
     cut_images(p, p.packed < kManyWeights ? kPixels : kManyPixels);
     find_zones(p, seen);
@@ -169,7 +170,7 @@ ConvPlan plan_forward(const ConvShape& s) {
     whole.grid[0] = s.out_height;
     whole.grid[1] = s.out_width;
     p.phases = {whole};
-    cut(p, {taps}, s.sum_block > 0 ? std::min(s.sum_block, s.channels) : s.channels);
+    cut(p, {taps}, s.sum_block);
     return p;
 }
 
@@ -206,7 +207,7 @@ ConvPlan plan_input_grad(const ConvShape& s) {
             p.phases.push_back(phase);
             seen.push_back(taps);
         }
-    cut(p, seen, p.source[2]);
+    cut(p, seen, 0);
     return p;
 }
 

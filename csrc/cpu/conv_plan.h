@@ -48,7 +48,8 @@ struct ConvPlan {
     int64_t weight_result, weight_source, weight_taps[2];  // strides of the weight
     int64_t source_step[2], result_step[2];                // between neighbours of a grid
     std::vector<Phase> phases;
-    int64_t block;   // channels of the source whose products are summed up together
+    bool in_blocks;  // whether blocks of channels are summed up for themselves
+    int64_t block;   // channels of such a block; else all
     int64_t packed;  // values of the packed weights
 
     // Row of the packed weight.

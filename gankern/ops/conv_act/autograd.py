@@ -130,8 +130,9 @@ def conv2d_act(
     input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str, negative_slope: float
 ) -> Tensor:
     """By the kernels, where they are chosen and take it; else by torch's autograd."""
-    adapter = backends.select("conv2d_act", input, weight)
-    ours = adapter is cpu and options.groups == 1 and input.numel() > 0 and negative_slope >= 0
+    # In a compiled graph the operators below would hide the convolution from the compiler.
+    ours = not torch.compiler.is_compiling() and backends.select("conv2d_act", input, weight) is cpu
+    ours = ours and options.groups == 1 and input.numel() > 0 and negative_slope >= 0
     if not ours or torch.is_autocast_enabled("cpu"):
         return reference.conv2d_act(input, weight, bias, options, activation, negative_slope)
     return _ConvAct.apply(input, weight, bias, options, activation, negative_slope)

@@ -108,6 +108,10 @@ def _sums_in_blocks(input: Tensor, weight: Tensor, bias: Tensor | None, options:
     """Whether torch leaves it to oneDNN's kernels for AVX-512, which sum up 16 channels at a time."""
     if kernels.cpu_isa() != "avx512" or not weight.is_contiguous() or weight.shape[2:] == (1, 1):
         return False
+    # Where pixels of the output see nothing but padding, it takes a matrix product instead.
+    reach = ((k - 1) * d for k, d in zip(weight.shape[2:], options.dilation, strict=True))
+    if any(p > most for p, most in zip(options.padding, reach, strict=True)):
+        return False
     bias_size = None if bias is None else weight.size(0)
     return _is_mkldnn(
         input.shape, weight.shape, bias_size, options, torch.get_num_threads(), torch.backends.mkldnn.enabled
