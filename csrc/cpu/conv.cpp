@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv_plan.h"
+#include "conv_tile.h"
 #include "gankern/parallel.h"
 #include "kernels.h"
 #include "transpose.h"
@@ -15,47 +16,6 @@
 namespace gankern {
 namespace GANKERN_ISA {
 namespace {
-
-constexpr int kLane = kLanes<float>;
-// Tiles of vectors by rows that leave registers for their factors: of 32 with AVX-512, of 16 else.
-constexpr int kVectors = GANKERN_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int kWidth = kVectors * kLane;
-static_assert(kConvBlock % kWidth == 0);
-
-template <int V>
-constexpr int kRows = GANKERN_VECTOR_BYTES == 64 ? (V == 4   ? 6
-                                                    : V == 3 ? 8
-                                                             : 12)
-                                                 : (V == 2 ? 6 : 8);
-
-// Calls f with the number as a constant.
-template <int Most, class F>
-GANKERN_INLINE void with_constant(int value, const F& f) {
-    if constexpr (Most > 0) {
-        if (value == Most)
-            f(std::integral_constant<int, Most>{});
-        else
-            with_constant<Most - 1>(value, f);
-    }
-}
-
-template <int R, int V>
-struct Tile {
-    Vec<float> sums[R][V];
-
-    GANKERN_INLINE void clear() {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) sums[r][v] = Vec<float>{};
-    }
-    GANKERN_INLINE void add(const float* from, int64_t row) {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) sums[r][v] += GANKERN_ISA::load(from + r * row + v * kLane);
-    }
-    GANKERN_INLINE void store(float* to, int64_t row) const {
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) GANKERN_ISA::store(to + r * row + v * kLane, sums[r][v]);
-    }
-};
 
 // sums[pixel] = before[pixel] + (image[pixel + offset of k] * weight[k] summed over a chunk of runs).
 template <int R, int V>
@@ -234,182 +194,6 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
     });
 }
 
-// Pixels of two sides that are multiplied, as places of their channels.
-struct Pairs {
-    std::vector<int64_t> left, right;
-
-    void clear() {
-        left.clear();
-        right.clear();
-    }
-    void add_row(int64_t count, int64_t left_at, int64_t left_step, int64_t right_at, int64_t right_step) {
-        size_t size = left.size();
-        left.resize(size + count);
-        right.resize(size + count);
-        for (int64_t x = 0; x < count; ++x) {
-            left[size + x] = left_at + x * left_step;
-            right[size + x] = right_at + x * right_step;
-        }
-    }
-};
-
-// sums[row of R][V vectors] += left[pixel][row] * right[pixel] over pixels, which are added up for themselves: over all
-// images rounding errors would pile up. The last of the vectors may be a part.
-template <int R, int V>
-void correlate(const float* left, const float* right, const Pairs& pairs, int64_t begin, int64_t end, int part,
-               float* sums, bool first) {
-    Tile<R, V> tile;
-    tile.clear();
-    for (int64_t p = begin; p < end; ++p) {
-        const float *x = left + pairs.left[p], *y = right + pairs.right[p];
-        Vec<float> factor[V];
-        for (int v = 0; v + 1 < V; ++v) factor[v] = load(y + v * kLane);
-        factor[V - 1] = load(y + (V - 1) * kLane, part, 0.0f);
-        for (int r = 0; r < R; ++r) {
-            Vec<float> f = splat(x[r]);
-            for (int v = 0; v < V; ++v) tile.sums[r][v] += f * factor[v];
-        }
-    }
-    if (!first) tile.add(sums, kWidth);
-    tile.store(sums, kWidth);
-}
-
-// Pixels that are gone through at once: their gradients and one block of their images fit in the nearest cache.
-constexpr int64_t kPixelChunk = 96;
-// Pixels of a piece of work: their images stay in the second cache for all output channels and taps.
-constexpr int64_t kPiece = 768;
-
-// A block of the right side's channels, for the left side's [begin, end).
-template <int V>
-void correlate_all(const float* left, const float* right, const Pairs& pairs, int64_t begin, int64_t end, int part,
-                   float* sums, bool first) {
-    auto count = static_cast<int64_t>(pairs.left.size());
-    // Also where there are no pixels: the sums are then zero.
-    for (int64_t at = 0; at == 0 || at < count; at += kPixelChunk, first = false) {
-        int64_t k = begin, stop = std::min(at + kPixelChunk, count);
-        for (; k + kRows<V> <= end; k += kRows<V>)
-            correlate<kRows<V>, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
-        with_constant<kRows<V> - 1>(static_cast<int>(end - k), [&](auto rows) {
-            correlate<rows.value, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
-        });
-    }
-}
-
-// sums[tap][block of right][row of left][kWidth of right]: left^T * right over the pairs of pixels of each tap.
-struct Correlation {
-    int64_t taps, rows, columns;  // kernel elements; channels of the left and of the right side
-    const float *left, *right;
-    float* sums;
-    int threads;
-
-    int64_t blocks() const { return (columns + kWidth - 1) / kWidth; }
-
-    // visit(f) calls f(first image, images, first row, rows) for pieces of work; pair(tap, piece, pairs) finds a tap's
-    // pixels in one. A thread owns a share of the sums and goes through all pieces, so that each sum has one order.
-    template <class Visit, class Pair>
-    void run(const Visit& visit, const Pair& pair) const {
-        int64_t per_tap = blocks() * rows;
-        parallel_for(taps * per_tap, threads, [&](int64_t begin, int64_t end) {
-            Pairs pairs;
-            bool first = true;
-            visit([&](int64_t image, int64_t images, int64_t row, int64_t lines) {
-                for (int64_t item = begin; item < end;) {
-                    int64_t tap = item / per_tap, tap_end = std::min(end, (tap + 1) * per_tap);
-                    pairs.clear();
-                    pair(tap, image, images, row, lines, pairs);
-                    while (item < tap_end) {
-                        int64_t block = item / rows % blocks(), r = item % rows;
-                        int64_t last = std::min(rows, r + tap_end - item);
-                        int64_t width = std::min<int64_t>(kWidth, columns - block * kWidth);
-                        int vectors = static_cast<int>((width + kLane - 1) / kLane);
-                        int part = static_cast<int>(width - (vectors - 1) * kLane);
-                        with_constant<kVectors>(vectors, [&](auto v) {
-                            correlate_all<v.value>(left, right + block * kWidth, pairs, r, last, part,
-                                                   sums + (item - r) * kWidth, first);
-                        });
-                        item += last - r;
-                    }
-                }
-                first = false;
-            });
-        });
-    }
-};
-
-// Whole images or rows of one that have about kPiece pixels; one piece without pixels where there are none.
-template <class F>
-void for_each_piece(const ConvShape& s, const F& f) {
-    int64_t width = std::max<int64_t>(s.out_width, 1), height = std::max<int64_t>(s.out_height, 1);
-    int64_t rows = std::clamp<int64_t>(kPiece / width, 1, height);
-    int64_t images = rows == height ? std::max<int64_t>(kPiece / (width * height), 1) : 1;
-    for (int64_t n = 0; n == 0 || n < s.n; n += images)
-        for (int64_t y = 0; y == 0 || y < s.out_height; y += rows)
-            f(n, std::min(images, s.n - n), y, std::min(rows, s.out_height - y));
-}
-
-// The sums of taps, blocks of channels, output channels and channels to their places in the weight's gradient.
-void spread_sums(const ConvWeightGrad& a, int64_t taps, int64_t blocks) {
-    const ConvShape& s = a.shape;
-    const int64_t (&step)[4] = s.weight_strides;
-    int64_t tap_sums = blocks * s.out_channels * kWidth;
-    const float* end = a.scratch + taps * tap_sums;
-    parallel_for(s.out_channels, s.threads, [&](int64_t begin, int64_t stop) {
-        for (int64_t k = begin; k < stop; ++k)
-            for (int64_t c = 0; c < s.channels; c += kWidth) {
-                int64_t width = std::min<int64_t>(kWidth, s.channels - c);
-                const float* from = a.scratch + (c / kWidth * s.out_channels + k) * kWidth;
-                float* to = a.grad_weight + k * step[0] + c * step[1];
-                bool side_by_side = step[3] == 1 && step[2] == s.kernel[1];
-                for (int64_t t = 0; t < taps && side_by_side; t += kLane) {
-                    int part = static_cast<int>(std::min<int64_t>(kLane, taps - t));
-                    for_each_column(from + t * tap_sums, tap_sums, part, width, end,
-                                    [&](int64_t i, Vec<float> sums) { store(to + i * step[1] + t, part, sums); });
-                }
-                for (int64_t t = 0; t < taps && !side_by_side; ++t)
-                    for (int64_t i = 0; i < width; ++i)
-                        to[i * step[1] + t / s.kernel[1] * step[2] + t % s.kernel[1] * step[3]] =
-                            from[t * tap_sums + i];
-            }
-    });
-}
-
-// Few input channels: vectors run along the output channels, and the values under a row of the kernel are the rows of
-// the product. The images are copied with zeros around them, so that every pixel has all of them.
-void stem_weight_grad(const ConvWeightGrad& a) {
-    const ConvShape& s = a.shape;
-    int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
-    int64_t width = (s.out_width - 1) * s.stride[1] + s.kernel[1], line = width * s.channels;
-    float* padded = a.scratch;
-    parallel_for(s.n * height, s.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-            int64_t y = r % height - s.padding[0], left = std::min(s.padding[1], width);
-            int64_t columns = y < 0 || y >= s.height ? 0 : std::min(s.width, width - left);
-            float* to = padded + r * line;
-            std::fill_n(to, line, 0.0f);
-            std::copy_n(a.input + (r / height * s.height + y) * s.width * s.channels, columns * s.channels,
-                        to + left * s.channels);
-        }
-    });
-    int64_t run = s.kernel[1] * s.channels, out_line = s.out_width * s.out_channels;
-    Correlation product{s.kernel[0], run, s.out_channels, padded, a.grad_output, padded + s.n * height * line,
-                        s.threads};
-    product.run([&](const auto& f) { for_each_piece(s, f); },
-                [&](int64_t i, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
-                    for (int64_t n = image; n < image + images; ++n)
-                        for (int64_t y = row; y < row + rows; ++y)
-                            pairs.add_row(s.out_width, (n * height + y * s.stride[0] + i * s.dilation[0]) * line,
-                                          s.stride[1] * s.channels, (n * s.out_height + y) * out_line, s.out_channels);
-                });
-    for (int64_t k = 0; k < s.out_channels; ++k)
-        for (int64_t i = 0; i < s.kernel[0]; ++i)
-            for (int64_t r = 0; r < run; ++r) {
-                const int64_t (&step)[4] = s.weight_strides;
-                int64_t row = (i * product.blocks() + k / kWidth) * run + r;
-                a.grad_weight[k * step[0] + r % s.channels * step[1] + i * step[2] + r / s.channels * step[3]] =
-                    product.sums[row * kWidth + k % kWidth];
-            }
-}
-
 }  // namespace
 
 void conv_forward(const ConvForward& a) {
@@ -418,26 +202,6 @@ void conv_forward(const ConvForward& a) {
 
 void conv_input_grad(const ConvInputGrad& a) {
     convolve(plan_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.grad_input, a.scratch);
-}
-
-void conv_weight_grad(const ConvWeightGrad& a) {
-    const ConvShape& s = a.shape;
-    if (conv_is_stem(s)) return stem_weight_grad(a);
-    int64_t taps = s.kernel[0] * s.kernel[1];
-    Correlation product{taps, s.out_channels, s.channels, a.grad_output, a.input, a.scratch, s.threads};
-    product.run(
-        [&](const auto& f) { for_each_piece(s, f); },
-        [&](int64_t tap, int64_t image, int64_t images, int64_t row, int64_t rows, Pairs& pairs) {
-            Reach r = reach(s, tap / s.kernel[1], tap % s.kernel[1]);
-            for (int64_t n = image; n < image + images; ++n)
-                for (int64_t y = std::max(row, r.begin[0]); y < std::min(row + rows, r.end[0]); ++y)
-                    pairs.add_row(
-                        r.end[1] - r.begin[1], ((n * s.out_height + y) * s.out_width + r.begin[1]) * s.out_channels,
-                        s.out_channels,
-                        ((n * s.height + y * s.stride[0]) * s.width + r.begin[1] * s.stride[1]) * s.channels + r.offset,
-                        s.stride[1] * s.channels);
-        });
-    spread_sums(a, taps, product.blocks());
 }
 
 }  // namespace GANKERN_ISA

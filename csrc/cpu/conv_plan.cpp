@@ -11,6 +11,10 @@ constexpr int64_t kChunk = 96;
 // time anew.
 constexpr int64_t kPixels = 288, kManyPixels = 576;
 constexpr int64_t kManyWeights = 1 << 18;
+// Pixels that a weight's gradient is summed over at once: their channels stay in the second cache for all taps.
+constexpr int64_t kPiece = 768;
+// Sums of a weight's gradient that fit into the second cache of every thread.
+constexpr int64_t kManySums = 1 << 17;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
@@ -232,13 +236,31 @@ int64_t image_scratch(const ConvPlan& p) { return p.packed + p.threads * p.pixel
 int64_t conv_forward_scratch(const ConvShape& shape) { return image_scratch(plan_forward(shape)); }
 int64_t conv_input_grad_scratch(const ConvShape& shape) { return image_scratch(plan_input_grad(shape)); }
 
+ConvPieces conv_pieces(const ConvShape& s) {
+    int64_t width = std::max<int64_t>(s.out_width, 1), height = std::max<int64_t>(s.out_height, 1);
+    ConvPieces p{s.n, s.out_height, 1, std::clamp<int64_t>(kPiece / width, 1, height), 1, 1};
+    p.bands = ceil_div(height, p.rows);
+    if (p.bands == 1) p.images = std::max<int64_t>(kPiece / (width * height), 1);
+    p.count = std::max<int64_t>(ceil_div(s.n, p.images) * p.bands, 1);
+    return p;
+}
+
+int64_t conv_sum_shares(const ConvShape& s, int64_t sums) {
+    return sums <= kManySums ? std::min<int64_t>(s.threads, conv_pieces(s).count) : 1;
+}
+
 bool conv_is_stem(const ConvShape& s) { return s.channels <= 8 && s.dilation[1] == 1; }
 
 int64_t conv_weight_grad_scratch(const ConvShape& s) {
-    if (!conv_is_stem(s)) return s.kernel[0] * s.kernel[1] * round_up(s.channels, kConvBlock) * s.out_channels;
-    int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
-    int64_t width = (s.out_width - 1) * s.stride[1] + s.kernel[1];
-    return (s.n * height * width + s.kernel[0] * s.kernel[1] * round_up(s.out_channels, kConvBlock)) * s.channels;
+    // Of the widest blocks; narrower ones hold no more.
+    bool stem = conv_is_stem(s);
+    int64_t rows = stem ? s.channels : s.out_channels, columns = stem ? s.out_channels : s.channels;
+    int64_t sums = s.kernel[0] * s.kernel[1] * rows * round_up(columns, kConvBlock), padded = 0;
+    if (stem) {
+        int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
+        padded = s.n * height * ((s.out_width - 1) * s.stride[1] + s.kernel[1]) * s.channels;
+    }
+    return padded + sums * std::max<int64_t>(s.threads, 1);
 }
 
 }  // namespace gankern

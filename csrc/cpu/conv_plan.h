@@ -79,6 +79,26 @@ struct Reach {
 
 Reach reach(const ConvShape& shape, int64_t i, int64_t j);
 
+// Images, or rows of one, that a weight's gradient is summed over at once.
+struct ConvPiece {
+    int64_t image, images, row, rows;
+};
+
+struct ConvPieces {
+    int64_t n, height, images, rows, bands, count;
+
+    ConvPiece at(int64_t i) const {
+        int64_t image = i / bands * images, row = i % bands * rows;
+        return {image, images < n - image ? images : n - image, row, rows < height - row ? rows : height - row};
+    }
+};
+
+// At least one, where need be without pixels.
+ConvPieces conv_pieces(const ConvShape& shape);
+
+// How many copies of the sums there are: one a thread where they are small, so that each thread reads its own images.
+int64_t conv_sum_shares(const ConvShape& shape, int64_t sums);
+
 // Whether the gradient of the weight has too few input channels for vectors of them, and a row of the kernel covers
 // values that lie side by side.
 bool conv_is_stem(const ConvShape& shape);

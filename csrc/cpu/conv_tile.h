@@ -1,0 +1,54 @@
+// A tile of a matrix product in registers: rows by vectors.
+#pragma once
+
+#include <type_traits>
+
+#include "conv_plan.h"
+#include "vec.h"
+
+namespace gankern {
+namespace GANKERN_ISA {
+
+inline constexpr int kLane = kLanes<float>;
+// Tiles of vectors by rows that leave registers for their factors: of 32 with AVX-512, of 16 else.
+inline constexpr int kVectors = GANKERN_VECTOR_BYTES == 64 ? 4 : 2;
+inline constexpr int kWidth = kVectors * kLane;
+static_assert(kConvBlock % kWidth == 0);
+
+template <int V>
+inline constexpr int kRows = GANKERN_VECTOR_BYTES == 64 ? (V == 4   ? 6
+                                                           : V == 3 ? 8
+                                                                    : 12)
+                                                        : (V == 2 ? 6 : 8);
+
+// Calls f with the number as a constant.
+template <int Most, class F>
+GANKERN_INLINE void with_constant(int value, const F& f) {
+    if constexpr (Most > 0) {
+        if (value == Most)
+            f(std::integral_constant<int, Most>{});
+        else
+            with_constant<Most - 1>(value, f);
+    }
+}
+
+template <int R, int V>
+struct Tile {
+    Vec<float> sums[R][V];
+
+    GANKERN_INLINE void clear() {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) sums[r][v] = Vec<float>{};
+    }
+    GANKERN_INLINE void add(const float* from, int64_t row) {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) sums[r][v] += GANKERN_ISA::load(from + r * row + v * kLane);
+    }
+    GANKERN_INLINE void store(float* to, int64_t row) const {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) GANKERN_ISA::store(to + r * row + v * kLane, sums[r][v]);
+    }
+};
+
+}  // namespace GANKERN_ISA
+}  // namespace gankern
