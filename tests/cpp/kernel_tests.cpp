@@ -394,6 +394,136 @@ void test_minibatch(int64_t n, int64_t b, int64_t c) {
         }
 }
 
+// Calls f(output pixel, input pixel, tap) for all that a convolution multiplies; pixels count over all images.
+template <class F>
+void for_each_product(const ConvShape& s, const F& f) {
+    for (int64_t n = 0; n < s.n; ++n)
+        for (int64_t oy = 0; oy < s.out_height; ++oy)
+            for (int64_t ox = 0; ox < s.out_width; ++ox)
+                for (int64_t i = 0; i < s.kernel[0]; ++i)
+                    for (int64_t j = 0; j < s.kernel[1]; ++j) {
+                        int64_t y = oy * s.stride[0] - s.padding[0] + i * s.dilation[0];
+                        int64_t x = ox * s.stride[1] - s.padding[1] + j * s.dilation[1];
+                        if (y >= 0 && y < s.height && x >= 0 && x < s.width)
+                            f((n * s.out_height + oy) * s.out_width + ox, (n * s.height + y) * s.width + x,
+                              i * s.kernel[1] + j);
+                    }
+}
+
+struct ConvCase {
+    int64_t n, height, width, channels, out_channels, kernel[2], stride[2], padding[2], dilation[2];
+
+    ConvShape shape(bool channels_last, int64_t sum_block) const {
+        int64_t out[2];
+        for (int d = 0; d < 2; ++d)
+            out[d] = ((d ? width : height) + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+        int64_t taps = kernel[0] * kernel[1], c = channels;
+        ConvShape s{n,
+                    height,
+                    width,
+                    channels,
+                    out[0],
+                    out[1],
+                    out_channels,
+                    {kernel[0], kernel[1]},
+                    {stride[0], stride[1]},
+                    {padding[0], padding[1]},
+                    {dilation[0], dilation[1]},
+                    {taps * c, channels_last ? 1 : taps, kernel[1] * (channels_last ? c : 1), channels_last ? c : 1},
+                    sum_block,
+                    kThreads};
+        return s;
+    }
+};
+
+void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block) {
+    ConvShape s = given.shape(channels_last, sum_block);
+    int64_t pixels = s.n * s.height * s.width, out_pixels = s.n * s.out_height * s.out_width;
+    int64_t taps = s.kernel[0] * s.kernel[1], c = s.channels, k = s.out_channels;
+    auto x = Buffer<float>::random(pixels * c), w = Buffer<float>::random(k * c * taps);
+    auto bias = Buffer<float>::random(k), dy = Buffer<float>::random(out_pixels * k);
+    Buffer<float> y(out_pixels * k, kNan), dx(pixels * c, kNan), dw(k * c * taps, kNan);
+    Buffer<float> scratch(conv_forward_scratch(s), kNan), scratch2(conv_input_grad_scratch(s), kNan);
+    Buffer<float> scratch3(conv_weight_grad_scratch(s), kNan);
+    kernels().conv_forward({s, x.get(), w.get(), bias.get(), y.get(), scratch.get()});
+    kernels().conv_input_grad({s, dy.get(), w.get(), dx.get(), scratch2.get()});
+    kernels().conv_weight_grad({s, dy.get(), x.get(), dw.get(), scratch3.get()});
+    std::vector<double> want_y(static_cast<size_t>(y.size)), want_dx(static_cast<size_t>(dx.size));
+    std::vector<double> want_dw(static_cast<size_t>(dw.size));
+    auto at = [&](int64_t out, int64_t in, int64_t tap) {
+        return static_cast<size_t>(out * s.weight_strides[0] + in * s.weight_strides[1] +
+                                   tap / s.kernel[1] * s.weight_strides[2] + tap % s.kernel[1] * s.weight_strides[3]);
+    };
+    for (int64_t i = 0; i < y.size; ++i) want_y[static_cast<size_t>(i)] = bias[i % k];
+    for_each_product(s, [&](int64_t out, int64_t in, int64_t tap) {
+        for (int64_t o = 0; o < k; ++o)
+            for (int64_t i = 0; i < c; ++i) {
+                size_t weight = at(o, i, tap);
+                want_y[static_cast<size_t>(out * k + o)] += x[in * c + i] * w[static_cast<int64_t>(weight)];
+                want_dx[static_cast<size_t>(in * c + i)] += dy[out * k + o] * w[static_cast<int64_t>(weight)];
+                want_dw[weight] += dy[out * k + o] * x[in * c + i];
+            }
+    });
+    for (int64_t i = 0; i < y.size; ++i) expect_near<float>("conv output", y[i], want_y[static_cast<size_t>(i)]);
+    for (int64_t i = 0; i < dx.size; ++i) expect_near<float>("conv input", dx[i], want_dx[static_cast<size_t>(i)]);
+    for (int64_t i = 0; i < dw.size; ++i) expect_near<float>("conv weight", dw[i], want_dw[static_cast<size_t>(i)]);
+}
+
+template <class S>
+void test_stem_input_grad(const ConvCase& given) {
+    ConvShape s = given.shape(true, 0);
+    int64_t pixels = s.n * s.height * s.width, out_pixels = s.n * s.out_height * s.out_width;
+    int64_t taps = s.kernel[0] * s.kernel[1], c = s.channels, k = s.out_channels;
+    auto w = Buffer<S>::random(k * c * taps), dy = Buffer<S>::random(out_pixels * k);
+    Buffer<S> dx(pixels * c, kNan), scratch(stem_input_grad_scratch(taps * c, k), kNan);
+    kernels().stem_input_grad({kDtype<S>,
+                               s.n,
+                               s.height,
+                               s.width,
+                               c,
+                               s.out_height,
+                               s.out_width,
+                               k,
+                               {s.kernel[0], s.kernel[1]},
+                               {s.stride[0], s.stride[1]},
+                               {s.padding[0], s.padding[1]},
+                               {s.dilation[0], s.dilation[1]},
+                               dy.get(),
+                               w.get(),
+                               dx.get(),
+                               scratch.get(),
+                               kThreads});
+    std::vector<double> want(static_cast<size_t>(dx.size));
+    for_each_product(s, [&](int64_t out, int64_t in, int64_t tap) {
+        for (int64_t o = 0; o < k; ++o)
+            for (int64_t i = 0; i < c; ++i)
+                want[static_cast<size_t>(in * c + i)] += dy[out * k + o] * w[(o * taps + tap) * c + i];
+    });
+    for (int64_t i = 0; i < dx.size; ++i) expect_near<S>("stem input", dx[i], want[static_cast<size_t>(i)]);
+}
+
+template <class S>
+void test_stems() {
+    if constexpr (!std::is_same_v<S, BFloat16>) {
+        test_stem_input_grad<S>({2, 9, 8, 3, 5, {4, 4}, {2, 2}, {1, 1}, {1, 1}});
+        test_stem_input_grad<S>({3, 7, 9, 1, 16, {5, 3}, {2, 1}, {2, 0}, {2, 3}});
+        test_stem_input_grad<S>({1, 3, 3, 2, 7, {3, 3}, {1, 1}, {4, 4}, {1, 1}});
+    }
+}
+
+void test_convs() {
+    const ConvCase cases[] = {
+        {2, 9, 8, 3, 5, {4, 4}, {2, 2}, {1, 1}, {1, 1}},     {3, 7, 9, 1, 16, {5, 3}, {2, 1}, {2, 0}, {2, 3}},
+        {1, 5, 6, 4, 1, {1, 1}, {3, 2}, {0, 0}, {1, 1}},     {9, 8, 8, 20, 70, {4, 4}, {2, 2}, {1, 1}, {1, 1}},
+        {2, 40, 11, 33, 20, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, {3, 5, 5, 67, 17, {3, 2}, {3, 2}, {0, 1}, {1, 2}},
+        {2, 3, 3, 9, 7, {3, 3}, {1, 1}, {4, 4}, {1, 1}},     {2, 8, 8, 6, 50, {2, 2}, {3, 3}, {0, 0}, {1, 1}},
+        {17, 2, 2, 16, 65, {3, 3}, {1, 1}, {1, 1}, {1, 1}},  {4, 4, 4, 80, 1, {4, 4}, {1, 1}, {0, 0}, {1, 1}},
+    };
+    for (const ConvCase& c : cases)
+        for (bool channels_last : {false, true})
+            for (int64_t sum_block : {0, 16}) test_conv(c, channels_last, sum_block);
+}
+
 template <class S>
 void test_all() {
     for (auto activation : {Activation::kNone, Activation::kRelu, Activation::kLeakyRelu, Activation::kTanh})
@@ -418,6 +548,7 @@ void test_all() {
     test_avg_pool<S>(2, 4, 19, 4, 3);
     test_penalty<S>(1, 1);
     test_penalty<S>(5, 67);
+    test_stems<S>();
     test_lists<S>({0, 1, 15, 16, 17, 40000});
     test_minibatch<S>(1, 1, 1);
     test_minibatch<S>(7, 3, 5);
@@ -434,6 +565,7 @@ int main() {
         std::printf("skipped: %s\n", error.what());
         return 77;
     }
+    test_convs();
     test_all<float>();
     test_all<double>();
     test_all<BFloat16>();
