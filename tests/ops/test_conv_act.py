@@ -190,8 +190,19 @@ def test_what_has_no_kernel_is_stock(case: dict[str, Any]) -> None:
 
 
 def test_a_backend_asked_for_by_name_refuses() -> None:
-    with gankern.backend("cpu"), pytest.raises(backends.BackendUnavailable, match="float32"):
-        conv2d_act(torch.randn(1, 2, 4, 4).double(), torch.randn(3, 2, 3, 3).double())
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3)
+    with gankern.backend("cpu"):
+        with pytest.raises(backends.BackendUnavailable, match="float32"):
+            conv2d_act(x.double(), weight.double())
+        with pytest.raises(backends.BackendUnavailable, match="one group; got 2"):
+            conv2d_act(x, weight[:, :1], groups=2)
+        with pytest.raises(backends.BackendUnavailable, match="negative_slope"):
+            conv2d_act(x, weight, negative_slope=-1.0)
+
+
+def test_bias_of_any_stride() -> None:
+    x, weight, bias = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(8)[::2]
+    torch.testing.assert_close(conv2d_act(x, weight, bias), F.leaky_relu(F.conv2d(x, weight, bias), 0.2))
 
 
 def test_operators() -> None:

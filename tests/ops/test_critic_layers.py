@@ -328,3 +328,57 @@ def test_gray_images_have_the_kernel_of_few_channels() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         gradient_penalty(critic, real, fake)
     assert sum(e.count for e in profile.key_averages() if e.key == "gankern::conv_input_grad") == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda x: F.conv2d(x, torch.randn(8, 4, 3, 3)),
+        lambda x: F.conv2d(x, torch.randn(8, 3, 30, 30)),
+        lambda x: F.conv2d(x, torch.randn(8, 3, 3, 3), torch.randn(5)),
+        lambda x: F.conv2d(x, torch.randn(8, 3, 3, 3), torch.randn(8).double()),
+        lambda x: F.conv2d(x, torch.randn(8, 3, 3, 3), stride=0),
+        lambda x: F.conv2d(x, torch.randn(8, 3, 3, 3), padding=-1),
+    ],
+)
+def test_what_stock_refuses_is_refused(bad: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with CriticLayers(Scope()), pytest.raises(RuntimeError):
+        bad(x)
+
+
+class Branches(nn.Module):
+    """Activations that are used twice, in place and not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.norm, self.head = nn.LayerNorm([8, 8, 8]), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = self.second(F.leaky_relu(self.norm(h), 0.2, True)) + h
+        y = F.relu(y + F.relu(h)) + 2 * y
+        y = F.avg_pool2d(y, 2) + F.avg_pool2d(h, 2)
+        y.add_(1)
+        return self.head((F.relu(y.clone(), inplace=True) + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_what_is_used_twice(create_graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gankern.ops.critic_layers import fork
+
+    def found(size: int) -> tuple[Tensor, list[Tensor]]:
+        monkeypatch.setattr(fork, "_LARGE", size)
+        loss = gradient_penalty(critic, real, fake, alpha=alpha, create_graph=create_graph)
+        return loss, torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True, create_graph=create_graph)
+
+    critic = Branches().double()
+    (real, fake), alpha = torch.randn(2, 3, 3, 8, 8).double(), torch.rand(3)
+    stock = stock_penalty.gradient_penalty(critic, real, fake, alpha=alpha)
+    want = torch.autograd.grad(stock, list(critic.parameters()), allow_unused=True, create_graph=create_graph)
+    for size in (0, 1 << 40):
+        loss, got = found(size)
+        torch.testing.assert_close(loss, stock)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(torch.zeros(()) if g is None else g, torch.zeros_like(g) if w is None else w)

@@ -42,7 +42,7 @@ def _forward_fake(
     dilation: Sequence[int],
     *args: Any,
 ) -> Tensor:
-    shape = reference.conv_shape(input, weight, _options(stride, padding, dilation))
+    shape = reference.conv_shape(input.shape, weight.shape, _options(stride, padding, dilation))
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
 
 
@@ -126,13 +126,24 @@ class _ConvAct(torch.autograd.Function):
         return *(g if w else None for g, w in zip(grads, want, strict=True)), None, None, None
 
 
+def _refusal(options: ConvOptions, negative_slope: float) -> str | None:
+    if options.groups != 1:
+        return f"needs one group; got {options.groups}"
+    if negative_slope < 0:
+        return f"needs a negative_slope of 0 or more; got {negative_slope}"
+    return "needs autocast to be off" if torch.is_autocast_enabled("cpu") else None
+
+
 def conv2d_act(
     input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str, negative_slope: float
 ) -> Tensor:
     """By the kernels, where they are chosen and take it; else by torch's autograd."""
     # In a compiled graph the operators below would hide the convolution from the compiler.
-    ours = not torch.compiler.is_compiling() and backends.select("conv2d_act", input, weight) is cpu
-    ours = ours and options.groups == 1 and input.numel() > 0 and negative_slope >= 0
-    if not ours or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or backends.select("conv2d_act", input, weight) is not cpu:
+        return reference.conv2d_act(input, weight, bias, options, activation, negative_slope)
+    reason = _refusal(options, negative_slope)
+    if reason is not None or input.numel() == 0:
+        if reason is not None and backends.requested() == "cpu":
+            raise backends.BackendUnavailable(f"conv2d_act cannot run on the cpu backend: {reason}")
         return reference.conv2d_act(input, weight, bias, options, activation, negative_slope)
     return _ConvAct.apply(input, weight, bias, options, activation, negative_slope)

@@ -51,13 +51,24 @@ def activate_backward(grad_output: Tensor, output: Tensor, activation: str, nega
     return backward(grad_output, output, negative_slope, True, grad_input=grad_input)
 
 
-def _ours(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
+def _ours(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> bool:
+    """Whether the kernels take it. What torch would refuse is left to it, too."""
+    if not input.dtype == weight.dtype == torch.float32 or (bias is not None and bias.dtype != torch.float32):
+        return False
+    return _fits(input.shape, weight.shape, None if bias is None else bias.shape, options)
+
+
+@lru_cache(maxsize=1024)
+def _fits(input: torch.Size, weight: torch.Size, bias: torch.Size | None, options: ConvOptions) -> bool:
     return (
-        input.dim() == 4
-        and input.dtype == weight.dtype == torch.float32
+        len(input) == len(weight) == 4
         and options.groups == 1
         and not options.transposed
-        and input.numel() > 0
+        and input[1] == weight[1]
+        and bias in (None, weight[:1])
+        and min(*options.stride, *options.dilation) > 0
+        and min(options.padding) >= 0
+        and min(*input, *weight, *reference.conv_shape(input, weight, options)) > 0
     )
 
 
@@ -92,14 +103,14 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
-    if not _ours(input, weight, options):
+    if not _ours(input, weight, bias, options):
         return reference.conv(channels_last(input), channels_last(weight), bias, options)
     return _conv(input, weight, bias, options, 0)
 
 
 def conv_as_stock(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
     """The convolution with the bits of torch's of contiguous images."""
-    if _ours(input, weight, options) and _sums_in_blocks(input, weight, bias, options):
+    if _ours(input, weight, bias, options) and _sums_in_blocks(input, weight, bias, options):
         return _conv(input, weight, bias, options, _SUM_BLOCK)
     return reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
 
@@ -129,8 +140,9 @@ def _is_mkldnn(
 
 def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int) -> Tensor:
     input = channels_last(input)
-    output = workspace.empty(reference.conv_shape(input, weight, options), input.dtype, torch.channels_last)
+    output = workspace.empty(reference.conv_shape(input.shape, weight.shape, options), input.dtype, torch.channels_last)
     shape = _shape_of(input, output, weight, options, sum_block)
+    bias = None if bias is None else bias.contiguous()
     addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
     with span("gankern::conv"):
         kernels.conv_forward(shape, *addresses)
@@ -139,7 +151,7 @@ def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptio
 
 def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the input, of which only the shape and dtype are used."""
-    if not _ours(input, weight, options):
+    if not _ours(input, weight, None, options):
         return reference.conv_input_grad(grad_output, channels_last(weight), input, options)
     grad_output = channels_last(grad_output)
     if input.size(1) <= _STEM:
@@ -154,7 +166,7 @@ def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options:
 
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
-    if not _ours(input, weight, options):
+    if not _ours(input, weight, None, options):
         return reference.conv_weight_grad(grad_output, input, channels_last(weight), options)
     grad_output, input, weight = channels_last(grad_output), channels_last(input), dense(weight)
     shape = _shape_of(input, grad_output, weight, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,10 +56,10 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def conv_shape(input: Tensor, weight: Tensor, options: ConvOptions) -> list[int]:
-    """Sizes of the output of a convolution that is not transposed."""
-    spatial = zip(input.shape[2:], weight.shape[2:], options.stride, options.padding, options.dilation, strict=True)
-    return [input.size(0), weight.size(0), *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
+def conv_shape(input: Sequence[int], weight: Sequence[int], options: ConvOptions) -> list[int]:
+    """Sizes of the output of a convolution that is not transposed, by those of its input and weight."""
+    spatial = zip(input[2:], weight[2:], options.stride, options.padding, options.dilation, strict=True)
+    return [input[0], weight[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
 
 
 def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:

@@ -177,7 +177,10 @@ def _contiguous(value: Any) -> Any:
     return value
 
 
-_IN_PLACE = (_relu_, _leaky_relu_)
+def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    position = {F.relu: 1, F.leaky_relu: 2}.get(func, len(args))
+    given = args[position] if position < len(args) else kwargs.get("inplace", False)
+    return bool(given) or func in (F.relu_, Tensor.relu_, F.leaky_relu_)
 
 
 class CriticLayers(TorchFunctionMode):
@@ -207,7 +210,7 @@ class CriticLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         replacement = _TAKEN.get(func)
         if replacement is not None:
-            if replacement not in _IN_PLACE and not kwargs.get("inplace"):
+            if not _in_place(func, args, kwargs):
                 args = (*map(self._forks.use, args[:2]), *args[2:])
             result = replacement(self.scope, *args, **kwargs)
             if result is not NotImplemented:

@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from gankern import _library, backends
+from gankern import _library, backends, workspace
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import cpu, reference
@@ -240,6 +240,12 @@ _penalty_op = _library.define(
 )
 
 
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or grad.device.type != "cpu" or factor.dtype != grad.dtype:
+        return grad * factor
+    return torch.mul(grad, factor, out=workspace.like(grad))
+
+
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -268,13 +274,9 @@ class _Penalty(torch.autograd.Function):
                 "gradient_penalty to differentiate them again"
             )
         grad_points, *grads = ctx.saved_tensors
-        # A total loss that the penalty is a term of: its gradient is 1, and a pass over memory is saved.
-        is_one = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
-        if not is_one:
-            grads = [g * grad_loss for g in grads]
-            grad_points = grad_points * grad_loss
-        tensors = [grads.pop(0) if wanted else None for wanted in ctx.wanted]
-        return (grad_points if ctx.want_points else None), None, None, None, None, *tensors
+        rest = [_times(g, grad_loss) for g in grads]
+        tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
+        return (grad_points * grad_loss if ctx.want_points else None), None, None, None, None, *tensors
 
 
 def penalty(
