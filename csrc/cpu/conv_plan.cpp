@@ -13,8 +13,6 @@ constexpr int64_t kPixels = 288, kManyPixels = 576;
 constexpr int64_t kManyWeights = 1 << 18;
 // Pixels that a weight's gradient is summed over at once: their channels stay in the second cache for all taps.
 constexpr int64_t kPiece = 768;
-// Sums of a weight's gradient that fit into the second cache of every thread.
-constexpr int64_t kManySums = 1 << 17;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
@@ -245,10 +243,6 @@ ConvPieces conv_pieces(const ConvShape& s) {
     return p;
 }
 
-int64_t conv_sum_shares(const ConvShape& s, int64_t sums) {
-    return sums <= kManySums ? std::min<int64_t>(s.threads, conv_pieces(s).count) : 1;
-}
-
 bool conv_is_stem(const ConvShape& s) { return s.channels <= 8 && s.dilation[1] == 1; }
 
 int64_t conv_weight_grad_scratch(const ConvShape& s) {
@@ -260,7 +254,7 @@ int64_t conv_weight_grad_scratch(const ConvShape& s) {
         int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
         padded = s.n * height * ((s.out_width - 1) * s.stride[1] + s.kernel[1]) * s.channels;
     }
-    return padded + sums * std::max<int64_t>(s.threads, 1);
+    return padded + sums;
 }
 
 }  // namespace gankern

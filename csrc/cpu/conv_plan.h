@@ -96,9 +96,6 @@ struct ConvPieces {
 // At least one, where need be without pixels.
 ConvPieces conv_pieces(const ConvShape& shape);
 
-// How many copies of the sums there are: one a thread where they are small, so that each thread reads its own images.
-int64_t conv_sum_shares(const ConvShape& shape, int64_t sums);
-
 // Whether the gradient of the weight has too few input channels for vectors of them, and a row of the kernel covers
 // values that lie side by side.
 bool conv_is_stem(const ConvShape& shape);

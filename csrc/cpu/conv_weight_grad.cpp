@@ -78,41 +78,24 @@ struct Correlation {
     const ConvShape& shape;
     int64_t taps, rows, columns;  // kernel elements; channels of the left and of the right side
     const float *left, *right;
-    float* sums;  // once for each share
+    float* sums;
 
     int64_t blocks() const { return (columns + kWidth - 1) / kWidth; }
-    int64_t size() const { return taps * blocks() * rows; }
 
-    // pair(tap, piece, pairs) finds a tap's pixels in a piece of work.
+    // pair(tap, piece, pairs) finds a tap's pixels in a piece of work. A thread owns a part of the sums and goes
+    // through all pieces, so that each sum has one order.
     template <class Pair>
     void run(const Pair& pair) const {
-        ConvPieces pieces = conv_pieces(shape);
-        int64_t shares = conv_sum_shares(shape, size() * kWidth);
-        if (shares == 1) {
-            // A thread owns a part of the sums and goes through all pieces.
-            parallel_for(size(), shape.threads,
-                         [&](int64_t begin, int64_t end) { add(pieces, 0, pieces.count, begin, end, sums, pair); });
-            return;
-        }
-        parallel_for(shares, shape.threads, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; ++t)
-                add(pieces, pieces.count * t / shares, pieces.count * (t + 1) / shares, 0, size(),
-                    sums + t * size() * kWidth, pair);
-        });
-        parallel_for(size(), shape.threads, [&](int64_t begin, int64_t end) {
-            for (int64_t t = 1; t < shares; ++t)
-                for (int64_t i = begin * kWidth; i < end * kWidth; i += kLane)
-                    store(sums + i, load(sums + i) + load(sums + t * size() * kWidth + i));
-        });
+        parallel_for(taps * blocks() * rows, shape.threads,
+                     [&](int64_t begin, int64_t end) { add(conv_pieces(shape), begin, end, pair); });
     }
 
-    // The products of pieces [from, to) to the sums [begin, end).
+    // The products of all pieces to the sums [begin, end).
     template <class Pair>
-    void add(const ConvPieces& pieces, int64_t from, int64_t to, int64_t begin, int64_t end, float* into,
-             const Pair& pair) const {
+    void add(const ConvPieces& pieces, int64_t begin, int64_t end, const Pair& pair) const {
         int64_t per_tap = blocks() * rows;
         Pairs pairs;
-        for (int64_t p = from; p < to; ++p)
+        for (int64_t p = 0; p < pieces.count; ++p)
             for (int64_t item = begin; item < end;) {
                 int64_t tap = item / per_tap, tap_end = std::min(end, (tap + 1) * per_tap);
                 pairs.clear();
@@ -125,7 +108,7 @@ struct Correlation {
                     int part = static_cast<int>(width - (vectors - 1) * kLane);
                     with_constant<kVectors>(vectors, [&](auto v) {
                         correlate_all<v.value>(left, right + block * kWidth, pairs, r, last, part,
-                                               into + (item - r) * kWidth, p == from);
+                                               sums + (item - r) * kWidth, p == 0);
                     });
                     item += last - r;
                 }
