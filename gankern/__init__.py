@@ -1,6 +1,6 @@
 """Kernel-accelerated GAN training for PyTorch."""
 
-from gankern import nn, ops, optim, penalties
+from gankern import nn, ops, optim, penalties, workspace
 from gankern.backends import BackendUnavailable, backend, explain, set_backend
 from gankern.info import info
 from gankern.nn.fuse import fuse, fusion_report, unfuse
@@ -24,4 +24,5 @@ __all__ = [
     "penalties",
     "set_backend",
     "unfuse",
+    "workspace",
 ]

@@ -68,7 +68,7 @@ def empty(
     shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
     """:func:`torch.empty` on the CPU; large ones in the workspace."""
-    if math.prod(shape) * dtype.itemsize < SMALLEST:
+    if kernels is None or math.prod(shape) * dtype.itemsize < SMALLEST:
         return torch.empty(shape, dtype=dtype, memory_format=memory_format)
     strides, size = [0] * len(shape), 1
     order = (1, 3, 2, 0) if memory_format == torch.channels_last else range(len(shape) - 1, -1, -1)
@@ -85,7 +85,7 @@ def empty_like(tensor: Tensor, memory_format: torch.memory_format = torch.contig
 
 def like(tensor: Tensor) -> Tensor:
     """Room for the values of a tensor that is dense in some order: of the same shape, dtype and strides."""
-    if tensor.numel() * tensor.element_size() < SMALLEST:
+    if kernels is None or tensor.numel() * tensor.element_size() < SMALLEST:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return _empty(tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
 

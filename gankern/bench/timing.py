@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from gankern import workspace
+
 Clock = Callable[[], float]
 Work = Callable[[], object]
 
@@ -108,8 +110,8 @@ def ratio(times: Mapping[str, Sequence[float]], ours: Collection[str]) -> tuple[
 def peak_memory(work: Work, device: str = "cpu") -> int | None:
     """Bytes that one call needs at its peak, above what was held before it.
 
-    On the CPU this is resident memory: the heap is trimmed, Linux's high-water mark is reset through
-    ``/proc/self/clear_refs``, and the mark is read back after the call. So it counts every allocator alike (torch's,
+    On the CPU this is resident memory: the heap and gankern's workspace are trimmed, Linux's high-water mark is reset
+    through ``/proc/self/clear_refs``, and the mark is read back after the call. So it counts every allocator alike (torch's,
     oneDNN's scratch, a kernel's own workspace, Inductor's buffers), in whole pages that were really touched; an output
     that the call returns is counted, memory that stays cached inside the C library beforehand is not.
     On CUDA it is torch's allocator's own peak.
@@ -128,6 +130,7 @@ def peak_memory(work: Work, device: str = "cpu") -> int | None:
         return torch.cuda.max_memory_allocated(device) - held
     try:
         ctypes.CDLL(None).malloc_trim(0)
+        workspace.release()
         Path("/proc/self/clear_refs").write_text("5")
         held = _resident_high_water_mark()
         work()

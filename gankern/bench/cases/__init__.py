@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gankern.bench.cases import conv_bn_act, gradient_penalty, minibatch_discrimination, training, weight_clip
+from gankern.bench.cases import conv_act, conv_bn_act, gradient_penalty, minibatch_discrimination, training, weight_clip
 from gankern.bench.cases.case import OURS_CHANNELS_LAST, TOLERANCE, Case, Run, Sides, Size
 
 __all__ = ["CASES", "OURS_CHANNELS_LAST", "TOLERANCE", "Case", "Run", "Sides", "Size", "select"]
 
 # In the order in which they run and are listed.
-_ROOMS = (conv_bn_act, minibatch_discrimination, gradient_penalty, weight_clip, training)
+_ROOMS = (conv_bn_act, conv_act, minibatch_discrimination, gradient_penalty, weight_clip, training)
 
 CASES: dict[str, Case] = {case.name: case for room in _ROOMS for case in room.CASES}
 

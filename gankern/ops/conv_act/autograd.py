@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gankern import _library, backends
+from gankern._layout import memory_format
 from gankern.ops.conv_act import cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions
 
@@ -29,7 +30,9 @@ def _forward(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    output = cpu.conv_as_stock(input, weight, bias, _options(stride, padding, dilation))
+    # There are no bits of stock's to keep in channels_last, where it sums up in an order of its own.
+    conv = cpu.conv_as_stock if memory_format(weight) == torch.contiguous_format else cpu.conv
+    output = conv(input, weight, bias, _options(stride, padding, dilation))
     return cpu.channels_last(cpu.activate_(output, activation, negative_slope))
 
 

@@ -56,22 +56,22 @@ class ConvInputGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
         # Of the input only its shape is used.
-        ctx.save_for_backward(grad_output, weight)
+        layers = _layers(grad_output, weight)
+        turned = layers.channels_last(grad_output)
+        # Saved, not an attribute: autograd lets go of it as soon as the backward has run.
+        ctx.save_for_backward(grad_output, weight, turned)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        layers = _layers(grad_output, weight)
-        ctx.turned = layers.channels_last(grad_output)
-        return layers.conv_input_grad(ctx.turned, weight, input, options)
+        return layers.conv_input_grad(turned, weight, input, options)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
             return None, None, None, None
-        # Asked for in any case: that is where torch notices values that were overwritten since.
-        grad_output, weight = ctx.saved_tensors
+        grad_output, weight, turned = ctx.saved_tensors
         layers = _layers(tangent, weight)
         if not torch.is_grad_enabled():
-            grad_output, tangent = ctx.turned, layers.channels_last(tangent)
+            grad_output, tangent = turned, layers.channels_last(tangent)
         grad_grad_output = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_grad_output = layers.conv(tangent, weight, None, ctx.options)
