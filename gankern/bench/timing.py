@@ -111,9 +111,9 @@ def peak_memory(work: Work, device: str = "cpu") -> int | None:
     """Bytes that one call needs at its peak, above what was held before it.
 
     On the CPU this is resident memory: the heap and gankern's workspace are trimmed, Linux's high-water mark is reset
-    through ``/proc/self/clear_refs``, and the mark is read back after the call. So it counts every allocator alike (torch's,
-    oneDNN's scratch, a kernel's own workspace, Inductor's buffers), in whole pages that were really touched; an output
-    that the call returns is counted, memory that stays cached inside the C library beforehand is not.
+    through ``/proc/self/clear_refs``, and the mark is read back after the call. So it counts every allocator alike
+    (torch's, oneDNN's scratch, gankern's workspace, Inductor's buffers), in whole pages that were really touched; an
+    output that the call returns is counted, memory that stays cached inside the C library beforehand is not.
     On CUDA it is torch's allocator's own peak.
 
     Returns
