@@ -48,10 +48,8 @@ void multiply_all(const float* image, const int64_t* pixels, int64_t count, cons
     for (size_t c = 0; c + 1 < zone.chunks.size(); ++c) {
         const Run *run = zone.runs.data() + zone.chunks[c], *end = zone.runs.data() + zone.chunks[c + 1];
         const float* before = c == 0 ? bias : sums;
-        int64_t row = c == 0 ? 0 : kWidth, p = 0;
-        for (; p + kRows<V> <= count; p += kRows<V>)
-            multiply<kRows<V>, V>(image, pixels + p, run, end, weight, before + p * row, row, sums + p * kWidth);
-        with_constant<kRows<V> - 1>(static_cast<int>(count - p), [&](auto rows) {
+        int64_t row = c == 0 ? 0 : kWidth;
+        for_each_tile<kRows<V>>(0, count, [&](int64_t p, auto rows) {
             multiply<rows.value, V>(image, pixels + p, run, end, weight, before + p * row, row, sums + p * kWidth);
         });
     }

@@ -32,6 +32,19 @@ GANKERN_INLINE void with_constant(int value, const F& f) {
     }
 }
 
+// Calls f(first, rows) for tiles of up to R rows, rows a constant; what is left at the end is halved, since a tile of
+// few rows waits for its own additions.
+template <int R, class F>
+GANKERN_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
+    int64_t at = begin;
+    for (; end - at >= 2 * R || end - at == R; at += R) f(at, std::integral_constant<int, R>{});
+    while (at < end) {
+        auto rows = static_cast<int>(end - at > R ? (end - at + 1) / 2 : end - at);
+        with_constant<R>(rows, [&](auto constant) { f(at, constant); });
+        at += rows;
+    }
+}
+
 template <int R, int V>
 struct Tile {
     Vec<float> sums[R][V];

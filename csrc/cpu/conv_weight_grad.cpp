@@ -64,10 +64,8 @@ void correlate_all(const float* left, const float* right, const Pairs& pairs, in
     auto count = static_cast<int64_t>(pairs.left.size());
     // Also where there are no pixels: the sums are then zero.
     for (int64_t at = 0; at == 0 || at < count; at += kPixelChunk, first = false) {
-        int64_t k = begin, stop = std::min(at + kPixelChunk, count);
-        for (; k + kRows<V> <= end; k += kRows<V>)
-            correlate<kRows<V>, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
-        with_constant<kRows<V> - 1>(static_cast<int>(end - k), [&](auto rows) {
+        int64_t stop = std::min(at + kPixelChunk, count);
+        for_each_tile<kRows<V>>(begin, end, [&](int64_t k, auto rows) {
             correlate<rows.value, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
         });
     }
