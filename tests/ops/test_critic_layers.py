@@ -360,8 +360,9 @@ class Branches(nn.Module):
         y = self.second(F.leaky_relu(self.norm(h), 0.2, True)) + h
         y = F.relu(y + F.relu(h)) + 2 * y
         y = F.avg_pool2d(y, 2) + F.avg_pool2d(h, 2)
-        y.add_(1)
-        return self.head((F.relu(y.clone(), inplace=True) + y).mean((2, 3)))
+        z = F.relu(y)
+        y.mul_(3)
+        return self.head((F.relu(y.clone(), inplace=True) + y + z).mean((2, 3)))
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -383,3 +384,24 @@ def test_gradients_of_what_is_used_twice(create_graph: bool, monkeypatch: pytest
         for p, g, w in zip(critic.parameters(), got, want, strict=True):
             zeros = torch.zeros_like(p)
             torch.testing.assert_close(zeros if g is None else g, zeros if w is None else w)
+
+
+def test_other_functions_see_the_layout_of_stock() -> None:
+    norm = nn.BatchNorm2d(16)
+    first, second = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 1, 3)
+    strides = []
+
+    def critic(x: Tensor) -> Tensor:
+        h = first(x)
+        strides.append(h.stride())
+        h = F.dropout(F.leaky_relu(norm(h), 0.2), 0.3)
+        return second(h).view(h.size(0), -1).sum(1)
+
+    results = []
+    x = torch.randn(5, 3, 8, 8)
+    for layers in (nullcontext(), CriticLayers(Scope())):
+        torch.manual_seed(3)
+        with layers:
+            results.append(critic(x.clone().requires_grad_()))
+    assert torch.equal(*results)
+    assert strides[0] == strides[1]
