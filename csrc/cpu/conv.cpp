@@ -195,10 +195,14 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
 }  // namespace
 
 void conv_forward(const ConvForward& a) {
+    if (is_winograd(a.shape))
+        return winograd(winograd_forward(a.shape), a.input, a.weight, a.bias, a.output, a.scratch);
     convolve(plan_forward(a.shape), a.input, a.weight, a.bias, a.output, a.scratch);
 }
 
 void conv_input_grad(const ConvInputGrad& a) {
+    if (is_winograd(a.shape))
+        return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.grad_input, a.scratch);
     convolve(plan_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.grad_input, a.scratch);
 }
 

@@ -231,8 +231,52 @@ int64_t image_scratch(const ConvPlan& p) { return p.packed + p.threads * p.pixel
 
 }  // namespace
 
-int64_t conv_forward_scratch(const ConvShape& shape) { return image_scratch(plan_forward(shape)); }
-int64_t conv_input_grad_scratch(const ConvShape& shape) { return image_scratch(plan_input_grad(shape)); }
+bool is_winograd(const ConvShape& s) {
+    bool fits = s.sum_block == 0 && s.channels % 16 == 0 && s.out_channels % 16 == 0;
+    for (int d = 0; d < 2; ++d)
+        fits = fits && s.kernel[d] == 3 && s.stride[d] == 1 && s.dilation[d] == 1 && s.padding[d] <= 2;
+    return fits && s.channels >= 32 && s.out_channels >= 32 && s.n * s.out_height * s.out_width >= 1024;
+}
+
+Winograd winograd_forward(const ConvShape& s) {
+    return {s.n,
+            {s.height, s.width, s.channels},
+            {s.out_height, s.out_width, s.out_channels},
+            s.weight_strides[0],
+            s.weight_strides[1],
+            {s.weight_strides[2], s.weight_strides[3]},
+            {s.padding[0], s.padding[1]},
+            false,
+            s.threads};
+}
+
+Winograd winograd_input_grad(const ConvShape& s) {
+    return {s.n,
+            {s.out_height, s.out_width, s.out_channels},
+            {s.height, s.width, s.channels},
+            s.weight_strides[1],
+            s.weight_strides[0],
+            {s.weight_strides[2], s.weight_strides[3]},
+            {2 - s.padding[0], 2 - s.padding[1]},
+            true,
+            s.threads};
+}
+
+int64_t winograd_piece(const Winograd& p) { return 16 * kWinogradTiles * (p.source[2] + kConvBlock); }
+
+namespace {
+
+int64_t winograd_scratch(const Winograd& p) { return 16 * p.source[2] * p.result[2] + p.threads * winograd_piece(p); }
+
+}  // namespace
+
+int64_t conv_forward_scratch(const ConvShape& s) {
+    return is_winograd(s) ? winograd_scratch(winograd_forward(s)) : image_scratch(plan_forward(s));
+}
+
+int64_t conv_input_grad_scratch(const ConvShape& s) {
+    return is_winograd(s) ? winograd_scratch(winograd_input_grad(s)) : image_scratch(plan_input_grad(s));
+}
 
 ConvPieces conv_pieces(const ConvShape& s) {
     int64_t width = std::max<int64_t>(s.out_width, 1), height = std::max<int64_t>(s.out_height, 1);

@@ -71,6 +71,24 @@ struct ConvPlan {
 ConvPlan plan_forward(const ConvShape& shape);
 ConvPlan plan_input_grad(const ConvShape& shape);
 
+constexpr int64_t kWinogradTiles = 64;  // of 2x2 pixels in one piece of work
+
+// A 3x3 convolution of stride one: result(y) = sum over i of source(y - before + i) * weight(i), or of weight(2 - i).
+struct Winograd {
+    int64_t n;
+    int64_t source[3], result[3];
+    int64_t weight_result, weight_source, weight_taps[2];
+    int64_t before[2];
+    bool flipped;
+    int threads;
+};
+
+// Whether minimal filtering does it: the transforms pay for themselves with enough channels and pixels.
+bool is_winograd(const ConvShape& shape);
+Winograd winograd_forward(const ConvShape& shape);
+Winograd winograd_input_grad(const ConvShape& shape);
+int64_t winograd_piece(const Winograd& plan);  // values of working space for one thread
+
 // Values of an input image [height, width, channels] that a weight's gradient is a sum over, for a tap or a few.
 struct Reach {
     int64_t begin[2], end[2];  // of the output's pixels

@@ -63,5 +63,9 @@ struct Tile {
     }
 };
 
+// 3x3 convolution of stride one, in conv_winograd.cpp.
+void winograd(const Winograd& plan, const float* source, const float* weight, const float* bias, float* result,
+              float* scratch);
+
 }  // namespace GANKERN_ISA
 }  // namespace gankern
