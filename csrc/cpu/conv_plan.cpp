@@ -13,6 +13,8 @@ constexpr int64_t kPixels = 288, kManyPixels = 576;
 constexpr int64_t kManyWeights = 1 << 18;
 // Pixels that a weight's gradient is summed over at once: their channels stay in the second cache for all taps.
 constexpr int64_t kPiece = 768;
+// Sums of products' gradients that a thread's second cache has room for.
+constexpr int64_t kManySums = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
@@ -262,6 +264,14 @@ Winograd winograd_input_grad(const ConvShape& s) {
             s.threads};
 }
 
+bool is_winograd_weight_grad(const ConvShape& s) {
+    return is_winograd(s) && 16 * s.channels * s.out_channels <= kManySums;
+}
+
+int64_t winograd_share(const ConvShape& s) {
+    return 16 * (round_up(s.channels, kConvBlock) * s.out_channels + kWinogradTiles * (s.channels + s.out_channels));
+}
+
 int64_t winograd_piece(const Winograd& p) { return 16 * kWinogradTiles * (p.source[2] + kConvBlock); }
 
 namespace {
@@ -290,6 +300,7 @@ ConvPieces conv_pieces(const ConvShape& s) {
 bool conv_is_stem(const ConvShape& s) { return s.channels <= 8 && s.dilation[1] == 1; }
 
 int64_t conv_weight_grad_scratch(const ConvShape& s) {
+    if (is_winograd_weight_grad(s)) return s.threads * winograd_share(s);
     // Of the widest blocks; narrower ones hold no more.
     bool stem = conv_is_stem(s);
     int64_t rows = stem ? s.channels : s.out_channels, columns = stem ? s.out_channels : s.channels;

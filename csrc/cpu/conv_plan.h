@@ -88,6 +88,9 @@ bool is_winograd(const ConvShape& shape);
 Winograd winograd_forward(const ConvShape& shape);
 Winograd winograd_input_grad(const ConvShape& shape);
 int64_t winograd_piece(const Winograd& plan);  // values of working space for one thread
+// The same for the weight's gradient: also where every thread's sums fit in its cache.
+bool is_winograd_weight_grad(const ConvShape& shape);
+int64_t winograd_share(const ConvShape& shape);
 
 // Values of an input image [height, width, channels] that a weight's gradient is a sum over, for a tap or a few.
 struct Reach {

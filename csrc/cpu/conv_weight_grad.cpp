@@ -9,6 +9,7 @@
 #include "gankern/parallel.h"
 #include "kernels.h"
 #include "transpose.h"
+#include "winograd.h"
 
 namespace gankern {
 namespace GANKERN_ISA {
@@ -176,11 +177,118 @@ void stem_weight_grad(const ConvWeightGrad& a) {
             }
 }
 
+// The adjoint of minimal filtering: the products' gradients are summed up over tiles and transformed once at the end.
+void winograd_weight_grad(const ConvWeightGrad& a) {
+    Winograd p = winograd_forward(a.shape);
+    WinogradTiles tiles_of(p);
+    int64_t channels = p.source[2], outputs = p.result[2], blocks = (channels + kWidth - 1) / kWidth;
+    int64_t pieces = (tiles_of.all + kWinogradTiles - 1) / kWinogradTiles;
+    int64_t shares = std::min<int64_t>(p.threads, pieces), working = winograd_share(a.shape);
+    int64_t sum_size = 16 * blocks * outputs * kWidth;
+    std::vector<float> nothing(std::max(channels, outputs), 0.0f);
+    // A thread has sums of its own, so that what it transforms stays in its cache.
+    parallel_for(shares, p.threads, [&](int64_t first_share, int64_t last_share) {
+        for (int64_t share = first_share; share < last_share; ++share) {
+            float* sums = a.scratch + share * working;
+            float* inputs = sums + sum_size;
+            float* grads = inputs + 16 * kWinogradTiles * channels;
+            Pairs pairs;
+            pairs.add_row(kWinogradTiles, 0, outputs, 0, channels);
+            int64_t begin = pieces * share / shares, end = pieces * (share + 1) / shares;
+            for (int64_t piece = begin; piece < end; ++piece) {
+                int64_t from = piece * kWinogradTiles, tiles = std::min(kWinogradTiles, tiles_of.all - from);
+                pairs.left.resize(tiles);
+                for (int64_t t = 0; t < tiles; ++t) {
+                    const float* at[16];
+                    tiles_of.pixels(from + t, a.input, nothing.data(), at);
+                    for (int64_t c = 0; c < channels; c += kLane) {
+                        V values[16];
+                        transform_input(at, c, values);
+                        for (int64_t i = 0; i < 16; ++i)
+                            store(inputs + (i * kWinogradTiles + t) * channels + c, values[i]);
+                    }
+                    auto [n, y, x] = tiles_of.place(from + t);
+                    const float* grad[2][2];
+                    for (int64_t i = 0; i < 2; ++i)
+                        for (int64_t j = 0; j < 2; ++j)
+                            grad[i][j] =
+                                y + i < p.result[0] && x + j < p.result[1]
+                                    ? a.grad_output + ((n * p.result[0] + y + i) * p.result[1] + x + j) * outputs
+                                    : nothing.data();
+                    for (int64_t k = 0; k < outputs; k += kLane) {
+                        // A g A^T.
+                        V rows[4][2];
+                        for (int64_t j = 0; j < 2; ++j) {
+                            V g0 = load(grad[0][j] + k), g1 = load(grad[1][j] + k);
+                            rows[0][j] = g0;
+                            rows[1][j] = g0 + g1;
+                            rows[2][j] = g0 - g1;
+                            rows[3][j] = -g1;
+                        }
+                        for (int64_t i = 0; i < 4; ++i) {
+                            float* to = grads + (4 * i * kWinogradTiles + t) * outputs + k;
+                            int64_t step = kWinogradTiles * outputs;
+                            store(to, rows[i][0]);
+                            store(to + step, rows[i][0] + rows[i][1]);
+                            store(to + 2 * step, rows[i][0] - rows[i][1]);
+                            store(to + 3 * step, -rows[i][1]);
+                        }
+                    }
+                }
+                for (int64_t i = 0; i < 16; ++i)
+                    for (int64_t b = 0; b < blocks; ++b) {
+                        auto vectors = static_cast<int>(std::min<int64_t>(kWidth, channels - b * kWidth) / kLane);
+                        with_constant<kVectors>(vectors, [&](auto v) {
+                            correlate_all<v.value>(grads + i * kWinogradTiles * outputs,
+                                                   inputs + i * kWinogradTiles * channels + b * kWidth, pairs, 0,
+                                                   outputs, kLane, sums + (i * blocks + b) * outputs * kWidth,
+                                                   piece == begin);
+                        });
+                    }
+            }
+        }
+    });
+    const int64_t (&step)[4] = a.shape.weight_strides;
+    parallel_for(outputs, p.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k)
+            for (int64_t c = 0; c < channels; c += kLane) {
+                // G^T m G, of the sums of all shares.
+                V rows[3][4], result[3][3];
+                for (int64_t j = 0; j < 4; ++j) {
+                    V m[4];
+                    for (int64_t i = 0; i < 4; ++i) {
+                        const float* from =
+                            a.scratch + (((4 * i + j) * blocks + c / kWidth) * outputs + k) * kWidth + c % kWidth;
+                        m[i] = load(from);
+                        for (int64_t share = 1; share < shares; ++share) m[i] += load(from + share * working);
+                    }
+                    V half = (m[1] + m[2]) * 0.5f;
+                    rows[0][j] = m[0] + half;
+                    rows[1][j] = (m[1] - m[2]) * 0.5f;
+                    rows[2][j] = m[3] + half;
+                }
+                for (int64_t i = 0; i < 3; ++i) {
+                    V half = (rows[i][1] + rows[i][2]) * 0.5f;
+                    result[i][0] = rows[i][0] + half;
+                    result[i][1] = (rows[i][1] - rows[i][2]) * 0.5f;
+                    result[i][2] = rows[i][3] + half;
+                }
+                for (int64_t t = 0; t < 9; ++t) {
+                    float lanes[kLane];
+                    store(lanes, result[t / 3][t % 3]);
+                    float* to = a.grad_weight + k * step[0] + c * step[1] + t / 3 * step[2] + t % 3 * step[3];
+                    for (int64_t l = 0; l < kLane; ++l) to[l * step[1]] = lanes[l];
+                }
+            }
+    });
+}
+
 }  // namespace
 
 void conv_weight_grad(const ConvWeightGrad& a) {
     const ConvShape& s = a.shape;
     if (conv_is_stem(s)) return stem_weight_grad(a);
+    if (is_winograd_weight_grad(s)) return winograd_weight_grad(a);
     int64_t taps = s.kernel[0] * s.kernel[1];
     Correlation product{s, taps, s.out_channels, s.channels, a.grad_output, a.input, a.scratch};
     product.run([&](int64_t tap, const ConvPiece& piece, Pairs& pairs) {

@@ -7,30 +7,11 @@
 #include "conv_tile.h"
 #include "gankern/parallel.h"
 #include "kernels.h"
+#include "winograd.h"
 
 namespace gankern {
 namespace GANKERN_ISA {
 namespace {
-
-using V = Vec<float>;
-
-// B^T d B of a 4x4 tile of pixels, whose channels begin at `at`; result[t] for the products of index t.
-GANKERN_INLINE void transform_input(const float* const (&at)[16], int64_t c, V (&result)[16]) {
-    V rows[16];
-    for (int j = 0; j < 4; ++j) {
-        V d0 = load(at[j] + c), d1 = load(at[4 + j] + c), d2 = load(at[8 + j] + c), d3 = load(at[12 + j] + c);
-        rows[j] = d0 - d2;
-        rows[4 + j] = d1 + d2;
-        rows[8 + j] = d2 - d1;
-        rows[12 + j] = d1 - d3;
-    }
-    for (int i = 0; i < 16; i += 4) {
-        result[i] = rows[i] - rows[i + 2];
-        result[i + 1] = rows[i + 1] + rows[i + 2];
-        result[i + 2] = rows[i + 2] - rows[i + 1];
-        result[i + 3] = rows[i + 1] - rows[i + 3];
-    }
-}
 
 // G g G^T for the weights between two channels.
 void transform_weight(const Winograd& p, const float* weight, int64_t k, int64_t c, float* to, int64_t step) {
@@ -91,21 +72,15 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
         }
     });
     std::vector<float> nothing(channels, 0.0f);
-    int64_t across = (p.result[1] + 1) / 2, per_image = (p.result[0] + 1) / 2 * across, all = p.n * per_image;
-    int64_t pieces = (all + kWinogradTiles - 1) / kWinogradTiles;
+    WinogradTiles tiles_of(p);
+    int64_t pieces = (tiles_of.all + kWinogradTiles - 1) / kWinogradTiles;
     parallel_for_each(pieces, p.threads, [&](int thread, int64_t piece) {
         float* inputs = scratch + 16 * per_product + thread * winograd_piece(p);
         float* sums = inputs + 16 * kWinogradTiles * channels;
-        int64_t begin = piece * kWinogradTiles, tiles = std::min<int64_t>(kWinogradTiles, all - begin);
+        int64_t begin = piece * kWinogradTiles, tiles = std::min<int64_t>(kWinogradTiles, tiles_of.all - begin);
         for (int64_t t = 0; t < tiles; ++t) {
-            int64_t n = (begin + t) / per_image, y = (begin + t) % per_image / across * 2, x = (begin + t) % across * 2;
             const float* at[16];
-            for (int64_t i = 0; i < 16; ++i) {
-                int64_t from_y = y + i / 4 - p.before[0], from_x = x + i % 4 - p.before[1];
-                bool inside = from_y >= 0 && from_y < p.source[0] && from_x >= 0 && from_x < p.source[1];
-                at[i] =
-                    inside ? source + ((n * p.source[0] + from_y) * p.source[1] + from_x) * channels : nothing.data();
-            }
+            tiles_of.pixels(begin + t, source, nothing.data(), at);
             for (int64_t c = 0; c < channels; c += kLane) {
                 V values[16];
                 transform_input(at, c, values);
@@ -121,8 +96,7 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
                                             sums + i * kWinogradTiles * kWidth);
                 });
             for (int64_t t = 0; t < tiles; ++t) {
-                int64_t n = (begin + t) / per_image, y = (begin + t) % per_image / across * 2;
-                int64_t x = (begin + t) % across * 2;
+                auto [n, y, x] = tiles_of.place(begin + t);
                 for (int64_t c = 0; c < width; c += kLane) {
                     // A^T m A.
                     V rows[2][4];
