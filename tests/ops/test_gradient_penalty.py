@@ -531,3 +531,15 @@ def test_backend_asked_for_by_name() -> None:
     torch.testing.assert_close(got, want)
     with pytest.raises(gankern.BackendUnavailable, match="cuda"), gankern.backend("cuda"):
         gradient_penalty(critic, real, fake, alpha=alpha)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_follow_the_factor_of_the_loss(bias: bool) -> None:
+    # Weights large and small: their products with the factor take different ways.
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(192, 64, bias=bias), nn.ReLU(), nn.Linear(64, 1, bias=bias))
+    critic = critic[:2] if not bias else critic
+    real, fake, alpha = batch(dtype=torch.float32)
+    once = torch.autograd.grad(gradient_penalty(critic, real, fake, alpha=alpha), list(critic.parameters()))
+    thrice = torch.autograd.grad(3 * gradient_penalty(critic, real, fake, alpha=alpha), list(critic.parameters()))
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(b, 3 * a)

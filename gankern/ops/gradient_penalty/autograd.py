@@ -206,7 +206,9 @@ def _has_norm(critic: Critic) -> bool:
 def _gradient_like(param: Tensor, grad: Tensor | None) -> Tensor:
     if grad is None:
         return torch.zeros_like(param)
-    if grad.stride() == torch.empty_like(param, device="meta").stride() and grad.dtype == param.dtype:
+    dense = param.is_contiguous() or param.is_contiguous(memory_format=torch.channels_last)
+    strides = param.stride() if dense else torch.empty_like(param, device="meta").stride()
+    if grad.stride() == strides and grad.dtype == param.dtype:
         return grad
     return torch.empty_like(param).copy_(grad)
 
@@ -240,10 +242,16 @@ _penalty_op = _library.define(
 )
 
 
-def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or grad.device.type != "cpu" or factor.dtype != grad.dtype:
-        return grad * factor
-    return torch.mul(grad, factor, out=workspace.like(grad))
+def _times(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
+    if torch.compiler.is_compiling() or factor.device.type != "cpu":
+        return [g * factor for g in grads]
+    large = [g.numel() * g.element_size() >= workspace.SMALLEST and g.dtype == factor.dtype for g in grads]
+    small = [g for g, is_large in zip(grads, large, strict=True) if not is_large]
+    rest = iter(torch._foreach_mul(small, factor) if small else ())
+    return [
+        torch.mul(g, factor, out=workspace.like(g)) if is_large else next(rest)
+        for g, is_large in zip(grads, large, strict=True)
+    ]
 
 
 class _Penalty(torch.autograd.Function):
@@ -274,7 +282,7 @@ class _Penalty(torch.autograd.Function):
                 "gradient_penalty to differentiate them again"
             )
         grad_points, *grads = ctx.saved_tensors
-        rest = [_times(g, grad_loss) for g in grads]
+        rest = _times(grads, grad_loss)
         tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
         return (grad_points * grad_loss if ctx.want_points else None), None, None, None, None, *tensors
 
