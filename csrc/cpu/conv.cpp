@@ -1,5 +1,5 @@
 // Convolutions as matrix products whose left side is read where it lies: a pixel's taps are runs of values in the
-// padded channels_last image. A tile of pixels by channels stays in registers, weights stream from the nearest cache.
+// channels_last image. A tile of pixels by channels stays in registers, weights stream from the nearest cache.
 #include "gankern/conv.h"
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "transpose.h"
 #include "vec.h"
+#include "winograd.h"
 
 namespace gankern {
 namespace GANKERN_ISA {
@@ -26,15 +27,7 @@ void multiply(const float* image, const int64_t* pixels, const Run* run, const R
     for (; run != end; ++run) {
         const float* at[R];
         for (int r = 0; r < R; ++r) at[r] = image + pixels[r] + run->offset;
-        const float* w = weight + run->k * V * kLane;
-        for (int64_t k = 0; k < run->length; ++k, w += V * kLane) {
-            Vec<float> factor[V];
-            for (int v = 0; v < V; ++v) factor[v] = load(w + v * kLane);
-            for (int r = 0; r < R; ++r) {
-                Vec<float> x = splat(at[r][k]);
-                for (int v = 0; v < V; ++v) tile.sums[r][v] += x * factor[v];
-            }
-        }
+        tile.multiply(at, weight + run->k * V * kLane, run->length);
     }
     tile.add(before, before_row);
     tile.store(sums, kWidth);
@@ -86,7 +79,7 @@ class Packing {
     Packing(const ConvPlan& plan, const float* weight, float* packed) : p_(plan), weight_(weight), packed_(packed) {
         for (const Phase& phase : p_.phases)
             for (size_t t = 0; t < phase.taps.size(); ++t)
-                taps_.push_back({phase.taps[t].offset, &phase, static_cast<int64_t>(t)});
+                taps_.push_back({phase.taps[t], &phase, static_cast<int64_t>(t)});
         std::sort(taps_.begin(), taps_.end(), [](const Target& a, const Target& b) { return a.offset < b.offset; });
         for (size_t t = 0; t < taps_.size(); ++t)
             side_by_side_ = side_by_side_ && taps_[t].offset == taps_[0].offset + static_cast<int64_t>(t);

@@ -52,8 +52,7 @@ void cut_images(ConvPlan& p, int64_t pixels) {
 void number_taps(ConvPlan& p, const SeenByPhase& seen) {
     for (size_t f = 0; f < p.phases.size(); ++f) {
         Phase& phase = p.phases[f];
-        for (const Seen& s : seen[f])
-            phase.taps.push_back({s.tap[0], s.tap[1], s.tap[0] * p.weight_taps[0] + s.tap[1] * p.weight_taps[1]});
+        for (const Seen& s : seen[f]) phase.taps.push_back(s.tap[0] * p.weight_taps[0] + s.tap[1] * p.weight_taps[1]);
         phase.depth = static_cast<int64_t>(phase.taps.size()) * p.source[2];
         phase.packed = p.packed;
         p.packed += phase.depth * round_up(p.result[2], 16);

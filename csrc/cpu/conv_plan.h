@@ -11,11 +11,6 @@ namespace gankern {
 
 constexpr int64_t kConvBlock = 64;  // channels of the result whose sums are gathered at once
 
-// An element of the kernel, and its place in the weight of two channels.
-struct Tap {
-    int64_t i, j, offset;
-};
-
 // Values that lie side by side both in the images and in the packed weight.
 struct Run {
     int64_t offset;  // in the images, from the place of the result's pixel
@@ -35,13 +30,13 @@ struct Zone {
 struct Phase {
     int64_t origin[2];
     int64_t grid[2];
-    std::vector<Tap> taps;
+    std::vector<int64_t> taps;  // places in the weight of two channels
     std::vector<Zone> zones;
     int64_t depth;   // rows of the packed weight: by blocks of channels, by taps, by channels of the block
     int64_t packed;  // where in the packed weights its own begin
 };
 
-// A result image as a function of a source image that is padded on the way.
+// A result image as a function of a source image.
 struct ConvPlan {
     int64_t n;
     int64_t source[3], result[3];                          // height, width, channels

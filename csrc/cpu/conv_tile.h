@@ -53,6 +53,17 @@ struct Tile {
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) sums[r][v] = Vec<float>{};
     }
+    // Adds rows[r][k] * weight[k] over k.
+    GANKERN_INLINE void multiply(const float* const (&rows)[R], const float* weight, int64_t length) {
+        for (int64_t k = 0; k < length; ++k, weight += V * kLane) {
+            Vec<float> factor[V];
+            for (int v = 0; v < V; ++v) factor[v] = load(weight + v * kLane);
+            for (int r = 0; r < R; ++r) {
+                Vec<float> x = splat(rows[r][k]);
+                for (int v = 0; v < V; ++v) sums[r][v] += x * factor[v];
+            }
+        }
+    }
     GANKERN_INLINE void add(const float* from, int64_t row) {
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) sums[r][v] += GANKERN_ISA::load(from + r * row + v * kLane);
@@ -62,10 +73,6 @@ struct Tile {
             for (int v = 0; v < V; ++v) GANKERN_ISA::store(to + r * row + v * kLane, sums[r][v]);
     }
 };
-
-// 3x3 convolution of stride one, in conv_winograd.cpp.
-void winograd(const Winograd& plan, const float* source, const float* weight, const float* bias, float* result,
-              float* scratch);
 
 }  // namespace GANKERN_ISA
 }  // namespace gankern

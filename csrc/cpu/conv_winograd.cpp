@@ -43,15 +43,7 @@ void multiply(const float* input, const float* weight, int64_t channels, int64_t
         tile.clear();
         const float* at[rows.value];
         for (int r = 0; r < rows.value; ++r) at[r] = input + (first + r) * channels;
-        const float* w = weight;
-        for (int64_t c = 0; c < channels; ++c, w += W * kLane) {
-            V factor[W];
-            for (int v = 0; v < W; ++v) factor[v] = load(w + v * kLane);
-            for (int r = 0; r < rows.value; ++r) {
-                V x = splat(at[r][c]);
-                for (int v = 0; v < W; ++v) tile.sums[r][v] += x * factor[v];
-            }
-        }
+        tile.multiply(at, weight, channels);
         tile.store(sums + first * kWidth, kWidth);
     });
 }

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gankern._layout import memory_format
+from gankern._layout import like_layout
 from gankern.ops.conv_act.reference import (
     activate_backward,
     channels_last,
@@ -70,11 +70,6 @@ def input_grad_vjp(
         return grad
 
     return vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
-
-
-def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor in the memory order of another of the same shape."""
-    return tensor.contiguous(memory_format=memory_format(other))
 
 
 def add(first: Tensor, second: Tensor) -> Tensor:
