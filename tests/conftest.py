@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gankern import workspace
+from gankern.ops.gradient_penalty import autograd, small
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -30,6 +31,14 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
         monkeypatch.setattr(workspace, "_empty", _poisoned(workspace._empty))
         monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are small: kernels run in them all the same, but where the choice by size is tested."""
+    if request.node.get_closest_marker("by_size") is None:
+        monkeypatch.setattr(small, "is_small", lambda *args: False)
+        monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
 
 
 @pytest.fixture(params=[1, 2])

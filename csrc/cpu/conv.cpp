@@ -53,8 +53,8 @@ struct Places {
     std::vector<int64_t> from, to;
 };
 
-void place(const ConvPlan& p, const Phase& phase, const Zone& zone, int64_t image, int64_t images, int64_t row,
-           Places& places) {
+Places place(const ConvPlan& p, const Phase& phase, const Zone& zone, int64_t image, int64_t images, int64_t row) {
+    Places places;
     int64_t top = std::max(zone.begin[0], row), bottom = std::min(zone.end[0], row + p.rows);
     int64_t width = zone.end[1] - zone.begin[1], count = images * std::max<int64_t>(bottom - top, 0) * width;
     places.from.resize(count);
@@ -70,6 +70,7 @@ void place(const ConvPlan& p, const Phase& phase, const Zone& zone, int64_t imag
                 to[x] = (at + x * p.result_step[1]) * p.result[2];
             }
         }
+    return places;
 }
 
 // The weight as convolve() reads it: [block of the result's channels][row][channels of the block], one phase after the
@@ -160,28 +161,32 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
         int64_t piece = task / shares, share = task % shares;
         int64_t image = piece / bands * p.images, row = piece % bands * p.rows;
         int64_t images = std::min(p.images, p.n - image);
-        Places places;
+        std::vector<Places> places;
         for (const Phase& phase : p.phases)
-            for (const Zone& zone : phase.zones) {
-                place(p, phase, zone, image, images, row, places);
-                auto count = static_cast<int64_t>(places.to.size());
-                for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
-                    int64_t first = b * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
-                    float offset[kWidth] = {};
-                    if (bias) std::copy_n(bias + first, lanes, offset);
+            for (const Zone& zone : phase.zones) places.push_back(place(p, phase, zone, image, images, row));
+        // All zones before the next block: its weights stay in the second cache.
+        for (int64_t b = blocks * share / shares; b < blocks * (share + 1) / shares; ++b) {
+            int64_t first = b * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
+            float offset[kWidth] = {};
+            if (bias) std::copy_n(bias + first, lanes, offset);
+            auto at = places.begin();
+            for (const Phase& phase : p.phases)
+                for (const Zone& zone : phase.zones) {
+                    const Places& pixels = *at++;
+                    auto count = static_cast<int64_t>(pixels.to.size());
                     const float* w = packed + phase.packed + first * phase.depth;
                     // No taps, no chunks: pixels that no output saw.
                     for (int64_t i = 0; i < count && zone.chunks.size() < 2; ++i)
                         std::copy_n(offset, kWidth, sums + i * kWidth);
                     with_constant<kVectors>(static_cast<int>((lanes + kLane - 1) / kLane), [&](auto v) {
-                        multiply_all<v.value>(source, places.from.data(), count, zone, w, offset, sums);
+                        multiply_all<v.value>(source, pixels.from.data(), count, zone, w, offset, sums);
                     });
                     for (int64_t i = 0; i < count; ++i)
                         for_each_vec<float>(lanes, [&](int64_t l, int part) {
-                            store(result + places.to[i] + first + l, part, load(sums + i * kWidth + l));
+                            store(result + pixels.to[i] + first + l, part, load(sums + i * kWidth + l));
                         });
                 }
-            }
+        }
     });
 }
 

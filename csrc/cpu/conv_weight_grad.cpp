@@ -34,15 +34,18 @@ struct Pairs {
     }
 };
 
+// Pixels that are gone through at once: their gradients and one block of their images fit in the nearest cache.
+constexpr int64_t kPixelChunk = 96;
+
 // sums[row of R][V vectors] += left[pixel][row] * right[pixel] over pixels, which are added up for themselves: over all
 // images rounding errors would pile up. The last of the vectors may be a part.
 template <int R, int V>
-void correlate(const float* left, const float* right, const Pairs& pairs, int64_t begin, int64_t end, int part,
-               float* sums, bool first) {
+void correlate(const float* left, const int64_t* left_at, const float* right, const int64_t* right_at, int64_t count,
+               int part, float* sums, bool first) {
     Tile<R, V> tile;
     tile.clear();
-    for (int64_t p = begin; p < end; ++p) {
-        const float *x = left + pairs.left[p], *y = right + pairs.right[p];
+    for (int64_t p = 0; p < count; ++p) {
+        const float *x = left + left_at[p], *y = right + right_at[p];
         Vec<float> factor[V];
         for (int v = 0; v + 1 < V; ++v) factor[v] = load(y + v * kLane);
         factor[V - 1] = load(y + (V - 1) * kLane, part, 0.0f);
@@ -55,19 +58,43 @@ void correlate(const float* left, const float* right, const Pairs& pairs, int64_
     tile.store(sums, kWidth);
 }
 
-// Pixels that are gone through at once: their gradients and one block of their images fit in the nearest cache.
-constexpr int64_t kPixelChunk = 96;
+// A block of channels of some pixels, side by side: in an image, whose rows are as long as powers of two, they would
+// drive each other out of the nearest cache.
+template <int V>
+struct Gathered {
+    alignas(64) float values[kPixelChunk * V * kLane];
+    int64_t at[kPixelChunk];
+
+    void gather(const float* from, const int64_t* places, int64_t count, int part) {
+        for (int64_t p = 0; p < count; ++p) {
+            const float* pixel = from + places[p];
+            float* to = values + p * V * kLane;
+            at[p] = p * V * kLane;
+            for (int v = 0; v + 1 < V; ++v) store(to + v * kLane, load(pixel + v * kLane));
+            store(to + (V - 1) * kLane, load(pixel + (V - 1) * kLane, part, 0.0f));
+        }
+    }
+};
 
 // A block of the right side's channels, for the left side's [begin, end).
 template <int V>
 void correlate_all(const float* left, const float* right, const Pairs& pairs, int64_t begin, int64_t end, int part,
                    float* sums, bool first) {
     auto count = static_cast<int64_t>(pairs.left.size());
+    bool often = end - begin > 2 * kRows<V>;
+    Gathered<V> gathered;
     // Also where there are no pixels: the sums are then zero.
     for (int64_t at = 0; at == 0 || at < count; at += kPixelChunk, first = false) {
-        int64_t stop = std::min(at + kPixelChunk, count);
+        int64_t pixels = std::min(kPixelChunk, count - at);
+        const int64_t *left_at = pairs.left.data() + at, *right_at = pairs.right.data() + at;
+        if (often) gathered.gather(right, right_at, pixels, part);
         for_each_tile<kRows<V>>(begin, end, [&](int64_t k, auto rows) {
-            correlate<rows.value, V>(left + k, right, pairs, at, stop, part, sums + k * kWidth, first);
+            float* tile_sums = sums + k * kWidth;
+            if (often)
+                correlate<rows.value, V>(left + k, left_at, gathered.values, gathered.at, pixels, kLane, tile_sums,
+                                         first);
+            else
+                correlate<rows.value, V>(left + k, left_at, right, right_at, pixels, part, tile_sums, first);
         });
     }
 }

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gankern import backends
 from gankern.ops import _check
-from gankern.ops.gradient_penalty import autograd
+from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.gradient_penalty.autograd import Critic
 from gankern.ops.gradient_penalty.explain import PenaltyExplanation, explain_penalty
 
@@ -98,6 +98,10 @@ def gradient_penalty(
     Buffers that a critic writes in its forward (spectral norm's vectors, batch norm's statistics) are not right where
     torch.compile holds the critic's own calls and the penalty in one graph: leave the penalty outside.
 
+    Where critic and batch are so small that calls from Python cost more than the arithmetic (a perceptron of points,
+    a residual critic of one or two small images), stock autograd runs the critic and its graph lives until the backward
+    pass; the values, zeros and errors are the same. ``gankern.backend("cpu")`` asks for the kernels at any size.
+
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
     gradient. See :mod:`gankern.ops.critic_layers`. ``gankern.explain(gankern.gradient_penalty, critic, real, fake)``
@@ -128,9 +132,10 @@ def penalty_points(real: Tensor, fake: Tensor, alpha: Tensor | None, generator: 
     _check.same_shape("fake", fake, "real", real)
     _check.same_device("fake", fake, "real", real)
     _check.generator("generator", generator)
-    # Under autocast the fake comes in a half type; as in stock arithmetic, the wider type wins.
-    wider = torch.promote_types(real.dtype, fake.dtype)
-    real, fake = real.to(wider), fake.to(wider)
+    if real.dtype != fake.dtype:
+        # Under autocast the fake comes in a half type; as in stock arithmetic, the wider type wins.
+        wider = torch.promote_types(real.dtype, fake.dtype)
+        real, fake = real.to(wider), fake.to(wider)
     n = real.size(0)
     if alpha is None:
         dtype = torch.float64 if real.dtype == torch.float64 else torch.float32
@@ -184,26 +189,28 @@ def penalty_at(
     _check.boolean("create_graph", create_graph)
     wrapper = critic
     critic = autograd.inner_module(critic)
-    found = _trainable(critic, params)
+    found = trainable(critic, params)
     if create_graph:
         loss = autograd.differentiable_penalty(
             critic, points, inputs, critic_kwargs, weight=weight, target=target, one_sided=one_sided, squared=squared
         )
+        _expect_gradients(wrapper, loss)
+        return loss
+    options = (float(weight), float(target), one_sided, squared)
+    if isinstance(critic, nn.Module) and params is None:
+        _warn_of_batch_norm(critic)
+        if small.is_small(wrapper, points, found):
+            return small.penalty(critic, found, points, lambda x: critic(x, *inputs, **critic_kwargs), options)
+    tensors, template = autograd.split((inputs, critic_kwargs))
+    handled: AbstractContextManager[int]
+    if not isinstance(critic, nn.Module) or params is not None:
+        handled = autograd.callable_handle(critic, found, template)
+    elif inputs or critic_kwargs:
+        handled = autograd.call_handle(critic, template)
     else:
-        options = (float(weight), float(target), one_sided, squared)
-        tensors, template = autograd.split((inputs, critic_kwargs))
-        handled: AbstractContextManager[int]
-        if params is not None:
-            handled = autograd.callable_handle(critic, found, template)
-        else:
-            assert isinstance(critic, nn.Module)
-            _warn_of_batch_norm(critic)
-            if inputs or critic_kwargs:
-                handled = autograd.call_handle(critic, template)
-            else:
-                handled = nullcontext(autograd.module_handle(critic))
-        with handled as handle:
-            loss = autograd.penalty(handle, found, tensors, points, *options)
+        handled = nullcontext(autograd.module_handle(critic))
+    with handled as handle:
+        loss = autograd.penalty(handle, found, tensors, points, *options)
     _expect_gradients(wrapper, loss)
     return loss
 
@@ -227,14 +234,14 @@ def _expect_gradients(critic: Critic, loss: Tensor) -> None:
         critic.reducer.prepare_for_backward([loss])
 
 
-def _trainable(critic: Critic, params: Iterable[Tensor] | None) -> list[Tensor]:
+def trainable(critic: Critic, params: Iterable[Tensor] | None) -> list[Tensor]:
     if params is None:
         if not isinstance(critic, nn.Module):
             raise ValueError(
                 f"params must be given for a critic that is not an nn.Module; got None for {type(critic).__name__}"
             )
-        params = critic.parameters()
-    elif isinstance(params, Tensor) or not isinstance(params, Iterable):
+        return [p for p in critic.parameters() if p.requires_grad]
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of Tensors; got {type(params).__name__}")
     params = list(params)
     for p in params:

@@ -148,6 +148,25 @@ def _recording() -> Iterator[None]:
         yield
 
 
+def check_scores(scores: Any) -> None:
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"critic must return a Tensor; got {type(scores).__name__}")
+
+
+def check_input_gradient(grad: Tensor | None) -> None:
+    if grad is None:
+        raise ValueError("critic must depend on its input; its output does not")
+
+
+def first_order_only() -> None:
+    """Refuse, in a backward pass, to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the penalty's graph is first order: its gradients are already computed. Pass create_graph=True to "
+            "gradient_penalty to differentiate them again"
+        )
+
+
 def _penalty(
     points: Tensor,
     params: Sequence[Tensor],
@@ -176,15 +195,13 @@ def _penalty(
         scope = Scope(None if want_points else x, not _has_norm(critic), turns)
         with CriticLayers(scope), mixed:
             scores = critic(x, *args, **kwargs)
-        if not isinstance(scores, Tensor):
-            raise TypeError(f"critic must return a Tensor; got {type(scores).__name__}")
+        check_scores(scores)
         wanted = [*params, *(t for t in inputs if t.requires_grad), *([x] if want_points else [])]
         with scope.input_gradient():
             (grad,) = torch.autograd.grad(
                 scores, x, torch.ones_like(scores), create_graph=bool(wanted), allow_unused=True
             )
-        if grad is None:
-            raise ValueError("critic must depend on its input; its output does not")
+        check_input_gradient(grad)
         loss, cotangent = adapter.tail(grad.detach(), weight, target, one_sided, squared)
         found = (
             torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
@@ -276,11 +293,7 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the penalty's graph is first order: its gradients are already computed. Pass create_graph=True to "
-                "gradient_penalty to differentiate them again"
-            )
+        first_order_only()
         grad_points, *grads = ctx.saved_tensors
         rest = _times(grads, grad_loss)
         tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
@@ -346,6 +359,26 @@ _interpolate_op = _library.define(
 )
 
 
+def torch_may_run(points: Tensor) -> bool:
+    """Whether torch's own functions may be taken where they are faster: they compute the same and nothing is traced.
+
+    In bfloat16 they do not: the second derivative of torch's convolution is wrong for a broadcast gradient.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and points.device.type == "cpu"
+        and points.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and backends.requested() == "auto"
+    )
+
+
+# Up to so many values torch's arithmetic, of the same bits, is done before a kernel of ours is called.
+_FEW_VALUES = 1 << 14
+
+
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """``alpha * real + (1 - alpha) * fake`` with one alpha a sample, shape (N,)."""
+    if real.numel() <= _FEW_VALUES and torch_may_run(real):
+        return reference.interpolate(real, fake, alpha)
     return _Interpolate.apply(real, fake, alpha)

@@ -71,18 +71,24 @@ class PenaltyExplanation(Explanation):
         Why each function of `stock` is there.
     linear : dict of str to int
         Those that stock autograd runs and that are linear in the activations: shapes, sums, means. Nothing is lost.
+    small : bool
+        Whether critic and batch are so small that stock autograd runs all of it, as the faster one.
     """
 
     taken: dict[str, int] = field(default_factory=dict)
     stock: dict[str, int] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     linear: dict[str, int] = field(default_factory=dict)
+    small: bool = False
 
     def __str__(self) -> str:
         def listed(calls: dict[str, int]) -> str:
             return ", ".join(f"{name} {n}" for name, n in calls.items()) or "nothing"
 
-        lines = [super().__str__(), f"critic, by gankern's layers: {listed(self.taken)}"]
+        lines = [super().__str__()]
+        if self.small:
+            lines.append("small: stock autograd is faster and runs all of the critic; of larger ones:")
+        lines += [f"critic, by gankern's layers: {listed(self.taken)}"]
         if self.linear:
             lines.append(f"critic, linear and left as it is: {listed(self.linear)}")
         lines.append("critic, by stock autograd:" + ("" if self.stock else " nothing"))
@@ -145,7 +151,7 @@ def explain_penalty(found: Explanation, *args: Any, **kwargs: Any) -> Explanatio
     their gradients, its modules' buffers and plain attributes and torch's random state stay as they are; its hooks are
     called. A ``torch.autograd.Function`` of the critic's own is not seen.
     """
-    from gankern.ops.gradient_penalty import check_points, gradient_penalty
+    from gankern.ops.gradient_penalty import check_points, gradient_penalty, small, trainable
 
     names = ("critic", "real", "fake")
     if not (args and callable(args[0]) and not isinstance(args[0], Tensor)) and "critic" not in kwargs:
@@ -156,6 +162,9 @@ def explain_penalty(found: Explanation, *args: Any, **kwargs: Any) -> Explanatio
     check_points("real", real)
     check_points("fake", fake)
     _check.same_shape("fake", fake, "real", real)
+    whole = isinstance(critic, nn.Module) and call.get("params") is None
+    with torch.enable_grad():
+        is_small = whole and small.is_small(critic, real, trainable(critic, None))
     # As the penalty does; and DistributedDataParallel would wait for a backward pass.
     critic = inner_module(critic)
     if not inputs and not critic_kwargs:
@@ -167,6 +176,5 @@ def explain_penalty(found: Explanation, *args: Any, **kwargs: Any) -> Explanatio
         with layers:
             critic(points, *inputs, **critic_kwargs)
     why = {name: "; ".join(reasons) for name, reasons in layers.why.items()}
-    return PenaltyExplanation(
-        found.op, found.chosen, found.refused, dict(layers.taken), dict(layers.stock), why, dict(layers.linear)
-    )
+    calls = dict(layers.taken), dict(layers.stock), why, dict(layers.linear)
+    return PenaltyExplanation(found.op, found.chosen, found.refused, *calls, is_small)
