@@ -162,22 +162,26 @@ void bind_conv(py::module_& m) {
              "sum_block"_a, "threads"_a);
     m.def(
         "conv_forward",
-        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output) {
+        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output, int activation,
+           float negative_slope) {
             Lease scratch(conv_forward_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
+            ConvFinish finish{static_cast<Activation>(activation), negative_slope, nullptr};
             kernels().conv_forward(
-                {shape, floats(input), floats(weight), floats(bias), floats(output), scratch.floats()});
+                {shape, finish, floats(input), floats(weight), floats(bias), floats(output), scratch.floats()});
         },
-        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a);
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "activation"_a, "negative_slope"_a);
     m.def(
         "conv_input_grad",
-        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input) {
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input, uintptr_t activated,
+           int activation, float negative_slope) {
             Lease scratch(conv_input_grad_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
+            ConvFinish finish{static_cast<Activation>(activation), negative_slope, floats(activated)};
             kernels().conv_input_grad(
-                {shape, floats(grad_output), floats(weight), floats(grad_input), scratch.floats()});
+                {shape, finish, floats(grad_output), floats(weight), floats(grad_input), scratch.floats()});
         },
-        "shape"_a, "grad_output"_a, "weight"_a, "grad_input"_a);
+        "shape"_a, "grad_output"_a, "weight"_a, "grad_input"_a, "activated"_a, "activation"_a, "negative_slope"_a);
     m.def(
         "conv_weight_grad",
         [](const ConvShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t grad_weight) {

@@ -3,6 +3,7 @@
 // passes over one channel before it takes the next, so that the second pass reads from cache.
 #include "gankern/batch_norm_act.h"
 
+#include "activation.h"
 #include "gankern/parallel.h"
 #include "kernels.h"
 #include "vec.h"
@@ -13,25 +14,6 @@ namespace {
 
 constexpr int64_t kMinChannels = 16;  // from here on, channels alone keep the threads busy
 constexpr int64_t kBlock = 32;        // vectors added up in the storage type's arithmetic before double takes over
-
-template <class A, Activation act>
-GANKERN_INLINE Vec<A> activate(Vec<A> z, A slope) {
-    if constexpr (act == Activation::kRelu) return (z < 0) ? Vec<A>{} : z;  // a NaN stays
-    if constexpr (act == Activation::kLeakyRelu) return (z > 0) ? z : z * slope;
-    if constexpr (act == Activation::kTanh) return tanh(z);
-    return z;
-}
-
-template <class A, Activation act>
-GANKERN_INLINE Vec<A> activation_grad(Vec<A> z, Vec<A> grad, A slope) {
-    if constexpr (act == Activation::kRelu) return (z > 0) ? grad : Vec<A>{};
-    if constexpr (act == Activation::kLeakyRelu) return (z > 0) ? grad : grad * slope;
-    if constexpr (act == Activation::kTanh) {
-        Vec<A> y = tanh(z);
-        return grad * (1 - y * y);
-    }
-    return grad;
-}
 
 // The affine map of one channel, or of a vector of channels: z = (x - mean) * scale + bias.
 template <class V>

@@ -147,8 +147,8 @@ class Packing {
     const float* end_;
 };
 
-void convolve(const ConvPlan& p, const float* source, const float* weight, const float* bias, float* result,
-              float* scratch) {
+void convolve(const ConvPlan& p, const float* source, const float* weight, const float* bias, const ConvFinish& finish,
+              float* result, float* scratch) {
     if (p.n == 0) return;
     float* packed = scratch;
     Packing(p, weight, packed).run();
@@ -181,10 +181,13 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
                     with_constant<kVectors>(static_cast<int>((lanes + kLane - 1) / kLane), [&](auto v) {
                         multiply_all<v.value>(source, pixels.from.data(), count, zone, w, offset, sums);
                     });
-                    for (int64_t i = 0; i < count; ++i)
-                        for_each_vec<float>(lanes, [&](int64_t l, int part) {
-                            store(result + pixels.to[i] + first + l, part, load(sums + i * kWidth + l));
-                        });
+                    with_activation(finish.activation, [&](auto act) {
+                        for (int64_t i = 0; i < count; ++i)
+                            for_each_vec<float>(lanes, [&](int64_t l, int part) {
+                                int64_t to = pixels.to[i] + first + l;
+                                store(result + to, part, finished<act>(finish, load(sums + i * kWidth + l), to, part));
+                            });
+                    });
                 }
         }
     });
@@ -194,14 +197,15 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
 
 void conv_forward(const ConvForward& a) {
     if (is_winograd(a.shape))
-        return winograd(winograd_forward(a.shape), a.input, a.weight, a.bias, a.output, a.scratch);
-    convolve(plan_forward(a.shape), a.input, a.weight, a.bias, a.output, a.scratch);
+        return winograd(winograd_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch);
+    convolve(plan_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch);
 }
 
 void conv_input_grad(const ConvInputGrad& a) {
     if (is_winograd(a.shape))
-        return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.grad_input, a.scratch);
-    convolve(plan_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.grad_input, a.scratch);
+        return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.finish, a.grad_input,
+                        a.scratch);
+    convolve(plan_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.finish, a.grad_input, a.scratch);
 }
 
 }  // namespace GANKERN_ISA

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "activation.h"
 #include "conv_plan.h"
 #include "vec.h"
 
@@ -43,6 +44,14 @@ GANKERN_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
         with_constant<R>(rows, [&](auto constant) { f(at, constant); });
         at += rows;
     }
+}
+
+// What ConvFinish makes of values of the result at the place `at`.
+template <Activation act>
+GANKERN_INLINE Vec<float> finished(const ConvFinish& finish, Vec<float> values, int64_t at, int part) {
+    if (!finish.activated) return activate<float, act>(values, finish.negative_slope);
+    return activation_grad_by_output<float, act>(load(finish.activated + at, part, 0.0f), values,
+                                                 finish.negative_slope);
 }
 
 template <int R, int V>

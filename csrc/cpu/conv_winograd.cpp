@@ -50,8 +50,8 @@ void multiply(const float* input, const float* weight, int64_t channels, int64_t
 
 }  // namespace
 
-void winograd(const Winograd& p, const float* source, const float* weight, const float* bias, float* result,
-              float* scratch) {
+void winograd(const Winograd& p, const float* source, const float* weight, const float* bias, const ConvFinish& finish,
+              float* result, float* scratch) {
     int64_t channels = p.source[2], outputs = p.result[2], blocks = (outputs + kWidth - 1) / kWidth;
     // weights[product][block of channels of the result][channel of the source][channel of the block]
     float* weights = scratch;
@@ -87,28 +87,31 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
                                             weights + i * per_product + first * channels, channels, tiles,
                                             sums + i * kWinogradTiles * kWidth);
                 });
-            for (int64_t t = 0; t < tiles; ++t) {
-                auto [n, y, x] = tiles_of.place(begin + t);
-                for (int64_t c = 0; c < width; c += kLane) {
-                    // A^T m A.
-                    V rows[2][4];
-                    for (int64_t j = 0; j < 4; ++j) {
-                        auto m = [&](int64_t i) {
-                            return load(sums + ((4 * i + j) * kWinogradTiles + t) * kWidth + c);
-                        };
-                        V m1 = m(1), m2 = m(2);
-                        rows[0][j] = m(0) + m1 + m2;
-                        rows[1][j] = m1 - m2 - m(3);
-                    }
-                    V offset = bias ? load(bias + first + c) : V{};
-                    for (int64_t i = 0; i < 2 && y + i < p.result[0]; ++i) {
-                        V* r = rows[i];
-                        float* to = result + ((n * p.result[0] + y + i) * p.result[1] + x) * outputs + first + c;
-                        store(to, r[0] + r[1] + r[2] + offset);
-                        if (x + 1 < p.result[1]) store(to + outputs, r[1] - r[2] - r[3] + offset);
+            with_activation(finish.activation, [&](auto act) {
+                auto put = [&](int64_t at, V values) { store(result + at, finished<act>(finish, values, at, kLane)); };
+                for (int64_t t = 0; t < tiles; ++t) {
+                    auto [n, y, x] = tiles_of.place(begin + t);
+                    for (int64_t c = 0; c < width; c += kLane) {
+                        // A^T m A.
+                        V rows[2][4];
+                        for (int64_t j = 0; j < 4; ++j) {
+                            auto m = [&](int64_t i) {
+                                return load(sums + ((4 * i + j) * kWinogradTiles + t) * kWidth + c);
+                            };
+                            V m1 = m(1), m2 = m(2);
+                            rows[0][j] = m(0) + m1 + m2;
+                            rows[1][j] = m1 - m2 - m(3);
+                        }
+                        V offset = bias ? load(bias + first + c) : V{};
+                        for (int64_t i = 0; i < 2 && y + i < p.result[0]; ++i) {
+                            V* r = rows[i];
+                            int64_t to = ((n * p.result[0] + y + i) * p.result[1] + x) * outputs + first + c;
+                            put(to, r[0] + r[1] + r[2] + offset);
+                            if (x + 1 < p.result[1]) put(to + outputs, r[1] - r[2] - r[3] + offset);
+                        }
                     }
                 }
-            }
+            });
         }
     });
 }

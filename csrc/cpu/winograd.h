@@ -56,8 +56,8 @@ GANKERN_INLINE void transform_input(const float* const (&at)[16], int64_t c, V (
 }
 
 // 3x3 convolution of stride one, in conv_winograd.cpp.
-void winograd(const Winograd& plan, const float* source, const float* weight, const float* bias, float* result,
-              float* scratch);
+void winograd(const Winograd& plan, const float* source, const float* weight, const float* bias,
+              const ConvFinish& finish, float* result, float* scratch);
 
 }  // namespace GANKERN_ISA
 }  // namespace gankern

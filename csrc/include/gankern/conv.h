@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "gankern/types.h"
+
 namespace gankern {
 
 // output[n, oy, ox, k] = sum over taps (i, j) and channels c of input[n, y, x, c] * weight[k, c, i, j] with
@@ -18,8 +20,16 @@ struct ConvShape {
     int threads;
 };
 
+// What becomes of a result's values before they are stored: an activation, or the product with its derivative.
+struct ConvFinish {
+    Activation activation;
+    float negative_slope;
+    const float* activated;  // null, or an activation's output, shaped as the result: where the derivative is taken
+};
+
 struct ConvForward {
     ConvShape shape;
+    ConvFinish finish;
     const float* input;   // [n, height, width, channels]
     const float* weight;  // by weight_strides
     const float* bias;    // [out_channels] or null
@@ -29,6 +39,7 @@ struct ConvForward {
 
 struct ConvInputGrad {
     ConvShape shape;
+    ConvFinish finish;
     const float* grad_output;  // [n, out_height, out_width, out_channels]
     const float* weight;
     float* grad_input;  // [n, height, width, channels]

@@ -32,8 +32,8 @@ def _forward(
 ) -> Tensor:
     # There are no bits of stock's to keep in channels_last, where it sums up in an order of its own.
     conv = cpu.conv_as_stock if memory_format(weight) == torch.contiguous_format else cpu.conv
-    output = conv(input, weight, bias, _options(stride, padding, dilation))
-    return cpu.channels_last(cpu.activate_(output, activation, negative_slope))
+    output = conv(input, weight, bias, _options(stride, padding, dilation), activation, negative_slope)
+    return cpu.channels_last(output)
 
 
 def _forward_fake(

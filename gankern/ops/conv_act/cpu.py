@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _native, workspace
-from gankern._layout import dense, memory_format
-from gankern._native import DTYPES, address, kernels, span
+from gankern._layout import dense, like_layout, memory_format
+from gankern._native import ACTIVATIONS, DTYPES, address, kernels, span
 from gankern.ops.conv_act import reference
 from gankern.ops.conv_act.reference import ConvOptions
 
@@ -102,17 +102,33 @@ def channels_last(tensor: Tensor) -> Tensor:
     return workspace.empty_like(tensor, torch.channels_last).copy_(tensor)
 
 
-def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
     if not _ours(input, weight, bias, options):
-        return reference.conv(channels_last(input), channels_last(weight), bias, options)
-    return _conv(input, weight, bias, options, 0)
+        output = reference.conv(channels_last(input), channels_last(weight), bias, options)
+        return activate_(output, activation, negative_slope)
+    return _conv(input, weight, bias, options, 0, activation, negative_slope)
 
 
-def conv_as_stock(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
+def conv_as_stock(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
     """The convolution with the bits of torch's of contiguous images."""
     if _ours(input, weight, bias, options) and _sums_in_blocks(input, weight, bias, options):
-        return _conv(input, weight, bias, options, _SUM_BLOCK)
-    return reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
+        return _conv(input, weight, bias, options, _SUM_BLOCK, activation, negative_slope)
+    output = reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
+    return activate_(output, activation, negative_slope)
 
 
 def _sums_in_blocks(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> bool:
@@ -138,30 +154,54 @@ def _is_mkldnn(
     return chosen == torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
 
 
-def _conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int) -> Tensor:
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
+    sum_block: int,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
     input = channels_last(input)
     output = workspace.empty(reference.conv_shape(input.shape, weight.shape, options), input.dtype, torch.channels_last)
     shape = _shape_of(input, output, weight, options, sum_block)
     bias = None if bias is None else bias.contiguous()
+    # torch's tanh, since that is what its users compare with.
+    fused = "none" if activation == "tanh" else activation
     addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
     with span("gankern::conv"):
-        kernels.conv_forward(shape, *addresses)
-    return output
+        kernels.conv_forward(shape, *addresses, ACTIVATIONS[fused], negative_slope)
+    return output if fused == activation else activate_(output, activation, negative_slope)
 
 
-def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
-    """Gradient of the input, of which only the shape and dtype are used."""
+def conv_input_grad(
+    grad_output: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    options: ConvOptions,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """Gradient of what an activation made the input of; without one, of the input, only whose shape and dtype count."""
     if not _ours(input, weight, None, options):
-        return reference.conv_input_grad(grad_output, channels_last(weight), input, options)
+        grad_input = reference.conv_input_grad(grad_output, channels_last(weight), input, options)
+        return _activate_backward(grad_input, input, activation, negative_slope)
     grad_output = channels_last(grad_output)
     if input.size(1) <= _STEM:
-        return _stem_input_grad(grad_output, channels_last(weight), input, options)
+        grad_input = _stem_input_grad(grad_output, channels_last(weight), input, options)
+        return _activate_backward(grad_input, input, activation, negative_slope)
     shape = _shape_of(input, grad_output, weight, options)
+    activated = None if activation == "none" else channels_last(input)
     grad_input = workspace.empty_like(input, torch.channels_last)
-    addresses = grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr()
+    addresses = grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(), address(activated)
     with span("gankern::conv_input_grad"):
-        kernels.conv_input_grad(shape, *addresses)
+        kernels.conv_input_grad(shape, *addresses, ACTIVATIONS[activation], negative_slope)
     return grad_input
+
+
+def _activate_backward(grad_output: Tensor, output: Tensor, activation: str, negative_slope: float) -> Tensor:
+    return activate_backward(grad_output, like_layout(output, grad_output), activation, negative_slope)
 
 
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:

@@ -62,8 +62,15 @@ def conv_shape(input: Sequence[int], weight: Sequence[int], options: ConvOptions
     return [input[0], weight[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
 
 
-def conv(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> Tensor:
-    return torch.ops.aten.convolution.default(input, weight, bias, *options)
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: ConvOptions,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    return activate(torch.ops.aten.convolution.default(input, weight, bias, *options), activation, negative_slope)
 
 
 conv_as_stock = conv
@@ -75,9 +82,17 @@ def _conv_backward(
     return torch.ops.aten.convolution_backward.default(grad_output, input, weight, None, *options, mask)
 
 
-def conv_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
-    """Gradient of the input, of which only the shape, dtype and layout are used."""
-    return _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+def conv_input_grad(
+    grad_output: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    options: ConvOptions,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """Gradient of what an activation made the input of; without one, of the input, only whose shape and dtype count."""
+    grad_input = _conv_backward(grad_output, input, weight, options, [True, False, False])[0]
+    return activate_backward(grad_input, input, activation, negative_slope)
 
 
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:

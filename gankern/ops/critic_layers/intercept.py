@@ -18,7 +18,7 @@ from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.fork import Forks, add
 from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
 from gankern.ops.critic_layers.layer_norm import layer_norm
-from gankern.ops.critic_layers.linear import Conv, Linear
+from gankern.ops.critic_layers.linear import Act, Conv, Linear
 from gankern.ops.critic_layers.options import ints
 from gankern.ops.critic_layers.pooling import adaptive_avg_pool, avg_pool
 from gankern.ops.critic_layers.scope import Scope
@@ -33,6 +33,18 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
 
 
+def _convolve(
+    scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, after: Act | None = None
+) -> Tensor:
+    first = input is scope.points
+    values, weight, bias = _autocast(input, weight, bias)
+    found = scope.activated.find(values)
+    if found is None:
+        return Conv.apply(values, weight, bias, options, scope, first, None, after)
+    edge, negative_slope = found
+    return Conv.apply(edge, weight, bias, options, scope, first, (values.detach(), Act(negative_slope)), after)
+
+
 def _conv(dims: int) -> Callable[..., Tensor]:
     def conv(
         scope: Scope,
@@ -43,14 +55,14 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         padding: Any = 0,
         dilation: Any = 1,
         groups: int = 1,
+        *,
+        after: Act | None = None,
     ) -> Any:
         if isinstance(padding, str) or input.dim() != dims + 2:
             return NotImplemented
         zeros = (0,) * dims
         options = ConvOptions(ints(stride, dims), ints(padding, dims), ints(dilation, dims), False, zeros, groups)
-        first = input is scope.points
-        given = _autocast(input, weight, bias)
-        return Conv.apply(*given, options, scope, first)
+        return _convolve(scope, input, weight, bias, options, after)
 
     return conv
 
@@ -71,9 +83,7 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
             return NotImplemented
         pads = ints(padding, dims), ints(dilation, dims)
         options = ConvOptions(ints(stride, dims), *pads, True, ints(output_padding, dims), groups)
-        first = input is scope.points
-        given = _autocast(input, weight, bias)
-        return Conv.apply(*given, options, scope, first)
+        return _convolve(scope, input, weight, bias, options)
 
     return conv_transpose
 
@@ -84,16 +94,23 @@ def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None = N
     return Linear.apply(*_autocast(input, weight, bias), scope)
 
 
-def _relu(scope: Scope, input: Tensor, inplace: bool = False) -> Tensor:
-    return LeakyRelu.apply(input, 0.0, inplace)
+def _activate(scope: Scope, input: Tensor, negative_slope: float, inplace: bool, applied: bool = False) -> Any:
+    output, edge = LeakyRelu.apply(input, negative_slope, inplace, applied)
+    if scope.fuses:
+        scope.activated.note(output, edge, negative_slope)
+    return output
 
 
-def _relu_(scope: Scope, input: Tensor) -> Tensor:
-    return LeakyRelu.apply(input, 0.0, True)
+def _relu(scope: Scope, input: Tensor, inplace: bool = False) -> Any:
+    return _activate(scope, input, 0.0, inplace)
+
+
+def _relu_(scope: Scope, input: Tensor) -> Any:
+    return _activate(scope, input, 0.0, True)
 
 
 def _leaky_relu(scope: Scope, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
-    return LeakyRelu.apply(input, negative_slope, inplace) if negative_slope >= 0 else NotImplemented
+    return _activate(scope, input, negative_slope, inplace) if negative_slope >= 0 else NotImplemented
 
 
 def _leaky_relu_(scope: Scope, input: Tensor, negative_slope: float = 0.01) -> Any:
@@ -114,10 +131,12 @@ def _conv2d_act(
     **options: Any,
 ) -> Any:
     """What ``fuse`` made of a convolution and an activation."""
-    output = _conv2d(scope, input, weight, bias, **options)
-    if output is NotImplemented or activation not in ("relu", "leaky_relu") or negative_slope < 0:
+    if activation not in ("relu", "leaky_relu") or negative_slope < 0:
+        output = _conv2d(scope, input, weight, bias, **options)
         return output if output is NotImplemented else activate(output, activation, negative_slope)
-    return LeakyRelu.apply(output, negative_slope if activation == "leaky_relu" else 0.0, True)
+    after = Act(negative_slope if activation == "leaky_relu" else 0.0)
+    output = _conv2d(scope, input, weight, bias, **options, after=after)
+    return output if output is NotImplemented else _activate(scope, output, after.negative_slope, True, applied=True)
 
 
 _TAKEN: dict[Any, Callable[..., Any]] = {
@@ -152,6 +171,8 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool3d: adaptive_avg_pool(3),
 }
 
+
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, conv2d_act}
 
 # Functions that do the same in any order of memory, beside those above, by name: they compute element by element, move
 # whole elements or none.
@@ -210,7 +231,7 @@ class CriticLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         replacement = _TAKEN.get(func)
         if replacement is not None:
-            if not _in_place(func, args, kwargs):
+            if not _in_place(func, args, kwargs) and not self._is_fused(func, args):
                 args = (*map(self._forks.use, args[:2]), *args[2:])
             result = replacement(self.scope, *args, **kwargs)
             if result is not NotImplemented:
@@ -224,8 +245,13 @@ class CriticLayers(TorchFunctionMode):
             self.leave(func, args, kwargs, known=replacement is not None)
         return result
 
+    def _is_fused(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a convolution takes its input together with the activation before."""
+        return func in _CONVOLUTIONS and bool(args) and self.scope.activated.find(args[0]) is not None
+
     def __exit__(self, *args: Any) -> None:
         self._forks.clear()
+        self.scope.activated.clear()
         super().__exit__(*args)
 
     def leave(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: bool) -> None:

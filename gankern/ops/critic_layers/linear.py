@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,66 +18,107 @@ def _layers(*tensors: Tensor) -> Any:
     return reference if torch.is_grad_enabled() else backends.select("critic_layers", *tensors)
 
 
+class Act(NamedTuple):
+    """ReLU or LeakyReLU, by its slope."""
+
+    negative_slope: float
+
+    @property
+    def name(self) -> str:
+        return "leaky_relu" if self.negative_slope else "relu"
+
+
 class Conv(torch.autograd.Function):
-    """Convolution of any dimension, transposed or not; ``first`` if its input is ``scope.points``."""
+    """Convolution of any dimension, transposed or not; ``first`` if its input is ``scope.points``.
+
+    Of an activation's `activated` output, where it is given: the input stands for that of the activation, and gets its
+    gradient. An activation `after` is applied to the output, of which its own derivative knows.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, scope: Scope, first: bool
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: ConvOptions,
+        scope: Scope,
+        first: bool,
+        activated: tuple[Tensor, Act] | None,
+        after: Act | None,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        values, ctx.before = (input, None) if activated is None else activated
+        ctx.save_for_backward(values, weight)
         ctx.options, ctx.scope, ctx.has_bias, ctx.first = options, scope, bias is not None, first
         ctx.set_materialize_grads(False)
-        layers = _layers(input, weight)
+        layers = _layers(values, weight)
+        finish = () if after is None else (after.name, after.negative_slope)
         if scope.as_stock:
             layers = layers if scope.turns else reference
-            return layers.conv_as_stock(input, weight, bias, options)
-        return layers.conv(input, weight, bias, options)
+            return layers.conv_as_stock(values, weight, bias, options, *finish)
+        return layers.conv(values, weight, bias, options, *finish)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None, None, None, None, None)
         if grad_output is None:
-            return None, None, None, None, None, None
+            return None, None, None, *nothing
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0] and (ctx.scope.input_gradient_only or not ctx.first):
-            grad_input = ConvInputGrad.apply(grad_output, weight, input.detach(), ctx.options)
+            grad_input = ConvInputGrad.apply(grad_output, weight, input.detach(), ctx.options, ctx.before)
         if not ctx.scope.input_gradient_only:
             if ctx.needs_input_grad[1]:
                 grad_weight = _layers(input, weight).conv_weight_grad(grad_output, input, weight, ctx.options)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = grad_output.sum((0, *range(2, grad_output.dim())))
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias, *nothing
 
 
 class ConvInputGrad(torch.autograd.Function):
-    """Gradient of a convolution's input: linear in the gradient of the output and in the weight."""
+    """Gradient of a convolution's input: linear in the gradient of the output and in the weight.
+
+    Multiplied by the derivative of the activation `before`, of which the input is the output.
+    """
 
     @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
-        # Of the input only its shape is used.
+    def forward(
+        ctx: Any, grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions, before: Act | None
+    ) -> Tensor:
         layers = _layers(grad_output, weight)
         turned = layers.channels_last(grad_output)
-        # Saved, not an attribute: autograd lets go of it as soon as the backward has run.
-        ctx.save_for_backward(grad_output, weight, turned)
-        ctx.options = options
+        # Saved, not attributes: autograd lets go of them as soon as the backward has run.
+        saved = (grad_output, weight, turned)
+        ctx.options, ctx.before = options, before
         ctx.set_materialize_grads(False)
-        return layers.conv_input_grad(turned, weight, input, options)
+        if before is None:
+            # Of the input only its shape is used.
+            ctx.save_for_backward(*saved)
+            return layers.conv_input_grad(turned, weight, input, options)
+        input = layers.channels_last(input)
+        ctx.save_for_backward(*saved, input)
+        return layers.conv_input_grad(turned, weight, input, options, before.name, before.negative_slope)
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
-            return None, None, None, None
-        grad_output, weight, turned = ctx.saved_tensors
+            return None, None, None, None, None
+        grad_output, weight, turned, *activated = ctx.saved_tensors
         layers = _layers(tangent, weight)
         if not torch.is_grad_enabled():
             grad_output, tangent = turned, layers.channels_last(tangent)
+        if activated:
+            output = layers.like_layout(activated[0], tangent)
+            tangent = layers.leaky_relu_backward(tangent, output, ctx.before.negative_slope)
         grad_grad_output = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_grad_output = layers.conv(tangent, weight, None, ctx.options)
         if ctx.needs_input_grad[1]:
             grad_weight = layers.conv_weight_grad(grad_output, tangent, weight, ctx.options)
-        return grad_grad_output, grad_weight, None, None
+        # What was saved makes room for the largest tensor of the pass.
+        del grad_output, turned, activated
+        ctx.maybe_clear_saved_tensors()
+        if ctx.needs_input_grad[0]:
+            grad_grad_output = layers.conv(tangent, weight, None, ctx.options)
+        return grad_grad_output, grad_weight, None, None, None
 
 
 class Linear(torch.autograd.Function):

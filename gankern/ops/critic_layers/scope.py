@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
+
+
+class Activated:
+    """Outputs of activations, each with what stands for the activation's input, and the slope.
+
+    A layer that multiplies its input's gradient by the activation's derivative itself takes that for its input.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Tensor, float]] = {}
+
+    def note(self, output: Tensor, edge: Tensor, negative_slope: float) -> None:
+        self._known[id(output)] = weakref.ref(output), output._version, edge, negative_slope
+
+    def find(self, tensor: Any) -> tuple[Tensor, float] | None:
+        known = self._known.get(id(tensor))
+        # Not where it was changed in place since.
+        if known is None or known[0]() is not tensor or known[1] != tensor._version:
+            return None
+        return known[2:]
+
+    def clear(self) -> None:
+        self._known.clear()
 
 
 class Scope:
@@ -24,13 +49,26 @@ class Scope:
         rounds to the other sign moves a float32 gradient by as much as 1e-4 of its norm.
     turns : bool
         Whether layers turn images into channels_last that stock keeps contiguous. Other functions get them contiguous.
+    fuses : bool
+        Whether convolutions take their input together with the activation before it: not where a third derivative will
+        be asked for.
+    activated : Activated
+        What they take.
     """
 
-    def __init__(self, points: Tensor | None = None, as_stock: bool = True, turns: bool = True) -> None:
+    def __init__(
+        self,
+        points: Tensor | None = None,
+        as_stock: bool = True,
+        turns: bool = True,
+        fuses: bool = False,
+    ) -> None:
         self.input_gradient_only = False
         self.points = points
         self.as_stock = as_stock
         self.turns = turns
+        self.fuses = fuses
+        self.activated = Activated()
 
     @contextmanager
     def input_gradient(self) -> Iterator[None]:

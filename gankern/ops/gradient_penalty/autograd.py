@@ -192,7 +192,7 @@ def _penalty(
         inputs = [t.detach().requires_grad_(want) for t, want in zip(inputs, want_inputs, strict=True)]
         args, kwargs = _fill(registered.template, inputs)
         turns = memory_format(x) == torch.contiguous_format
-        scope = Scope(None if want_points else x, not _has_norm(critic), turns)
+        scope = Scope(None if want_points else x, not _has_norm(critic), turns, fuses=True)
         with CriticLayers(scope), mixed:
             scores = critic(x, *args, **kwargs)
         check_scores(scores)
