@@ -18,33 +18,38 @@ namespace gankern {
 namespace GANKERN_ISA {
 namespace {
 
-// sums[pixel] = before[pixel] + (image[pixel + offset of k] * weight[k] summed over a chunk of runs).
+// Adds image[pixel + offset of k] * weight[k], summed over a chunk of runs, to `carried`, what the last chunk left, and
+// at the end of a sum to what was there before.
 template <int R, int V>
-void multiply(const float* image, const int64_t* pixels, const Run* run, const Run* end, const float* weight,
-              const float* before, int64_t before_row, float* sums) {
+void multiply(const float* image, const int64_t* pixels, const Run* runs, const Chunk& chunk, const float* weight,
+              const float* before, int64_t before_row, float* carried, float* sums) {
     Tile<R, V> tile;
-    tile.clear();
-    for (; run != end; ++run) {
+    if (chunk.starts)
+        tile.clear();
+    else
+        tile.load(carried, kWidth);
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
         const float* at[R];
-        for (int r = 0; r < R; ++r) at[r] = image + pixels[r] + run->offset;
-        tile.multiply(at, weight + run->k * V * kLane, run->length);
+        for (int r = 0; r < R; ++r) at[r] = image + pixels[r] + runs[i].offset;
+        tile.multiply(at, weight + runs[i].k * V * kLane, runs[i].length);
     }
-    tile.add(before, before_row);
-    tile.store(sums, kWidth);
+    if (chunk.ends) tile.add(before, before_row);
+    tile.store(chunk.ends ? sums : carried, kWidth);
 }
 
 // A block of channels of one zone: all its pixels in a piece of work, one chunk of the weights after the other. The
-// bias comes right after the first chunk, as in oneDNN.
+// bias comes right after the first sum, as in oneDNN.
 template <int V>
 void multiply_all(const float* image, const int64_t* pixels, int64_t count, const Zone& zone, const float* weight,
-                  const float* bias, float* sums) {
-    for (size_t c = 0; c + 1 < zone.chunks.size(); ++c) {
-        const Run *run = zone.runs.data() + zone.chunks[c], *end = zone.runs.data() + zone.chunks[c + 1];
-        const float* before = c == 0 ? bias : sums;
-        int64_t row = c == 0 ? 0 : kWidth;
+                  const float* bias, float* carried, float* sums) {
+    const float* before = bias;
+    for (const Chunk& chunk : zone.chunks) {
+        int64_t row = before == bias ? 0 : kWidth;
         for_each_tile<kRows<V>>(0, count, [&](int64_t p, auto rows) {
-            multiply<rows.value, V>(image, pixels + p, run, end, weight, before + p * row, row, sums + p * kWidth);
+            multiply<rows.value, V>(image, pixels + p, zone.runs.data(), chunk, weight, before + p * row, row,
+                                    carried + p * kWidth, sums + p * kWidth);
         });
+        if (chunk.ends) before = sums;
     }
 }
 
@@ -157,7 +162,8 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
     int64_t shares = std::min(blocks, (p.threads + pieces - 1) / std::max<int64_t>(pieces, 1));
     int64_t tasks = pieces * shares;
     parallel_for_each(tasks, p.threads, [&](int thread, int64_t task) {
-        float* sums = scratch + p.packed + thread * p.pixels() * kConvBlock;
+        float* sums = scratch + p.packed + thread * p.sums();
+        float* carried = sums + (p.in_blocks ? p.sums() / 2 : 0);
         int64_t piece = task / shares, share = task % shares;
         int64_t image = piece / bands * p.images, row = piece % bands * p.rows;
         int64_t images = std::min(p.images, p.n - image);
@@ -176,10 +182,10 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
                     auto count = static_cast<int64_t>(pixels.to.size());
                     const float* w = packed + phase.packed + first * phase.depth;
                     // No taps, no chunks: pixels that no output saw.
-                    for (int64_t i = 0; i < count && zone.chunks.size() < 2; ++i)
+                    for (int64_t i = 0; i < count && zone.chunks.empty(); ++i)
                         std::copy_n(offset, kWidth, sums + i * kWidth);
                     with_constant<kVectors>(static_cast<int>((lanes + kLane - 1) / kLane), [&](auto v) {
-                        multiply_all<v.value>(source, pixels.from.data(), count, zone, w, offset, sums);
+                        multiply_all<v.value>(source, pixels.from.data(), count, zone, w, offset, carried, sums);
                     });
                     with_activation(finish.activation, [&](auto act) {
                         for (int64_t i = 0; i < count; ++i)

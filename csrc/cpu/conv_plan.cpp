@@ -7,6 +7,8 @@ namespace {
 
 // Rows of the packed weight that are used together: with 64 channels each they fill half of the nearest cache.
 constexpr int64_t kChunk = 96;
+// The same where a sum goes on in the next chunk.
+constexpr int64_t kCarriedChunk = 128;
 // Pixels whose sums stay in the second cache while the weights go by: more where the weights come from behind it, each
 // time anew.
 constexpr int64_t kPixels = 288, kManyPixels = 576;
@@ -59,12 +61,34 @@ void number_taps(ConvPlan& p, const SeenByPhase& seen) {
     }
 }
 
+// Appends runs [begin, size) in chunks of up to `room` rows of weights; where the order of sums is given they are one
+// sum.
+void cut_runs(const std::vector<Run>& runs, bool one_sum, int64_t room, Zone& zone) {
+    auto begin = static_cast<int64_t>(zone.runs.size());
+    int64_t rows = 0;
+    bool starts = true;
+    auto close = [&](bool ends) {
+        auto end = static_cast<int64_t>(zone.runs.size());
+        zone.chunks.push_back({begin, end, starts, ends});
+        begin = end;
+        rows = 0;
+        starts = ends;
+    };
+    for (size_t i = 0; i < runs.size(); ++i)
+        for (Run run = runs[i]; run.length > 0;) {
+            if (rows == room) close(!one_sum);
+            int64_t length = std::min(run.length, room - rows);
+            zone.runs.push_back({run.offset, length, run.k});
+            run = {run.offset + length, run.length - length, run.k + length};
+            rows += length;
+        }
+    if (rows > 0) close(true);
+}
+
 void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& seen, Zone& zone) {
-    std::vector<Run> runs;
-    std::vector<int64_t> chunks;
     for (int64_t c = 0; c < p.source[2]; c += p.block) {
-        chunks.push_back(static_cast<int64_t>(runs.size()));
-        int64_t channels = std::min(p.block, p.source[2] - c);
+        std::vector<Run> runs;
+        int64_t channels = std::min(p.block, p.source[2] - c), rows = 0;
         for (size_t t = 0; t < seen.size(); ++t) {
             const Seen& s = seen[t];
             bool visible = true;
@@ -76,35 +100,18 @@ void find_runs(const ConvPlan& p, const Phase& phase, const std::vector<Seen>& s
             if (!visible) continue;
             int64_t offset = (s.at[0] * p.source[1] + s.at[1]) * p.source[2] + c;
             int64_t k = p.row(phase, static_cast<int64_t>(t), c);
-            bool joins = chunks.back() < static_cast<int64_t>(runs.size()) &&
-                         runs.back().offset + runs.back().length == offset && runs.back().k + runs.back().length == k;
+            bool joins = !runs.empty() && runs.back().offset + runs.back().length == offset &&
+                         runs.back().k + runs.back().length == k;
             if (joins)
                 runs.back().length += channels;
             else
                 runs.push_back({offset, channels, k});
+            rows += channels;
         }
+        // Of one sum, parts of one size.
+        int64_t parts = std::max<int64_t>(ceil_div(rows, kCarriedChunk), 1);
+        cut_runs(runs, p.in_blocks, p.in_blocks ? std::max<int64_t>(ceil_div(rows, parts), 1) : kChunk, zone);
     }
-    chunks.push_back(static_cast<int64_t>(runs.size()));
-    if (p.in_blocks || chunks.size() == 1) {
-        zone.runs = std::move(runs);
-        zone.chunks = std::move(chunks);
-        return;
-    }
-    // Any order will do: chunks that fit in the cache.
-    zone.chunks = {0};
-    int64_t room = kChunk;
-    for (Run run : runs)
-        while (run.length > 0) {
-            int64_t length = std::min(run.length, room);
-            zone.runs.push_back({run.offset, length, run.k});
-            run = {run.offset + length, run.length - length, run.k + length};
-            room -= length;
-            if (room > 0) continue;
-            zone.chunks.push_back(static_cast<int64_t>(zone.runs.size()));
-            room = kChunk;
-        }
-    if (zone.chunks.back() != static_cast<int64_t>(zone.runs.size()))
-        zone.chunks.push_back(static_cast<int64_t>(zone.runs.size()));
 }
 
 // Positions of one axis at which the set of taps inside the source changes.
@@ -149,7 +156,7 @@ int64_t ConvPlan::grid_rows() const {
     return most;
 }
 
-int64_t ConvPlan::pixels() const { return images * rows * columns(*this); }
+int64_t ConvPlan::sums() const { return (in_blocks ? 2 : 1) * images * rows * columns(*this) * kConvBlock; }
 
 ConvPlan plan_forward(const ConvShape& s) {
     ConvPlan p{};
@@ -228,7 +235,7 @@ Reach reach(const ConvShape& s, int64_t i, int64_t j) {
 
 namespace {
 
-int64_t image_scratch(const ConvPlan& p) { return p.packed + p.threads * p.pixels() * kConvBlock; }
+int64_t image_scratch(const ConvPlan& p) { return p.packed + p.threads * p.sums(); }
 
 }  // namespace
 

@@ -18,11 +18,18 @@ struct Run {
     int64_t k;  // row of the packed weight
 };
 
+// Runs [begin, end) whose weights fit in the nearest cache: a sum that is added to the others for itself, or a part of
+// one that the next chunk carries on.
+struct Chunk {
+    int64_t begin, end;
+    bool starts, ends;
+};
+
 // Pixels of a grid that see the same taps of the source; others would multiply zeros.
 struct Zone {
     int64_t begin[2], end[2];
     std::vector<Run> runs;
-    std::vector<int64_t> chunks;  // where in runs a part begins that is summed up for itself; ends with size
+    std::vector<Chunk> chunks;
 };
 
 // The pixels (origin + step * grid) of the result, whose taps have the same weights: with a stride of two, an input
@@ -60,7 +67,7 @@ struct ConvPlan {
     int64_t grid_rows() const;
     int64_t bands() const { return (grid_rows() + rows - 1) / rows; }
     int64_t pieces() const { return (n + images - 1) / images * bands(); }
-    int64_t pixels() const;  // of the grid in one piece, at most
+    int64_t sums() const;  // values of working space for one piece: sums, and where they are carried on, parts of them
 };
 
 ConvPlan plan_forward(const ConvShape& shape);

@@ -62,11 +62,15 @@ struct Tile {
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) sums[r][v] = Vec<float>{};
     }
+    GANKERN_INLINE void load(const float* from, int64_t row) {
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) sums[r][v] = GANKERN_ISA::load(from + r * row + v * kLane);
+    }
     // Adds rows[r][k] * weight[k] over k.
     GANKERN_INLINE void multiply(const float* const (&rows)[R], const float* weight, int64_t length) {
         for (int64_t k = 0; k < length; ++k, weight += V * kLane) {
             Vec<float> factor[V];
-            for (int v = 0; v < V; ++v) factor[v] = load(weight + v * kLane);
+            for (int v = 0; v < V; ++v) factor[v] = GANKERN_ISA::load(weight + v * kLane);
             for (int r = 0; r < R; ++r) {
                 Vec<float> x = splat(rows[r][k]);
                 for (int v = 0; v < V; ++v) sums[r][v] += x * factor[v];

@@ -50,7 +50,8 @@ Workspace::Block Workspace::take(size_t bytes) {
 
 void Workspace::give(Block block) noexcept {
     used_ -= block.size;
-    free_.emplace(block.size, block.data);
+    // Before others of its size: the block used last, which the caches may still hold, is the next to be taken.
+    free_.emplace_hint(free_.lower_bound(block.size), block.size, block.data);
     idle_ += block.size;
     set_limit(limit_);
 }

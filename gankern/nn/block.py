@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gankern.ops.conv_act import conv2d_act
-from gankern.ops.conv_act.reference import activate
+from gankern.ops.conv_act import conv2d_acts
+from gankern.ops.conv_act.reference import ConvOptions, Layer, activate
 from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
@@ -46,16 +46,22 @@ def refusal(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
     return None
 
 
+def layer(conv: nn.Conv2d, activation: str, negative_slope: float) -> Layer:
+    """What a convolution without a batch norm, and its activation, are to the op."""
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    assert not isinstance(padding, str)
+    options = ConvOptions(stride, padding, dilation, False, (0, 0), conv.groups)
+    return Layer(conv.weight, conv.bias, options, activation, negative_slope)
+
+
 def run_block(input: Tensor, conv: Conv | None, bn: Norm | None, activation: str, negative_slope: float) -> Tensor:
     """Run ``activation(bn(conv(input)))`` as one op; module by module where that would not mean the same."""
     if refusal(conv, bn) is not None or (conv is not None and input.dim() != 4):
         output = input if conv is None else conv(input)
         return activate(output if bn is None else bn(output), activation, negative_slope)
     if bn is None:
-        assert conv is not None
-        geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
-        return conv2d_act(input, conv.weight, conv.bias, **geometry, **act)
+        assert isinstance(conv, nn.Conv2d)
+        return conv2d_acts(input, [layer(conv, activation, negative_slope)])
     training = bn.training or bn.running_mean is None
     momentum = _update_count(bn)
     # Running statistics are updated only in training mode, as in torch.nn.

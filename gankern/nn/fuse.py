@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gankern._layout import memory_format
 from gankern.nn import block
+from gankern.ops.conv_act import conv2d_acts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,9 +50,12 @@ class _Stretch:
             reason = f"a hook on {type(self.activation).__name__}"
         return reason
 
+    @property
+    def act(self) -> tuple[str, float]:
+        return _ACTIVATIONS[type(self.activation)], getattr(self.activation, "negative_slope", 0.0)
+
     def run(self, input: Tensor) -> Tensor:
-        slope = getattr(self.activation, "negative_slope", 0.0)
-        return block.run_block(input, self.conv, self.bn, _ACTIVATIONS[type(self.activation)], slope)
+        return block.run_block(input, self.conv, self.bn, *self.act)
 
 
 _ACTIVATIONS: dict[type, str] = {
@@ -87,6 +91,18 @@ def _stretches(children: list[nn.Module]) -> list[_Stretch]:
     return found
 
 
+def _rows(stretches: list[_Stretch]) -> list[list[_Stretch]]:
+    """The stretches; convolutions without batch norm that follow each other in one row."""
+    rows: list[list[_Stretch]] = []
+    for stretch in stretches:
+        last = rows[-1][-1] if rows else None
+        if last is not None and last.stop == stretch.start and last.bn is stretch.bn is None:
+            rows[-1].append(stretch)
+        else:
+            rows.append([stretch])
+    return rows
+
+
 class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that runs stretches of convolution, batch norm and activation as fused ops."""
 
@@ -95,14 +111,17 @@ class FusedSequential(nn.Sequential):
         # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
         turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
         position = 0
-        for stretch in _stretches(children):
-            if stretch.refusal() is not None:
-                continue
-            input = _run(children[position : stretch.start], input, turns)
-            if turns and stretch.bn is not None and stretch.conv is not None and input.dim() == 4:
-                input = _channels_last(input)
-            input = stretch.run(input)
-            position = stretch.stop
+        for row in _rows([s for s in _stretches(children) if s.refusal() is None]):
+            first = row[0]
+            input = _run(children[position : first.start], input, turns)
+            if len(row) > 1 and input.dim() == 4:
+                input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if isinstance(s.conv, nn.Conv2d)])
+            else:
+                if turns and first.bn is not None and first.conv is not None and input.dim() == 4:
+                    input = _channels_last(input)
+                for stretch in row:
+                    input = stretch.run(input)
+            position = row[-1].stop
         input = _run(children[position:], input, turns)
         return input.contiguous() if turns else input
 

@@ -436,7 +436,15 @@ struct ConvCase {
     }
 };
 
-void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block) {
+// An activation's value at z, or with the output y given the product of z with its derivative there.
+double finished(const ConvFinish& finish, double z, const double* y) {
+    if (finish.activation == Activation::kNone) return z;
+    if (finish.activation == Activation::kTanh) return y ? z * (1 - *y * *y) : std::tanh(z);
+    double slope = finish.activation == Activation::kLeakyRelu ? finish.negative_slope : 0.0;
+    return (y ? *y : z) > 0 ? z : z * slope;
+}
+
+void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block, Activation activation) {
     ConvShape s = given.shape(channels_last, sum_block);
     int64_t pixels = s.n * s.height * s.width, out_pixels = s.n * s.out_height * s.out_width;
     int64_t taps = s.kernel[0] * s.kernel[1], c = s.channels, k = s.out_channels;
@@ -445,8 +453,9 @@ void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block) {
     Buffer<float> y(out_pixels * k, kNan), dx(pixels * c, kNan), dw(k * c * taps, kNan);
     Buffer<float> scratch(conv_forward_scratch(s), kNan), scratch2(conv_input_grad_scratch(s), kNan);
     Buffer<float> scratch3(conv_weight_grad_scratch(s), kNan);
-    kernels().conv_forward({s, x.get(), w.get(), bias.get(), y.get(), scratch.get()});
-    kernels().conv_input_grad({s, dy.get(), w.get(), dx.get(), scratch2.get()});
+    ConvFinish finish{activation, 0.25f, nullptr}, derivative{activation, 0.25f, x.get()};
+    kernels().conv_forward({s, finish, x.get(), w.get(), bias.get(), y.get(), scratch.get()});
+    kernels().conv_input_grad({s, derivative, dy.get(), w.get(), dx.get(), scratch2.get()});
     kernels().conv_weight_grad({s, dy.get(), x.get(), dw.get(), scratch3.get()});
     std::vector<double> want_y(static_cast<size_t>(y.size)), want_dx(static_cast<size_t>(dx.size));
     std::vector<double> want_dw(static_cast<size_t>(dw.size));
@@ -464,8 +473,12 @@ void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block) {
                 want_dw[weight] += dy[out * k + o] * x[in * c + i];
             }
     });
-    for (int64_t i = 0; i < y.size; ++i) expect_near<float>("conv output", y[i], want_y[static_cast<size_t>(i)]);
-    for (int64_t i = 0; i < dx.size; ++i) expect_near<float>("conv input", dx[i], want_dx[static_cast<size_t>(i)]);
+    for (int64_t i = 0; i < y.size; ++i)
+        expect_near<float>("conv output", y[i], finished(finish, want_y[static_cast<size_t>(i)], nullptr));
+    for (int64_t i = 0; i < dx.size; ++i) {
+        double activated = x[i];
+        expect_near<float>("conv input", dx[i], finished(derivative, want_dx[static_cast<size_t>(i)], &activated));
+    }
     for (int64_t i = 0; i < dw.size; ++i) expect_near<float>("conv weight", dw[i], want_dw[static_cast<size_t>(i)]);
 }
 
@@ -520,9 +533,11 @@ void test_convs() {
         {17, 2, 2, 16, 65, {3, 3}, {1, 1}, {1, 1}, {1, 1}},  {4, 4, 4, 80, 1, {4, 4}, {1, 1}, {0, 0}, {1, 1}},
         {6, 15, 14, 32, 48, {3, 3}, {1, 1}, {1, 0}, {1, 1}}, {3, 19, 19, 48, 80, {3, 3}, {1, 1}, {1, 2}, {1, 1}},
     };
+    const Activation activations[] = {Activation::kNone, Activation::kRelu, Activation::kLeakyRelu, Activation::kTanh};
+    int next = 0;
     for (const ConvCase& c : cases)
         for (bool channels_last : {false, true})
-            for (int64_t sum_block : {0, 16}) test_conv(c, channels_last, sum_block);
+            for (int64_t sum_block : {0, 16}) test_conv(c, channels_last, sum_block, activations[next++ % 4]);
 }
 
 template <class S>

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gankern
 from gankern import backends
 from gankern.ops import conv2d_act
-from gankern.ops.conv_act import cpu, reference
+from gankern.ops.conv_act import conv2d_acts, cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -137,12 +137,93 @@ def test_derivatives(activation: str, with_bias: bool) -> None:
 
     def stock(*leaves: Tensor) -> Tensor:
         given = leaves if with_bias else (*leaves, None)
-        return reference.conv2d_act(*given, options(geometry), activation, 0.3)
+        return reference.conv2d_acts(given[0], [reference.Layer(*given[1:], options(geometry), activation, 0.3)])
 
     for got, same, exact in zip(
         results(ours, torch.float32), results(stock, torch.float32), results(stock, torch.float64), strict=True
     ):
         assert_as_accurate(got, same, exact)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"])
+@pytest.mark.parametrize(("shape", "channels", "kernel", "geometry"), SHAPES)
+def test_activation_on_the_way_to_memory(
+    shape: tuple[int, ...], channels: int, kernel: tuple[int, int], geometry: Geometry, activation: str
+) -> None:
+    x, weight, bias = torch.randn(shape), torch.randn(channels, shape[1], *kernel), torch.randn(channels)
+    given = options(geometry)
+    for conv in (cpu.conv, cpu.conv_as_stock):
+        plain = conv(x, weight, bias, given)
+        want = reference.activate(plain, activation, 0.3)
+        assert torch.equal(conv(x, weight, bias, given, activation, 0.3), want)
+    grad = torch.randn_like(plain)
+    activated = reference.activate(x, activation, 0.3)
+    grad_input = cpu.conv_input_grad(grad, weight, activated, given)
+    want = reference.activate_backward(grad_input, activated, activation, 0.3)
+    got = cpu.conv_input_grad(grad, weight, activated, given, activation, 0.3)
+    # tanh's derivative may be contracted otherwise.
+    torch.testing.assert_close(got, want, rtol=1e-6 if activation == "tanh" else 0, atol=1e-6 * want.abs().max())
+
+
+def row() -> list[reference.Layer]:
+    def layer(k: int, c: int, size: int, padding: int, activation: str, bias: bool) -> reference.Layer:
+        given = ConvOptions((1, 2), (padding, padding), (1, 1), False, (0, 0), 1)
+        tensors = torch.randn(k, c, size, size) / (c * size), torch.randn(k) if bias else None
+        return reference.Layer(*tensors, given, activation, 0.3)
+
+    return [layer(16, 2, 3, 1, "relu", True), layer(5, 16, 4, 2, "tanh", False), layer(20, 5, 3, 0, "leaky_relu", True)]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (0, 1, 2), (0, 1, 2, 3), (0, 4, 5), (1, 3, 4, 5)], ids=str)
+def test_layers_in_a_row(frozen: tuple[int, ...], create_graph: bool) -> None:
+    layers, x = row(), torch.randn(3, 2, 9, 30)
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        tensors = [t for t in (x, *(t for layer in layers for t in layer[:2])) if t is not None]
+        leaves = [t.to(dtype).requires_grad_(i not in frozen) for i, t in enumerate(tensors)]
+        rest = iter(leaves[1:])
+        given = [layer._replace(weight=next(rest), bias=None if layer.bias is None else next(rest)) for layer in layers]
+        output = function(leaves[0], given)
+        wanted = [t for t in leaves if t.requires_grad]
+        grads = torch.autograd.grad(output.square().mean(), wanted, create_graph=create_graph)
+        if create_graph:
+            grads = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+        return [output.detach(), *grads]
+
+    for got, same, exact in zip(
+        gradients(conv2d_acts, torch.float32),
+        gradients(reference.conv2d_acts, torch.float32),
+        gradients(reference.conv2d_acts, torch.float64),
+        strict=True,
+    ):
+        assert_as_accurate(got, same, exact)
+
+
+def test_a_row_is_one_node_of_fused_critics() -> None:
+    def nodes(model: nn.Module) -> str:
+        output, names = model(torch.randn(4, 3, 16, 16)), []
+        node = output.grad_fn
+        while node is not None:
+            names.append(type(node).__name__)
+            node = node.next_functions[0][0] if node.next_functions else None
+        return " ".join(names)
+
+    layers = [nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 1, 3)]
+    ours = gankern.fuse(nn.Sequential(*layers))
+    assert nodes(ours).count("_ConvActs") == 1
+    seen = []
+    hook = ours[2].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    assert nodes(ours).count("_ConvActs") == 2
+    hook.remove()
+    torch.testing.assert_close(seen[0], F.relu(F.conv2d(seen[0], torch.eye(16)[:, :, None, None])))
+    ours[4] = nn.Conv2d(9, 1, 3)
+    with pytest.raises(ValueError, match=r"weight must have input's 8 channels.*got \(1, 9, 3, 3\)"):
+        ours(torch.randn(4, 3, 16, 16))
+    ours[4] = nn.Conv2d(8, 1, 30)
+    with pytest.raises(ValueError, match="input must be at least as large as the kernel"):
+        ours(torch.randn(4, 3, 16, 16))
 
 
 def test_first_order_gradients_are_the_kernels() -> None:
@@ -211,13 +292,14 @@ def test_bias_of_any_stride() -> None:
 
 
 def test_operators() -> None:
-    x, weight, bias = torch.randn(2, 3, 8, 8), torch.randn(16, 3, 4, 4), torch.randn(16)
-    geometry = ((2, 2), (1, 1), (1, 1))
-    forward, backward = torch.ops.gankern.conv2d_act.default, torch.ops.gankern.conv2d_act_backward.default
-    torch.library.opcheck(forward, (x, weight, bias, *geometry, "leaky_relu", 0.2))
-    output = forward(x, weight, bias, *geometry, "relu", 0.0)
-    for want in ([True, True, True], [False, True, False]):
-        given = (torch.randn_like(output), output, x, weight, *geometry, "relu", 0.0, want)
+    x, weights, biases = torch.randn(2, 3, 8, 8), [torch.randn(16, 3, 4, 4), torch.randn(5, 16, 3, 3)], [None] * 2
+    rest = [2, 2, 1, 1, 1, 1] * 2, ["leaky_relu", "tanh"], [0.2, 0.0]
+    forward, backward = torch.ops.gankern.conv2d_acts.default, torch.ops.gankern.conv2d_acts_backward.default
+    torch.library.opcheck(forward, (x, weights, biases, *rest))
+    torch.library.opcheck(forward, (x, weights, [torch.randn(16), torch.randn(5)], *rest))
+    outputs = forward(x, weights, biases, *rest)
+    for want in ((True, [True, True], [True, True]), (False, [True, False], [False, True])):
+        given = (torch.randn_like(outputs[-1]), x, outputs, weights, *rest, *want)
         torch.library.opcheck(backward, given)
 
 

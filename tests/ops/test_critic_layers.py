@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from critics import batch
+from critics import batch, both, gradients
 from oracle import assert_as_accurate
 from torch import Tensor, nn
 
@@ -386,6 +386,39 @@ def test_gradients_of_what_is_used_twice(create_graph: bool, monkeypatch: pytest
             torch.testing.assert_close(zeros if g is None else g, zeros if w is None else w)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_that_convolutions_take_along(inplace: bool) -> None:
+    """Used twice, in front of few channels, in place, and watched by a hook."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.one, self.two = nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 20, 4, 2, 1)
+            self.last = nn.Conv2d(20, 20, 3, padding=1)
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.leaky_relu(self.stem(x), 0.2, inplace)
+            a, b = F.relu(self.one(y), inplace), F.leaky_relu(self.two(y), 0.1, inplace)
+            if b.requires_grad:
+                b.register_hook(self.seen.append)
+            pooled = F.avg_pool2d(a, 2) * b
+            scaled = F.relu(pooled, inplace)
+            return (self.last(b) + self.last(scaled) + y.mean((1, 2, 3))[:, None, None, None]).square().mean((1, 2, 3))
+
+    ours, stock = both(Branches, torch.float32)
+    exact = copy.deepcopy(stock).double()
+    real, fake, alpha = batch(dtype=torch.float32)
+    results = [gradients(ours, gradient_penalty(ours, real, fake, alpha=alpha))]
+    for critic, dtype in ((stock, torch.float32), (exact, torch.float64)):
+        points = [t.to(dtype) for t in (real, fake)]
+        results.append(gradients(critic, stock_penalty.gradient_penalty(critic, *points, alpha=alpha.to(dtype))))
+    for got, same, want in zip(*results, strict=True):
+        assert_as_accurate(got, same, want)
+    torch.testing.assert_close(ours.seen[0], stock.seen[0], rtol=1e-4, atol=1e-6)
+
+
 def test_other_functions_see_the_layout_of_stock() -> None:
     norm = nn.BatchNorm2d(16)
     first, second = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 1, 3)
@@ -405,3 +438,28 @@ def test_other_functions_see_the_layout_of_stock() -> None:
             results.append(critic(x.clone().requires_grad_()))
     assert torch.equal(*results)
     assert strides[0] == strides[1]
+
+
+def test_functions_of_the_tensor_get_no_copy() -> None:
+    """Channels_last activations that are changed in place, written to or watched."""
+    conv, last = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 1, 3)
+    factor = torch.rand(16, 8, 8)
+
+    def results(layers: Any) -> list[Tensor]:
+        seen = []
+        x = torch.linspace(-1, 1, 5 * 192).view(5, 3, 8, 8).requires_grad_()
+        with layers:
+            h = conv(x)
+            h.register_hook(seen.append)
+            h[:, 3] = 1.0
+            h.masked_fill_(factor > 0.9, 0.5)
+            h.copysign_(factor - 0.5)
+            kept = conv(x)
+            kept.retain_grad()
+            output = last(h * kept)
+            (grad,) = torch.autograd.grad(output.square().sum(), x, retain_graph=True)
+            output.sum().backward()
+        return [output.detach(), grad, seen[0], kept.grad]
+
+    for got, want in zip(results(CriticLayers(Scope())), results(nullcontext()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

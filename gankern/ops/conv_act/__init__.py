@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from gankern.ops import _check
 from gankern.ops.conv_act import autograd
-from gankern.ops.conv_act.reference import ACTIVATIONS, ConvOptions
+from gankern.ops.conv_act.reference import ACTIVATIONS, ConvOptions, Layer, conv_shape
 
 __all__ = ["conv2d_act"]
 
@@ -104,4 +105,28 @@ def conv2d_act(
     ]
     if min(sizes) < 1:
         raise ValueError(f"input must be at least as large as the kernel; got {tuple(input.shape)}")
-    return autograd.conv2d_act(input, weight, bias, geometry, activation, negative_slope)
+    return autograd.conv2d_acts(input, [Layer(weight, bias, geometry, activation, negative_slope)])
+
+
+def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """:func:`conv2d_act` layer by layer, as one node of the graph where nobody looks in between."""
+    if not torch.compiler.is_compiling() and not has_torch_function((input,)) and _fit(input, layers):
+        return autograd.conv2d_acts(input, layers)
+    for weight, bias, options, activation, negative_slope in layers:
+        geometry: dict[str, Any] = {"stride": options.stride, "padding": options.padding, "dilation": options.dilation}
+        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        input = conv2d_act(input, weight, bias, groups=options.groups, **geometry, **act)
+    return input
+
+
+def _fit(input: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether each layer takes what the one before makes."""
+    shape: Sequence[int] = input.shape
+    for weight, _, options, *_ in layers:
+        same = weight.dtype == input.dtype and weight.device == input.device
+        if not same or weight.size(1) * options.groups != shape[1]:
+            return False
+        shape = conv_shape(shape, weight.shape, options)
+        if min(shape[2:]) < 1:
+            return False
+    return True

@@ -1,4 +1,8 @@
-"""Operators and derivatives of convolution + activation."""
+"""Operators and derivatives of convolutions + activations, one after the other.
+
+In a row they are one node of the graph: each input's gradient is multiplied by the derivative of the activation before
+it on its way to memory.
+"""
 
 from __future__ import annotations
 
@@ -11,142 +15,163 @@ from torch import Tensor
 from gankern import _library, backends
 from gankern._layout import memory_format
 from gankern.ops.conv_act import cpu, reference
-from gankern.ops.conv_act.reference import ConvOptions
+from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 backends.register("conv2d_act", cpu=cpu, reference=reference)
 
 
-def _options(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> ConvOptions:
-    return ConvOptions(tuple(stride), tuple(padding), tuple(dilation), False, (0, 0), 1)
+def _geometry(layers: Sequence[Layer]) -> list[int]:
+    """Stride, padding and dilation of each layer, two numbers each."""
+    return [size for layer in layers for pair in layer.options[:3] for size in pair]
+
+
+def _options(geometry: Sequence[int]) -> list[ConvOptions]:
+    pairs = list(zip(geometry[::2], geometry[1::2], strict=True))
+    return [
+        ConvOptions(stride, padding, dilation, False, (0, 0), 1)
+        for stride, padding, dilation in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True)
+    ]
 
 
 def _forward(
     input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    negative_slope: float,
-) -> Tensor:
-    # There are no bits of stock's to keep in channels_last, where it sums up in an order of its own.
-    conv = cpu.conv_as_stock if memory_format(weight) == torch.contiguous_format else cpu.conv
-    output = conv(input, weight, bias, _options(stride, padding, dilation), activation, negative_slope)
-    return cpu.channels_last(output)
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    geometry: Sequence[int],
+    activations: Sequence[str],
+    negative_slopes: Sequence[float],
+) -> list[Tensor]:
+    outputs = []
+    layers = map(Layer, weights, biases, _options(geometry), activations, negative_slopes)
+    for layer in layers:
+        # There are no bits of stock's to keep in channels_last, where it sums up in an order of its own.
+        conv = cpu.conv_as_stock if memory_format(layer.weight) == torch.contiguous_format else cpu.conv
+        input = cpu.channels_last(conv(input, *layer))
+        outputs.append(input)
+    return outputs
 
 
 def _forward_fake(
     input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *args: Any,
-) -> Tensor:
-    shape = reference.conv_shape(input.shape, weight.shape, _options(stride, padding, dilation))
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    geometry: Sequence[int],
+    activations: Sequence[str],
+    negative_slopes: Sequence[float],
+) -> list[Tensor]:
+    outputs = []
+    for weight, options in zip(weights, _options(geometry), strict=True):
+        shape = reference.conv_shape(input.shape, weight.shape, options)
+        input = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+        outputs.append(input)
+    return outputs
 
 
 def _backward(
     grad_output: Tensor,
-    output: Tensor,
     input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    negative_slope: float,
-    want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = _options(stride, padding, dilation)
-    grad = cpu.activate_backward(cpu.channels_last(grad_output), output, activation, negative_slope)
-    nothing = input.new_empty(0)
-    return (
-        cpu.channels_last(cpu.conv_input_grad(grad, weight, input, options)) if want[0] else nothing,
-        cpu.conv_weight_grad(grad, input, weight, options) if want[1] else nothing.clone(),
-        grad.sum((0, 2, 3)) if want[2] else nothing.clone(),
-    )
+    outputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    geometry: Sequence[int],
+    activations: Sequence[str],
+    negative_slopes: Sequence[float],
+    want_input: bool,
+    want_weights: Sequence[bool],
+    want_biases: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad_weights, grad_biases = [], []
+    inputs = [input, *outputs[:-1]]
+    grad = cpu.activate_backward(cpu.channels_last(grad_output), outputs[-1], activations[-1], negative_slopes[-1])
+    options = _options(geometry)
+    for i in reversed(range(len(weights))):
+        if want_weights[i]:
+            grad_weights.append(cpu.conv_weight_grad(grad, inputs[i], weights[i], options[i]))
+        if want_biases[i]:
+            grad_biases.append(grad.sum((0, 2, 3)))
+        if not (want_input or any(want_weights[:i]) or any(want_biases[:i])):
+            break
+        before = (activations[i - 1], negative_slopes[i - 1]) if i > 0 else ()
+        grad = cpu.channels_last(cpu.conv_input_grad(grad, weights[i], inputs[i], options[i], *before))
+    return grad if want_input else input.new_empty(0), grad_weights[::-1], grad_biases[::-1]
 
 
 def _backward_fake(
-    grad_output: Tensor, output: Tensor, input: Tensor, weight: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    want = args[-1]
-    nothing = input.new_empty(0)
+    grad_output: Tensor, input: Tensor, outputs: Sequence[Tensor], weights: Sequence[Tensor], *args: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    want_input, want_weights, want_biases = args[-3:]
     return (
-        torch.empty_like(input, memory_format=torch.channels_last) if want[0] else nothing,
-        torch.empty_like(weight) if want[1] else nothing.clone(),
-        weight.new_empty(weight.size(0)) if want[2] else nothing.clone(),
+        torch.empty_like(input, memory_format=torch.channels_last) if want_input else input.new_empty(0),
+        [torch.empty_like(w) for w, want in zip(weights, want_weights, strict=True) if want],
+        [w.new_empty(w.size(0)) for w, want in zip(weights, want_biases, strict=True) if want],
     )
 
 
 _forward_op = _library.define(
-    "conv2d_act(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
-    " str activation, float negative_slope) -> Tensor",
+    "conv2d_acts(Tensor input, Tensor[] weights, Tensor?[] biases, int[] geometry, str[] activations,"
+    " float[] negative_slopes) -> Tensor[]",
     _forward,
     _forward_fake,
 )
 _backward_op = _library.define(
-    "conv2d_act_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, int[] stride, int[] padding,"
-    " int[] dilation, str activation, float negative_slope, bool[] want)"
-    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    "conv2d_acts_backward(Tensor grad_output, Tensor input, Tensor[] outputs, Tensor[] weights, int[] geometry,"
+    " str[] activations, float[] negative_slopes, bool want_input, bool[] want_weights, bool[] want_biases)"
+    " -> (Tensor grad_input, Tensor[] grad_weights, Tensor[] grad_biases)",
     _backward,
     _backward_fake,
 )
 
 
-class _ConvAct(torch.autograd.Function):
+class _ConvActs(torch.autograd.Function):
+    """`tensors` are the weight and bias of each layer, `arguments` the rest of the operator's."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: ConvOptions,
-        activation: str,
-        negative_slope: float,
+        ctx: Any, input: Tensor, arguments: tuple[list[int], list[str], list[float]], *tensors: Tensor | None
     ) -> Tensor:
-        output = _forward_op(input, weight, bias, *options[:3], activation, negative_slope)
-        ctx.save_for_backward(input, weight, bias, output)
-        ctx.options = (options, activation, negative_slope)
-        return output
+        outputs = _forward_op(input, tensors[::2], tensors[1::2], *arguments)
+        ctx.save_for_backward(input, *tensors, *outputs)
+        ctx.arguments = arguments
+        return outputs[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, output = ctx.saved_tensors
-        options, activation, negative_slope = ctx.options
-        want = list(ctx.needs_input_grad[:3])
+        geometry, activations, negative_slopes = ctx.arguments
+        count = 2 * len(activations)
+        input, *saved = ctx.saved_tensors
+        tensors, outputs = saved[:count], saved[count:]
+        want_input, _, *want = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            given = [t for t, w in zip((input, weight, bias), want, strict=True) if w]
-            again = reference.conv2d_act(input, weight, bias, options, activation, negative_slope)
+            given = [t for t, w in zip((input, *tensors), (want_input, *want), strict=True) if w]
+            layers = map(Layer, tensors[::2], tensors[1::2], _options(geometry), activations, negative_slopes)
+            again = reference.conv2d_acts(input, list(layers))
             found = iter(torch.autograd.grad(again, given, grad_output, create_graph=True))
-            return *(next(found) if w else None for w in want), None, None, None
-        arguments = *options[:3], activation, negative_slope, want
-        grads = _backward_op(grad_output, output, input, weight, *arguments)
-        return *(g if w else None for g, w in zip(grads, want, strict=True)), None, None, None
+            return next(found) if want_input else None, None, *(next(found) if w else None for w in want)
+        grad_input, *grads = _backward_op(
+            grad_output, input, outputs, tensors[::2], *ctx.arguments, want_input, want[::2], want[1::2]
+        )
+        rest = [iter(g) for g in grads]
+        return grad_input if want_input else None, None, *(next(rest[i % 2]) if w else None for i, w in enumerate(want))
 
 
-def _refusal(options: ConvOptions, negative_slope: float) -> str | None:
-    if options.groups != 1:
-        return f"needs one group; got {options.groups}"
-    if negative_slope < 0:
-        return f"needs a negative_slope of 0 or more; got {negative_slope}"
+def _refusal(layers: Sequence[Layer]) -> str | None:
+    for layer in layers:
+        if layer.options.groups != 1:
+            return f"needs one group; got {layer.options.groups}"
+        if layer.negative_slope < 0:
+            return f"needs a negative_slope of 0 or more; got {layer.negative_slope}"
     return "needs autocast to be off" if torch.is_autocast_enabled("cpu") else None
 
 
-def conv2d_act(
-    input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str, negative_slope: float
-) -> Tensor:
+def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     """By the kernels, where they are chosen and take it; else by torch's autograd."""
-    # In a compiled graph the operators below would hide the convolution from the compiler.
-    if torch.compiler.is_compiling() or backends.select("conv2d_act", input, weight) is not cpu:
-        return reference.conv2d_act(input, weight, bias, options, activation, negative_slope)
-    reason = _refusal(options, negative_slope)
+    weights = [layer.weight for layer in layers]
+    # In a compiled graph the operators below would hide the convolutions from the compiler.
+    if torch.compiler.is_compiling() or backends.select("conv2d_act", input, *weights) is not cpu:
+        return reference.conv2d_acts(input, layers)
+    reason = _refusal(layers)
     if reason is not None or input.numel() == 0:
         if reason is not None and backends.requested() == "cpu":
             raise backends.BackendUnavailable(f"conv2d_act cannot run on the cpu backend: {reason}")
-        return reference.conv2d_act(input, weight, bias, options, activation, negative_slope)
-    return _ConvAct.apply(input, weight, bias, options, activation, negative_slope)
+        return reference.conv2d_acts(input, layers)
+    arguments = _geometry(layers), [layer.activation for layer in layers], [layer.negative_slope for layer in layers]
+    return _ConvActs.apply(input, arguments, *(t for layer in layers for t in layer[:2]))

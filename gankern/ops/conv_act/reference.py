@@ -23,6 +23,16 @@ class ConvOptions(NamedTuple):
     groups: int
 
 
+class Layer(NamedTuple):
+    """A convolution and its activation."""
+
+    weight: Tensor
+    bias: Tensor | None
+    options: ConvOptions
+    activation: str
+    negative_slope: float
+
+
 def refuse(*tensors: Tensor) -> str | None:
     return None
 
@@ -44,11 +54,11 @@ def activate_backward(grad_output: Tensor, output: Tensor, activation: str, nega
     return torch.ops.aten.tanh_backward.default(grad_output, output) if activation == "tanh" else grad_output
 
 
-def conv2d_act(
-    input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, activation: str, negative_slope: float
-) -> Tensor:
-    output = F.conv2d(input, weight, bias, options.stride, options.padding, options.dilation, options.groups)
-    return activate(output, activation, negative_slope)
+def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
+    for weight, bias, options, activation, negative_slope in layers:
+        output = F.conv2d(input, weight, bias, options.stride, options.padding, options.dilation, options.groups)
+        input = activate(output, activation, negative_slope)
+    return input
 
 
 def channels_last(tensor: Tensor) -> Tensor:

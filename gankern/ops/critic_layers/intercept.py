@@ -37,12 +37,12 @@ def _convolve(
     scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, after: Act | None = None
 ) -> Tensor:
     first = input is scope.points
-    values, weight, bias = _autocast(input, weight, bias)
-    found = scope.activated.find(values)
+    given, *parameters = _autocast(input, weight, bias)
+    found = scope.activated.find(input) if given is input else None
     if found is None:
-        return Conv.apply(values, weight, bias, options, scope, first, None, after)
+        return Conv.apply(given, *parameters, options, scope, first, None, after)
     edge, negative_slope = found
-    return Conv.apply(edge, weight, bias, options, scope, first, (values.detach(), Act(negative_slope)), after)
+    return Conv.apply(edge, *parameters, options, scope, first, (input.detach(), Act(negative_slope)), after)
 
 
 def _conv(dims: int) -> Callable[..., Tensor]:
@@ -198,6 +198,14 @@ def _contiguous(value: Any) -> Any:
     return value
 
 
+_OF_THE_TENSOR = {"__setitem__", "register_hook", "retain_grad", "grad_fn", "is_leaf"}
+
+
+def _is_of_the_tensor(name: str) -> bool:
+    """Whether a function changes or watches its first argument, which then must not be a copy."""
+    return name in _OF_THE_TENSOR or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
 def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     position = {F.relu: 1, F.leaky_relu: 2}.get(func, len(args))
     given = args[position] if position < len(args) else kwargs.get("inplace", False)
@@ -237,8 +245,11 @@ class CriticLayers(TorchFunctionMode):
             if result is not NotImplemented:
                 self.taken[func.__name__] += 1
                 return result
-        if self.scope.turns and getattr(func, "__name__", "") not in _ANY_ORDER:
-            args, kwargs = _contiguous(args), {name: _contiguous(value) for name, value in kwargs.items()}
+        name = getattr(func, "__name__", "")
+        if self.scope.turns and name not in _ANY_ORDER:
+            kept = 1 if _is_of_the_tensor(name) else 0
+            args = (*args[:kept], *_contiguous(args[kept:]))
+            kwargs = {key: _contiguous(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if any(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs):
@@ -247,7 +258,8 @@ class CriticLayers(TorchFunctionMode):
 
     def _is_fused(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether a convolution takes its input together with the activation before."""
-        return func in _CONVOLUTIONS and bool(args) and self.scope.activated.find(args[0]) is not None
+        taken = func in _CONVOLUTIONS and args and isinstance(args[0], Tensor)
+        return bool(taken) and self.scope.activated.find(args[0]) is not None
 
     def __exit__(self, *args: Any) -> None:
         self._forks.clear()

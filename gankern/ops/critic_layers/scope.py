@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
@@ -22,12 +21,13 @@ class Activated:
     def note(self, output: Tensor, edge: Tensor, negative_slope: float) -> None:
         self._known[id(output)] = weakref.ref(output), output._version, edge, negative_slope
 
-    def find(self, tensor: Any) -> tuple[Tensor, float] | None:
+    def find(self, tensor: Tensor) -> tuple[Tensor, float] | None:
         known = self._known.get(id(tensor))
-        # Not where it was changed in place since.
-        if known is None or known[0]() is not tensor or known[1] != tensor._version:
+        if known is None or known[0]() is not tensor:
             return None
-        return known[2:]
+        # Not where it was changed in place since, nor where somebody waits for its gradient.
+        watched = tensor._backward_hooks or tensor.retains_grad
+        return None if known[1] != tensor._version or watched else known[2:]
 
     def clear(self) -> None:
         self._known.clear()
