@@ -3,6 +3,9 @@
 // passes over one channel before it takes the next, so that the second pass reads from cache.
 #include "gankern/batch_norm_act.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "activation.h"
 #include "gankern/parallel.h"
 #include "kernels.h"
@@ -75,6 +78,10 @@ struct Planes {
     using A = Acc<S>;
     const BatchNormActShape& s;
     int64_t offset(int64_t n, int64_t c) const { return (n * s.c + c) * s.hw; }
+    // The same pixel of the channel in the next image on its way into cache: the processor's own prefetch does not
+    // follow from plane to plane.
+    GANKERN_INLINE void ahead(const S* p) const { __builtin_prefetch(p + s.c * s.hw); }
+    GANKERN_INLINE void ahead_of_store(S* p) const { __builtin_prefetch(p + s.c * s.hw, 1); }
 
     // Adds up f(offset, lanes) -> {first, second} over the planes of one channel in images [begin, end).
     template <class F>
@@ -108,6 +115,7 @@ Sums plane_statistics(const Planes<S>& planes, const S* x, int64_t c, int64_t be
     using A = Acc<S>;
     Vec<A> center = splat(shift);
     return planes.reduce(c, begin, end, [&](int64_t i, int lanes, Vec<A>& first, Vec<A>& second) {
+        planes.ahead(x + i);
         Vec<A> d = load(x + i, lanes, shift) - center;
         first += d;
         second += d * d;
@@ -125,6 +133,7 @@ void plane_activate(const Planes<S>& planes, const BatchNormActForward& a, const
     for (int64_t n = begin; n < end; ++n) {
         int64_t base = planes.offset(n, c);
         for_each_vec<A>(a.shape.hw, [&](int64_t i, int lanes) {
+            planes.ahead_of_store(y + base + i);
             store(y + base + i, lanes, activate<A, act>(map(load(x + base + i, lanes, A(0))), slope));
         });
     }
@@ -184,6 +193,8 @@ Sums plane_grad_sums(const Planes<S>& planes, const BatchNormActBackward& a, con
     auto map = channels.at(c);
     A slope = static_cast<A>(a.shape.negative_slope), mean = channels.mean[c];
     return planes.reduce(c, begin, end, [&](int64_t i, int lanes, Vec<A>& first, Vec<A>& second) {
+        planes.ahead(x + i);
+        planes.ahead(dy + i);
         Vec<A> v = load(x + i, lanes, mean);
         Vec<A> dz = activation_grad<A, act>(map(v), load(dy + i, lanes, A(0)), slope);
         first += dz;
@@ -231,6 +242,7 @@ void plane_input_grad(const Planes<S>& planes, const BatchNormActBackward& a, co
         for_each_vec<A>(a.shape.hw, [&](int64_t i, int lanes) {
             Vec<A> v = load(x + base + i, lanes, A(0));
             Vec<A> dz = activation_grad<A, act>(map(v), load(dy + base + i, lanes, A(0)), slope);
+            planes.ahead_of_store(dx + base + i);
             store(dx + base + i, lanes, map.scale * (dz - mean_dz - (v - map.mean) * slope_dz));
         });
     }
@@ -276,31 +288,42 @@ void backward_planes(const BatchNormActBackward& a) {
 
 // ---- channels_last: rows of c values, one per image and pixel
 
-// Adds up f(offset, c, lanes, first, second) over rows [begin, end) into sums[2 * c], sums[2 * c + 1] (overwritten).
+template <class A>
+GANKERN_INLINE void add_wide(double* sums, int lanes, Vec<A> values) {
+    using Wide = typename Simd<A>::Wide;
+    Wide more = __builtin_convertvector(values, Wide);
+    if (lanes == kLanes<A>) {
+        Wide total;
+        std::memcpy(&total, sums, sizeof total);
+        total += more;
+        std::memcpy(sums, &total, sizeof total);
+    } else {
+        for (int i = 0; i < lanes; ++i) sums[i] += more[i];
+    }
+}
+
+// Adds up f(c, lanes, first row, last row, first, second) over rows [begin, end) into sums[0, c) and sums[c, 2 * c),
+// which are overwritten.
 template <class A, class F>
 GANKERN_INLINE void reduce_rows(const BatchNormActShape& s, int64_t begin, int64_t end, double* sums, const F& f) {
-    for_each_vec<A>(s.c, [&](int64_t c, int lanes) {
-        WideSum<A> first_total, second_total;
-        for (int64_t block = begin; block < end; block += kBlock) {
-            int64_t stop = block + kBlock < end ? block + kBlock : end;
+    std::fill_n(sums, 2 * s.c, 0.0);
+    for (int64_t block = begin; block < end; block += kBlock) {
+        int64_t stop = block + kBlock < end ? block + kBlock : end;
+        for_each_vec<A>(s.c, [&](int64_t c, int lanes) {
             Vec<A> first{}, second{};
             f(c, lanes, block, stop, first, second);
-            first_total.add(first);
-            second_total.add(second);
-        }
-        for (int i = 0; i < lanes; ++i) {
-            sums[2 * (c + i)] = first_total.lanes[i];
-            sums[2 * (c + i) + 1] = second_total.lanes[i];
-        }
-    });
+            add_wide<A>(sums + c, lanes, first);
+            add_wide<A>(sums + s.c + c, lanes, second);
+        });
+    }
 }
 
 // Sums the parts' results of reduce_rows in order.
 inline Sums sum_parts(const double* sums, const Parts& parts, int64_t channels, int64_t c) {
     Sums total;
     for (int64_t k = 0; k < parts.count; ++k) {
-        const double* at = sums + 2 * (k * channels + c);
-        total += Sums{at[0], at[1]};
+        const double* at = sums + 2 * k * channels + c;
+        total += Sums{at[0], at[channels]};
     }
     return total;
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gankern import workspace
 from gankern._layout import like_layout, memory_format
 from gankern._native import ACTIVATIONS, DTYPES, acc_dtype, address, kernels, refuse
 
@@ -37,7 +38,7 @@ def _scratch(channels: int) -> Tensor:
 def forward_train(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output = torch.empty_like(input, memory_format=memory_format(input))
+    output = workspace.empty_like(input, memory_format(input))
     mean = torch.empty(input.size(1), dtype=acc_dtype(input.dtype))
     invstd, var = torch.empty_like(mean), torch.empty_like(mean)
     scratch = _scratch(input.size(1))
@@ -66,7 +67,7 @@ def forward_eval(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    output = torch.empty_like(input, memory_format=memory_format(input))
+    output = workspace.empty_like(input, memory_format(input))
     kernels.batch_norm_act_forward(
         _shape(input, activation, negative_slope),
         input.data_ptr(),
@@ -95,7 +96,7 @@ def backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_output = like_layout(grad_output, input)
-    grad_input = torch.empty_like(input, memory_format=memory_format(input))
+    grad_input = workspace.empty_like(input, memory_format(input))
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     scratch = _scratch(input.size(1))
     kernels.batch_norm_act_backward(
