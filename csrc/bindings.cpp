@@ -162,26 +162,30 @@ void bind_conv(py::module_& m) {
              "sum_block"_a, "threads"_a);
     m.def(
         "conv_forward",
-        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output, int activation,
-           float negative_slope) {
+        [](const ConvShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
+           uintptr_t activated, int activation, float negative_slope, uintptr_t scale, uintptr_t shift) {
             Lease scratch(conv_forward_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
-            ConvFinish finish{static_cast<Activation>(activation), negative_slope, nullptr};
+            ConvFinish finish{static_cast<Activation>(activation), negative_slope, floats(activated), floats(scale),
+                              floats(shift)};
             kernels().conv_forward(
                 {shape, finish, floats(input), floats(weight), floats(bias), floats(output), scratch.floats()});
         },
-        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "activation"_a, "negative_slope"_a);
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "activated"_a, "activation"_a, "negative_slope"_a,
+        "scale"_a, "shift"_a);
     m.def(
         "conv_input_grad",
-        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t grad_input, uintptr_t activated,
-           int activation, float negative_slope) {
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t bias, uintptr_t grad_input,
+           uintptr_t activated, int activation, float negative_slope, uintptr_t scale, uintptr_t shift) {
             Lease scratch(conv_input_grad_scratch(shape) * sizeof(float));
             py::gil_scoped_release release;
-            ConvFinish finish{static_cast<Activation>(activation), negative_slope, floats(activated)};
-            kernels().conv_input_grad(
-                {shape, finish, floats(grad_output), floats(weight), floats(grad_input), scratch.floats()});
+            ConvFinish finish{static_cast<Activation>(activation), negative_slope, floats(activated), floats(scale),
+                              floats(shift)};
+            kernels().conv_input_grad({shape, finish, floats(grad_output), floats(weight), floats(bias),
+                                       floats(grad_input), scratch.floats()});
         },
-        "shape"_a, "grad_output"_a, "weight"_a, "grad_input"_a, "activated"_a, "activation"_a, "negative_slope"_a);
+        "shape"_a, "grad_output"_a, "weight"_a, "bias"_a, "grad_input"_a, "activated"_a, "activation"_a,
+        "negative_slope"_a, "scale"_a, "shift"_a);
     m.def(
         "conv_weight_grad",
         [](const ConvShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t grad_weight) {

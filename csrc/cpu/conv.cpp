@@ -191,7 +191,8 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
                         for (int64_t i = 0; i < count; ++i)
                             for_each_vec<float>(lanes, [&](int64_t l, int part) {
                                 int64_t to = pixels.to[i] + first + l;
-                                store(result + to, part, finished<act>(finish, load(sums + i * kWidth + l), to, part));
+                                Vec<float> values = load(sums + i * kWidth + l);
+                                store(result + to, part, finished<act>(finish, values, to, first + l, part));
                             });
                     });
                 }
@@ -211,7 +212,7 @@ void conv_input_grad(const ConvInputGrad& a) {
     if (is_winograd(a.shape))
         return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.finish, a.grad_input,
                         a.scratch);
-    convolve(plan_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.finish, a.grad_input, a.scratch);
+    convolve(plan_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input, a.scratch);
 }
 
 }  // namespace GANKERN_ISA

@@ -46,9 +46,10 @@ GANKERN_INLINE void for_each_tile(int64_t begin, int64_t end, const F& f) {
     }
 }
 
-// What ConvFinish makes of values of the result at the place `at`.
+// What ConvFinish makes of values of the result at the place `at`, of channels from c on.
 template <Activation act>
-GANKERN_INLINE Vec<float> finished(const ConvFinish& finish, Vec<float> values, int64_t at, int part) {
+GANKERN_INLINE Vec<float> finished(const ConvFinish& finish, Vec<float> values, int64_t at, int64_t c, int part) {
+    if (finish.scale) values = values * load(finish.scale + c, part, 0.0f) + load(finish.shift + c, part, 0.0f);
     if (!finish.activated) return activate<float, act>(values, finish.negative_slope);
     return activation_grad_by_output<float, act>(load(finish.activated + at, part, 0.0f), values,
                                                  finish.negative_slope);

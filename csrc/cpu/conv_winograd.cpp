@@ -88,7 +88,9 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
                                             sums + i * kWinogradTiles * kWidth);
                 });
             with_activation(finish.activation, [&](auto act) {
-                auto put = [&](int64_t at, V values) { store(result + at, finished<act>(finish, values, at, kLane)); };
+                auto put = [&](int64_t at, int64_t c, V values) {
+                    store(result + at, finished<act>(finish, values, at, first + c, kLane));
+                };
                 for (int64_t t = 0; t < tiles; ++t) {
                     auto [n, y, x] = tiles_of.place(begin + t);
                     for (int64_t c = 0; c < width; c += kLane) {
@@ -106,8 +108,8 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
                         for (int64_t i = 0; i < 2 && y + i < p.result[0]; ++i) {
                             V* r = rows[i];
                             int64_t to = ((n * p.result[0] + y + i) * p.result[1] + x) * outputs + first + c;
-                            put(to, r[0] + r[1] + r[2] + offset);
-                            if (x + 1 < p.result[1]) put(to + outputs, r[1] - r[2] - r[3] + offset);
+                            put(to, c, r[0] + r[1] + r[2] + offset);
+                            if (x + 1 < p.result[1]) put(to + outputs, c, r[1] - r[2] - r[3] + offset);
                         }
                     }
                 }

@@ -46,11 +46,13 @@ def refusal(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
     return None
 
 
-def layer(conv: nn.Conv2d, activation: str, negative_slope: float) -> Layer:
+def layer(conv: Conv, activation: str, negative_slope: float) -> Layer:
     """What a convolution without a batch norm, and its activation, are to the op."""
-    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-    assert not isinstance(padding, str)
-    options = ConvOptions(stride, padding, dilation, False, (0, 0), conv.groups)
+    transposed, output_padding = isinstance(conv, nn.ConvTranspose2d), (0, 0)
+    if isinstance(conv, nn.ConvTranspose2d):
+        output_padding = conv.output_padding  # type: ignore[assignment]
+    padding: Any = conv.padding
+    options = ConvOptions(conv.stride, padding, conv.dilation, transposed, output_padding, conv.groups)
     return Layer(conv.weight, conv.bias, options, activation, negative_slope)
 
 
@@ -60,7 +62,7 @@ def run_block(input: Tensor, conv: Conv | None, bn: Norm | None, activation: str
         output = input if conv is None else conv(input)
         return activate(output if bn is None else bn(output), activation, negative_slope)
     if bn is None:
-        assert isinstance(conv, nn.Conv2d)
+        assert conv is not None
         return conv2d_acts(input, [layer(conv, activation, negative_slope)])
     training = bn.training or bn.running_mean is None
     momentum = _update_count(bn)

@@ -80,8 +80,7 @@ def _stretches(children: list[nn.Module]) -> list[_Stretch]:
         if position < len(children) and isinstance(module := children[position], _NORMS):
             bn = module
             position += 1
-        # A transposed convolution alone has no kernel yet.
-        if bn is None and not isinstance(conv, nn.Conv2d):
+        if bn is None and conv is None:
             position = start + 1
             continue
         if position < len(children) and type(children[position]) in _ACTIVATIONS:
@@ -115,7 +114,7 @@ class FusedSequential(nn.Sequential):
             first = row[0]
             input = _run(children[position : first.start], input, turns)
             if len(row) > 1 and input.dim() == 4:
-                input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if isinstance(s.conv, nn.Conv2d)])
+                input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
             else:
                 if turns and first.bn is not None and first.conv is not None and input.dim() == 4:
                     input = _channels_last(input)
@@ -142,7 +141,8 @@ def _run(modules: list[nn.Module], input: Tensor, turns: bool) -> Tensor:
 def fuse(module: M) -> M:
     """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
 
-    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or Conv2d [, activation]. Modules,
+    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or one of the
+    convolutions [, activation]. Modules,
     parameters, buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its
     children changes. A run with a hook on one of its modules, or with an option that has no kernel, runs stock:
     :func:`fusion_report` tells.

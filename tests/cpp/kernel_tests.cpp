@@ -453,9 +453,11 @@ void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block, Act
     Buffer<float> y(out_pixels * k, kNan), dx(pixels * c, kNan), dw(k * c * taps, kNan);
     Buffer<float> scratch(conv_forward_scratch(s), kNan), scratch2(conv_input_grad_scratch(s), kNan);
     Buffer<float> scratch3(conv_weight_grad_scratch(s), kNan);
-    ConvFinish finish{activation, 0.25f, nullptr}, derivative{activation, 0.25f, x.get()};
+    auto scale = Buffer<float>::random(k), shift = Buffer<float>::random(k), offset = Buffer<float>::random(c);
+    ConvFinish finish{activation, 0.25f, nullptr, scale.get(), shift.get()};
+    ConvFinish derivative{activation, 0.25f, x.get(), nullptr, nullptr};
     kernels().conv_forward({s, finish, x.get(), w.get(), bias.get(), y.get(), scratch.get()});
-    kernels().conv_input_grad({s, derivative, dy.get(), w.get(), dx.get(), scratch2.get()});
+    kernels().conv_input_grad({s, derivative, dy.get(), w.get(), offset.get(), dx.get(), scratch2.get()});
     kernels().conv_weight_grad({s, dy.get(), x.get(), dw.get(), scratch3.get()});
     std::vector<double> want_y(static_cast<size_t>(y.size)), want_dx(static_cast<size_t>(dx.size));
     std::vector<double> want_dw(static_cast<size_t>(dw.size));
@@ -473,11 +475,14 @@ void test_conv(const ConvCase& given, bool channels_last, int64_t sum_block, Act
                 want_dw[weight] += dy[out * k + o] * x[in * c + i];
             }
     });
-    for (int64_t i = 0; i < y.size; ++i)
-        expect_near<float>("conv output", y[i], finished(finish, want_y[static_cast<size_t>(i)], nullptr));
+    for (int64_t i = 0; i < y.size; ++i) {
+        double z = want_y[static_cast<size_t>(i)] * scale[i % k] + shift[i % k];
+        expect_near<float>("conv output", y[i], finished(finish, z, nullptr));
+    }
     for (int64_t i = 0; i < dx.size; ++i) {
         double activated = x[i];
-        expect_near<float>("conv input", dx[i], finished(derivative, want_dx[static_cast<size_t>(i)], &activated));
+        double sum = want_dx[static_cast<size_t>(i)] + offset[i % c];
+        expect_near<float>("conv input", dx[i], finished(derivative, sum, &activated));
     }
     for (int64_t i = 0; i < dw.size; ++i) expect_near<float>("conv weight", dw[i], want_dw[static_cast<size_t>(i)]);
 }

@@ -20,11 +20,13 @@ struct ConvShape {
     int threads;
 };
 
-// What becomes of a result's values before they are stored: an activation, or the product with its derivative.
+// What becomes of a result's values before they are stored: value * scale + shift, then an activation or the product
+// with its derivative.
 struct ConvFinish {
     Activation activation;
     float negative_slope;
-    const float* activated;  // null, or an activation's output, shaped as the result: where the derivative is taken
+    const float* activated;      // null, or an activation's output, shaped as the result: where the derivative is taken
+    const float *scale, *shift;  // [channels of the result], both or null
 };
 
 struct ConvForward {
@@ -42,6 +44,7 @@ struct ConvInputGrad {
     ConvFinish finish;
     const float* grad_output;  // [n, out_height, out_width, out_channels]
     const float* weight;
+    const float* bias;  // [channels] or null: of a transposed convolution
     float* grad_input;  // [n, height, width, channels]
     float* scratch;     // conv_input_grad_scratch values
 };

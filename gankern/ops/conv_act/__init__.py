@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from gankern.ops import _check
-from gankern.ops.conv_act import autograd
+from gankern.ops.conv_act import autograd, reference
 from gankern.ops.conv_act.reference import ACTIVATIONS, ConvOptions, Layer, conv_shape
 
 __all__ = ["conv2d_act"]
@@ -112,7 +112,11 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     """:func:`conv2d_act` layer by layer, as one node of the graph where nobody looks in between."""
     if not torch.compiler.is_compiling() and not has_torch_function((input,)) and _fit(input, layers):
         return autograd.conv2d_acts(input, layers)
-    for weight, bias, options, activation, negative_slope in layers:
+    for layer in layers:
+        weight, bias, options, activation, negative_slope = layer
+        if options.transposed:
+            input = reference.conv2d_acts(input, [layer])
+            continue
         geometry: dict[str, Any] = {"stride": options.stride, "padding": options.padding, "dilation": options.dilation}
         act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
         input = conv2d_act(input, weight, bias, groups=options.groups, **geometry, **act)
@@ -124,7 +128,8 @@ def _fit(input: Tensor, layers: Sequence[Layer]) -> bool:
     shape: Sequence[int] = input.shape
     for weight, _, options, *_ in layers:
         same = weight.dtype == input.dtype and weight.device == input.device
-        if not same or weight.size(1) * options.groups != shape[1]:
+        channels = weight.size(0) if options.transposed else weight.size(1) * options.groups
+        if not same or channels != shape[1]:
             return False
         shape = conv_shape(shape, weight.shape, options)
         if min(shape[2:]) < 1:

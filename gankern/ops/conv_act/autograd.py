@@ -21,15 +21,18 @@ backends.register("conv2d_act", cpu=cpu, reference=reference)
 
 
 def _geometry(layers: Sequence[Layer]) -> list[int]:
-    """Stride, padding and dilation of each layer, two numbers each."""
-    return [size for layer in layers for pair in layer.options[:3] for size in pair]
+    """Nine numbers of each layer: stride, padding, dilation, output padding, and whether it is transposed."""
+    return [
+        size
+        for _, _, (stride, padding, dilation, transposed, output_padding, _), *_ in layers
+        for size in (*stride, *padding, *dilation, *output_padding, transposed)
+    ]
 
 
 def _options(geometry: Sequence[int]) -> list[ConvOptions]:
-    pairs = list(zip(geometry[::2], geometry[1::2], strict=True))
+    rows = [geometry[i : i + 9] for i in range(0, len(geometry), 9)]
     return [
-        ConvOptions(stride, padding, dilation, False, (0, 0), 1)
-        for stride, padding, dilation in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True)
+        ConvOptions((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), bool(r[8]), (r[6], r[7]), 1) for r in rows
     ]
 
 
@@ -45,7 +48,8 @@ def _forward(
     layers = map(Layer, weights, biases, _options(geometry), activations, negative_slopes)
     for layer in layers:
         # There are no bits of stock's to keep in channels_last, where it sums up in an order of its own.
-        conv = cpu.conv_as_stock if memory_format(layer.weight) == torch.contiguous_format else cpu.conv
+        stock = memory_format(layer.weight) == torch.contiguous_format and not layer.options.transposed
+        conv = cpu.conv_as_stock if stock else cpu.conv
         input = cpu.channels_last(conv(input, *layer))
         outputs.append(input)
     return outputs
@@ -102,7 +106,7 @@ def _backward_fake(
     return (
         torch.empty_like(input, memory_format=torch.channels_last) if want_input else input.new_empty(0),
         [torch.empty_like(w) for w, want in zip(weights, want_weights, strict=True) if want],
-        [w.new_empty(w.size(0)) for w, want in zip(weights, want_biases, strict=True) if want],
+        [y.new_empty(y.size(1)) for y, want in zip(outputs, want_biases, strict=True) if want],
     )
 
 

@@ -6,7 +6,7 @@ Images and their gradients are channels_last; results are, too, and lie in the w
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,45 +51,126 @@ def activate_backward(grad_output: Tensor, output: Tensor, activation: str, nega
     return backward(grad_output, output, negative_slope, True, grad_input=grad_input)
 
 
-def _ours(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> bool:
-    """Whether the kernels take it. What torch would refuse is left to it, too."""
+class _Geometry(NamedTuple):
+    """Sizes of a convolution or a transposed one as the kernels see both."""
+
+    wide: tuple[int, ...]  # what has the stride: the input, or a transposed convolution's output
+    narrow: tuple[int, ...]
+    options: ConvOptions  # of the convolution that makes the one out of the other
+
+
+def _geometry(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> _Geometry | None:
+    """None where the kernels do not take it. What torch would refuse is left to it, too."""
     if not input.dtype == weight.dtype == torch.float32 or (bias is not None and bias.dtype != torch.float32):
-        return False
-    return _fits(input.shape, weight.shape, None if bias is None else bias.shape, options)
+        return None
+    return _fit(input.shape, weight.shape, None if bias is None else bias.shape, options)
 
 
 @lru_cache(maxsize=1024)
-def _fits(input: torch.Size, weight: torch.Size, bias: torch.Size | None, options: ConvOptions) -> bool:
-    return (
-        len(input) == len(weight) == 4
-        and options.groups == 1
-        and not options.transposed
-        and input[1] == weight[1]
-        and bias in (None, weight[:1])
-        and min(*options.stride, *options.dilation) > 0
-        and min(options.padding) >= 0
-        and min(*input, *weight, *reference.conv_shape(input, weight, options)) > 0
-    )
+def _fit(
+    input: torch.Size, weight: torch.Size, bias: torch.Size | None, options: ConvOptions
+) -> _Geometry | None:
+    transposed = options.transposed
+    if not len(input) == len(weight) == 4 or options.groups != 1 or min(*options.stride, *options.dilation) < 1:
+        return None
+    if min(options.padding) < 0 or input[1] != weight[0 if transposed else 1] or min(*input, *weight) < 1:
+        return None
+    output = torch.Size(reference.conv_shape(input, weight, options))
+    if min(output) < 1 or (bias is not None and bias != output[1:2]):
+        return None
+    plain = options._replace(transposed=False, output_padding=(0, 0))
+    if not transposed:
+        return _Geometry(input, output, plain)
+    # Not with so much output padding that the convolution would see another pixel.
+    return _Geometry(output, input, plain) if list(input) == reference.conv_shape(output, weight, plain) else None
 
 
 @lru_cache(maxsize=1024)
 def _shape(
-    input: torch.Size,
-    output: torch.Size,
-    weight: torch.Size,
-    weight_strides: tuple[int, ...],
-    options: ConvOptions,
-    sum_block: int,
-    threads: int,
+    geometry: _Geometry, weight: torch.Size, weight_strides: tuple[int, ...], sum_block: int, threads: int
 ) -> Any:
-    n, c, h, w = input
-    return kernels.ConvShape(
-        (n, h, w, c), (*output[2:], output[1]), weight[2:], *options[:3], weight_strides, sum_block, threads
+    (n, c, h, w), (_, k, *out) = geometry.wide, geometry.narrow
+    sizes = (n, h, w, c), (*out, k), weight[2:]
+    return kernels.ConvShape(*sizes, *geometry.options[:3], weight_strides, sum_block, threads)
+
+
+def _shape_of(geometry: _Geometry, weight: Tensor, sum_block: int = 0) -> Any:
+    return _shape(geometry, weight.shape, weight.stride(), sum_block, torch.get_num_threads())
+
+
+class Finish(NamedTuple):
+    """What becomes of a result on its way to memory: ``* scale + shift``, then an activation.
+
+    With `activated`, an activation's output, it is multiplied by the activation's derivative there instead.
+    """
+
+    activation: str = "none"
+    negative_slope: float = 0.0
+    activated: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def apply(self, result: Tensor) -> Tensor:
+        """By torch, in place where nobody else has seen the result's memory."""
+        if self.scale is not None and self.shift is not None:
+            result.mul_(self.scale[:, None, None]).add_(self.shift[:, None, None])
+        if self.activated is None:
+            return activate_(result, self.activation, self.negative_slope)
+        output = like_layout(self.activated, result)
+        return activate_backward(result, output, self.activation, self.negative_slope)
+
+    def arguments(self) -> tuple[int, int, float, int, int]:
+        activated = None if self.activated is None else self.activated.data_ptr()
+        return activated or 0, ACTIVATIONS[self.activation], self.negative_slope, address(self.scale), address(self.shift)
+
+
+def _narrow(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, sum_block: int, finish: Finish, name: str
+) -> Tensor:
+    """From the wide side to the narrow one: a convolution, or the gradient of a transposed one's input."""
+    input = channels_last(input)
+    result = workspace.empty(geometry.narrow, input.dtype, torch.channels_last)
+    shape = _shape_of(geometry, weight, sum_block)
+    addresses = input.data_ptr(), weight.data_ptr(), address(bias), result.data_ptr()
+    with span(name):
+        kernels.conv_forward(shape, *addresses, *finish.arguments())
+    return result
+
+
+def _widen(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, finish: Finish, name: str
+) -> Tensor:
+    """From the narrow side to the wide one: a transposed convolution, or the gradient of a convolution's input."""
+    input = channels_last(input)
+    result = workspace.empty(geometry.wide, input.dtype, torch.channels_last)
+    if geometry.wide[1] <= _STEM:
+        with span(name):
+            _stem(input, channels_last(weight), result, geometry.options)
+        if bias is not None:
+            result.add_(bias[:, None, None])
+        return finish.apply(result)
+    shape = _shape_of(geometry, weight)
+    addresses = input.data_ptr(), weight.data_ptr(), address(bias), result.data_ptr()
+    with span(name):
+        kernels.conv_input_grad(shape, *addresses, *finish.arguments())
+    return result
+
+
+def _stem(input: Tensor, weight: Tensor, result: Tensor, options: ConvOptions) -> None:
+    (n, c, h, w), (k, _, *kernel) = result.shape, weight.shape
+    scratch = torch.empty(kernels.stem_input_grad_scratch(weight[0].numel(), k), dtype=input.dtype)
+    kernels.stem_input_grad(
+        DTYPES[input.dtype],
+        (n, h, w, c),
+        (*input.shape[2:], k),
+        kernel,
+        *options[:3],
+        input.data_ptr(),
+        weight.data_ptr(),
+        result.data_ptr(),
+        scratch.data_ptr(),
+        torch.get_num_threads(),
     )
-
-
-def _shape_of(input: Tensor, output: Tensor, weight: Tensor, options: ConvOptions, sum_block: int = 0) -> Any:
-    return _shape(input.shape, output.shape, weight.shape, weight.stride(), options, sum_block, torch.get_num_threads())
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -109,11 +190,11 @@ def conv(
     options: ConvOptions,
     activation: str = "none",
     negative_slope: float = 0.0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    if not _ours(input, weight, bias, options):
-        output = reference.conv(channels_last(input), channels_last(weight), bias, options)
-        return activate_(output, activation, negative_slope)
-    return _conv(input, weight, bias, options, 0, activation, negative_slope)
+    """Convolution, transposed or not, and what :class:`Finish` does."""
+    return _conv(input, weight, bias, options, 0, Finish(activation, negative_slope, None, scale, shift))
 
 
 def conv_as_stock(
@@ -125,14 +206,16 @@ def conv_as_stock(
     negative_slope: float = 0.0,
 ) -> Tensor:
     """The convolution with the bits of torch's of contiguous images."""
-    if _ours(input, weight, bias, options) and _sums_in_blocks(input, weight, bias, options):
-        return _conv(input, weight, bias, options, _SUM_BLOCK, activation, negative_slope)
+    if not options.transposed and _sums_in_blocks(input, weight, bias, options):
+        return _conv(input, weight, bias, options, _SUM_BLOCK, Finish(activation, negative_slope))
     output = reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
     return activate_(output, activation, negative_slope)
 
 
 def _sums_in_blocks(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> bool:
     """Whether torch leaves it to oneDNN's kernels for AVX-512, which sum up 16 channels at a time."""
+    if _geometry(input, weight, bias, options) is None:
+        return False
     if kernels.cpu_isa() != "avx512" or not weight.is_contiguous() or weight.shape[2:] == (1, 1):
         return False
     # Where pixels of the output see nothing but padding, it takes a matrix product instead.
@@ -155,24 +238,19 @@ def _is_mkldnn(
 
 
 def _conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: ConvOptions,
-    sum_block: int,
-    activation: str,
-    negative_slope: float,
+    input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int, finish: Finish
 ) -> Tensor:
-    input = channels_last(input)
-    output = workspace.empty(reference.conv_shape(input.shape, weight.shape, options), input.dtype, torch.channels_last)
-    shape = _shape_of(input, output, weight, options, sum_block)
+    geometry = _geometry(input, weight, bias, options)
+    if geometry is None:
+        return finish.apply(reference.conv(channels_last(input), channels_last(weight), bias, options))
     bias = None if bias is None else bias.contiguous()
     # torch's tanh, since that is what its users compare with.
-    fused = "none" if activation == "tanh" else activation
-    addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
-    with span("gankern::conv"):
-        kernels.conv_forward(shape, *addresses, ACTIVATIONS[fused], negative_slope)
-    return output if fused == activation else activate_(output, activation, negative_slope)
+    last, finish = (finish, finish._replace(activation="none")) if finish.activation == "tanh" else (None, finish)
+    if options.transposed:
+        output = _widen(input, weight, bias, geometry, finish, "gankern::conv")
+    else:
+        output = _narrow(input, weight, bias, geometry, sum_block, finish, "gankern::conv")
+    return output if last is None else output.tanh_()
 
 
 def conv_input_grad(
@@ -184,54 +262,25 @@ def conv_input_grad(
     negative_slope: float = 0.0,
 ) -> Tensor:
     """Gradient of what an activation made the input of; without one, of the input, only whose shape and dtype count."""
-    if not _ours(input, weight, None, options):
-        grad_input = reference.conv_input_grad(grad_output, channels_last(weight), input, options)
-        return _activate_backward(grad_input, input, activation, negative_slope)
-    grad_output = channels_last(grad_output)
-    if input.size(1) <= _STEM:
-        grad_input = _stem_input_grad(grad_output, channels_last(weight), input, options)
-        return _activate_backward(grad_input, input, activation, negative_slope)
-    shape = _shape_of(input, grad_output, weight, options)
+    geometry = _geometry(input, weight, None, options)
     activated = None if activation == "none" else channels_last(input)
-    grad_input = workspace.empty_like(input, torch.channels_last)
-    addresses = grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(), address(activated)
-    with span("gankern::conv_input_grad"):
-        kernels.conv_input_grad(shape, *addresses, ACTIVATIONS[activation], negative_slope)
-    return grad_input
-
-
-def _activate_backward(grad_output: Tensor, output: Tensor, activation: str, negative_slope: float) -> Tensor:
-    return activate_backward(grad_output, like_layout(output, grad_output), activation, negative_slope)
+    finish = Finish(activation, negative_slope, activated)
+    if geometry is None:
+        return finish.apply(reference.conv_input_grad(grad_output, channels_last(weight), input, options))
+    if options.transposed:
+        return _narrow(grad_output, weight, None, geometry, 0, finish, "gankern::conv_input_grad")
+    return _widen(grad_output, weight, None, geometry, finish, "gankern::conv_input_grad")
 
 
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
-    if not _ours(input, weight, None, options):
+    geometry = _geometry(input, weight, None, options)
+    if geometry is None:
         return reference.conv_weight_grad(grad_output, input, channels_last(weight), options)
-    grad_output, input, weight = channels_last(grad_output), channels_last(input), dense(weight)
-    shape = _shape_of(input, grad_output, weight, options)
+    wide, narrow = (grad_output, input) if options.transposed else (input, grad_output)
+    wide, narrow, weight = channels_last(wide), channels_last(narrow), dense(weight)
     grad_weight = workspace.like(weight)
-    addresses = grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr()
+    addresses = narrow.data_ptr(), wide.data_ptr(), grad_weight.data_ptr()
     with span("gankern::conv_weight_grad"):
-        kernels.conv_weight_grad(shape, *addresses)
+        kernels.conv_weight_grad(_shape_of(geometry, weight), *addresses)
     return grad_weight
-
-
-def _stem_input_grad(grad_output: Tensor, weight: Tensor, input: Tensor, options: ConvOptions) -> Tensor:
-    grad_input = workspace.empty_like(input, torch.channels_last)
-    (n, c, h, w), (k, _, *kernel) = input.shape, weight.shape
-    scratch = torch.empty(kernels.stem_input_grad_scratch(weight[0].numel(), k), dtype=input.dtype)
-    with span("gankern::conv_input_grad"):
-        kernels.stem_input_grad(
-            DTYPES[input.dtype],
-            (n, h, w, c),
-            (*grad_output.shape[2:], k),
-            kernel,
-            *options[:3],
-            grad_output.data_ptr(),
-            weight.data_ptr(),
-            grad_input.data_ptr(),
-            scratch.data_ptr(),
-            torch.get_num_threads(),
-        )
-    return grad_input

@@ -56,7 +56,11 @@ def activate_backward(grad_output: Tensor, output: Tensor, activation: str, nega
 
 def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     for weight, bias, options, activation, negative_slope in layers:
-        output = F.conv2d(input, weight, bias, options.stride, options.padding, options.dilation, options.groups)
+        stride, padding, dilation, transposed, output_padding, groups = options
+        if transposed:
+            output = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        else:
+            output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         input = activate(output, activation, negative_slope)
     return input
 
@@ -67,8 +71,14 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def conv_shape(input: Sequence[int], weight: Sequence[int], options: ConvOptions) -> list[int]:
-    """Sizes of the output of a convolution that is not transposed, by those of its input and weight."""
+    """Sizes of a convolution's output, by those of its input and weight."""
     spatial = zip(input[2:], weight[2:], options.stride, options.padding, options.dilation, strict=True)
+    if options.transposed:
+        pads = options.output_padding
+        sizes = [
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1 for (n, k, s, p, d), o in zip(spatial, pads, strict=True)
+        ]
+        return [input[0], weight[1] * options.groups, *sizes]
     return [input[0], weight[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import like_layout, memory_format
+from gankern.ops.conv_act import conv2d_acts
+from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
 
@@ -25,16 +27,26 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product = self.is_product(input)
+        plain = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type)
+        if plain and self.groups == 1 and not product:
+            return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
         if input.device.type == "cpu":
             # Once here, instead of inside the convolution and again in each of its gradients.
             weight = weight.contiguous(memory_format=memory_format(input))
-        if self.is_product(input):
+        if product:
             return _product(input, weight, bias)
         if self.transposed:
             return F.conv_transpose2d(
                 input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
             )
         return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def options(self) -> ConvOptions:
+        return ConvOptions(
+            self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+        )
 
     def is_product(self, input: Tensor) -> bool:
         """Whether it is a plain matrix product: the first block of a generator, which spreads one pixel an image."""
