@@ -286,11 +286,91 @@ int64_t winograd_scratch(const Winograd& p) { return 16 * p.source[2] * p.result
 
 }  // namespace
 
+bool is_phased(const ConvShape& s) {
+    bool fits = s.sum_block == 0 && s.channels % 16 == 0 && s.out_channels % 16 == 0;
+    for (int d = 0; d < 2; ++d)
+        fits = fits && s.kernel[d] == 4 && s.stride[d] == 2 && s.dilation[d] == 1 && s.padding[d] <= 3;
+    // On smaller images as much is saved by the padding that is left out.
+    return fits && s.channels >= 32 && s.out_channels >= 32 && std::min(s.out_height, s.out_width) >= 6 &&
+           s.n * s.out_height * s.out_width >= 1024;
+}
+
+PhasePlan phased_forward(const ConvShape& s) {
+    PhasePlan p{};
+    p.n = s.n;
+    p.threads = s.threads;
+    int64_t source[3] = {s.height, s.width, s.channels}, result[3] = {s.out_height, s.out_width, s.out_channels};
+    std::copy(source, source + 3, p.source);
+    std::copy(result, result + 3, p.result);
+    p.weight_result = s.weight_strides[0];
+    p.weight_source = s.weight_strides[1];
+    std::copy(s.weight_strides + 2, s.weight_strides + 4, p.weight_taps);
+    p.source_step = 2;
+    p.result_step = 1;
+    p.sources = 4;
+    PhaseGrid grid{{s.out_height, s.out_width}, {0, 0}, {}, {}, 2};
+    for (int q = 0; q < 4; ++q)
+        for (int d = 0; d < 2; ++d) {
+            int64_t phase = d == 0 ? q / 2 : q % 2;
+            grid.source_origin[q][d] = phase - s.padding[d];
+            grid.tap[q][d] = phase;
+        }
+    p.grids = {grid};
+    return p;
+}
+
+PhasePlan phased_input_grad(const ConvShape& s) {
+    PhasePlan p{};
+    p.n = s.n;
+    p.threads = s.threads;
+    int64_t source[3] = {s.out_height, s.out_width, s.out_channels}, result[3] = {s.height, s.width, s.channels};
+    std::copy(source, source + 3, p.source);
+    std::copy(result, result + 3, p.result);
+    p.weight_result = s.weight_strides[1];
+    p.weight_source = s.weight_strides[0];
+    std::copy(s.weight_strides + 2, s.weight_strides + 4, p.weight_taps);
+    p.source_step = 1;
+    p.result_step = 2;
+    p.sources = 1;
+    for (int r = 0; r < 4; ++r) {
+        PhaseGrid grid{};
+        for (int d = 0; d < 2; ++d) {
+            // input = 2 * t - padding + phase gathers output t with tap `phase` and output t - 1 with tap 2 + phase.
+            int64_t phase = d == 0 ? r / 2 : r % 2, first = ceil_div(s.padding[d] - phase, 2);
+            grid.origin[d] = 2 * first - s.padding[d] + phase;
+            grid.size[d] = std::max<int64_t>(ceil_div((d == 0 ? s.height : s.width) - grid.origin[d], 2), 0);
+            grid.source_origin[0][d] = first - 1;
+            grid.tap[0][d] = 2 + phase;
+        }
+        grid.tap_step = -2;
+        p.grids.push_back(grid);
+    }
+    return p;
+}
+
+int64_t PhasePlan::piece() const {
+    // Transformed pixels that a second cache holds beside the weights that go by.
+    return std::clamp<int64_t>(kManySums / (9 * depth()), 24, 96);
+}
+
+int64_t phased_working(const PhasePlan& p) { return 9 * p.piece() * (p.depth() + kConvBlock); }
+
+namespace {
+
+int64_t phased_scratch(const PhasePlan& p) {
+    auto grids = static_cast<int64_t>(p.grids.size());
+    return grids * 9 * p.depth() * p.result[2] + p.threads * phased_working(p);
+}
+
+}  // namespace
+
 int64_t conv_forward_scratch(const ConvShape& s) {
+    if (is_phased(s)) return phased_scratch(phased_forward(s));
     return is_winograd(s) ? winograd_scratch(winograd_forward(s)) : image_scratch(plan_forward(s));
 }
 
 int64_t conv_input_grad_scratch(const ConvShape& s) {
+    if (is_phased(s)) return phased_scratch(phased_input_grad(s));
     return is_winograd(s) ? winograd_scratch(winograd_input_grad(s)) : image_scratch(plan_input_grad(s));
 }
 

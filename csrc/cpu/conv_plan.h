@@ -94,6 +94,35 @@ int64_t winograd_piece(const Winograd& plan);  // values of working space for on
 bool is_winograd_weight_grad(const ConvShape& shape);
 int64_t winograd_share(const ConvShape& shape);
 
+// A 4x4 convolution of stride two as convolutions of stride one with 2x2 kernels: every other pixel of the wide side's
+// images, in both directions, is an image of its own. Forward they are four sources of one result, backward four results
+// of one source.
+struct PhaseGrid {
+    int64_t size[2], origin[2];  // of the result's pixels
+    int64_t source_origin[4][2];
+    int64_t tap[4][2], tap_step;  // elements of the kernel that a source meets: tap + {0, 1} * tap_step
+};
+
+struct PhasePlan {
+    int64_t n;
+    int64_t source[3], result[3];
+    int64_t weight_result, weight_source, weight_taps[2];
+    int64_t source_step, result_step;
+    int64_t sources;  // of each grid
+    std::vector<PhaseGrid> grids;
+    int threads;
+
+    int64_t depth() const { return sources * source[2]; }  // terms of a sum
+    int64_t tiles(const PhaseGrid& grid) const { return n * ((grid.size[0] + 1) / 2) * ((grid.size[1] + 1) / 2); }
+    int64_t piece() const;  // tiles of 2x2 pixels in one piece of work
+};
+
+// Whether minimal filtering of its phases does it.
+bool is_phased(const ConvShape& shape);
+PhasePlan phased_forward(const ConvShape& shape);
+PhasePlan phased_input_grad(const ConvShape& shape);
+int64_t phased_working(const PhasePlan& plan);  // values of working space for one thread
+
 // Values of an input image [height, width, channels] that a weight's gradient is a sum over, for a tap or a few.
 struct Reach {
     int64_t begin[2], end[2];  // of the output's pixels

@@ -59,5 +59,9 @@ GANKERN_INLINE void transform_input(const float* const (&at)[16], int64_t c, V (
 void winograd(const Winograd& plan, const float* source, const float* weight, const float* bias,
               const ConvFinish& finish, float* result, float* scratch);
 
+// 4x4 convolution of stride two, in conv_phases.cpp.
+void convolve_phases(const PhasePlan& plan, const float* source, const float* weight, const float* bias,
+                     const ConvFinish& finish, float* result, float* scratch);
+
 }  // namespace GANKERN_ISA
 }  // namespace gankern

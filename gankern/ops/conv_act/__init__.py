@@ -109,8 +109,10 @@ def conv2d_act(
 
 
 def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """:func:`conv2d_act` layer by layer, as one node of the graph where nobody looks in between."""
-    if not torch.compiler.is_compiling() and not has_torch_function((input,)) and _fit(input, layers):
+    """:func:`conv2d_act` layer by layer, as one node of the graph where that is possible; transposed ones too."""
+    if has_torch_function((input,)):
+        return handle_torch_function(conv2d_acts, (input,), input, layers)
+    if _fit(input, layers):
         return autograd.conv2d_acts(input, layers)
     for layer in layers:
         weight, bias, options, activation, negative_slope = layer

@@ -120,8 +120,8 @@ class Finish(NamedTuple):
         return activate_backward(result, output, self.activation, self.negative_slope)
 
     def arguments(self) -> tuple[int, int, float, int, int]:
-        activated = None if self.activated is None else self.activated.data_ptr()
-        return activated or 0, ACTIVATIONS[self.activation], self.negative_slope, address(self.scale), address(self.shift)
+        affine = address(self.scale), address(self.shift)
+        return address(self.activated), ACTIVATIONS[self.activation], self.negative_slope, *affine
 
 
 def _narrow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gankern._layout import memory_format
-from gankern.ops.conv_act import conv2d_act
-from gankern.ops.conv_act.reference import ConvOptions, activate
+from gankern.ops.conv_act import conv2d_act, conv2d_acts
+from gankern.ops.conv_act.reference import ConvOptions, Layer, activate
 from gankern.ops.critic_layers.activation import LeakyRelu
 from gankern.ops.critic_layers.fork import Forks, add
 from gankern.ops.critic_layers.group_norm import group_norm, instance_norm
@@ -139,13 +139,34 @@ def _conv2d_act(
     return output if output is NotImplemented else _activate(scope, output, after.negative_slope, True, applied=True)
 
 
+_conv_transpose2d = _conv_transpose(2)
+
+
+def _conv2d_acts(scope: Scope, input: Tensor, layers: Sequence[Layer]) -> Any:
+    """What ``fuse`` made of several in a row."""
+    output: Any = input
+    for weight, bias, options, activation, slope in layers:
+        stride, padding, dilation, transposed, output_padding, groups = options
+        act: dict[str, Any] = {"activation": activation, "negative_slope": slope}
+        if transposed:
+            output = _conv_transpose2d(scope, output, weight, bias, stride, padding, output_padding, groups, dilation)
+            output = output if output is NotImplemented else activate(output, activation, slope)
+        else:
+            geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+            output = _conv2d_act(scope, output, weight, bias, **geometry, **act)
+        if output is NotImplemented:
+            return NotImplemented
+    return output
+
+
 _TAKEN: dict[Any, Callable[..., Any]] = {
     F.conv1d: _conv(1),
     F.conv2d: _conv2d,
     conv2d_act: _conv2d_act,
+    conv2d_acts: _conv2d_acts,
     F.conv3d: _conv(3),
     F.conv_transpose1d: _conv_transpose(1),
-    F.conv_transpose2d: _conv_transpose(2),
+    F.conv_transpose2d: _conv_transpose2d,
     F.conv_transpose3d: _conv_transpose(3),
     F.linear: _linear,
     torch.add: add,
@@ -172,7 +193,10 @@ _TAKEN: dict[Any, Callable[..., Any]] = {
 }
 
 
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, conv2d_act}
+_CONVOLUTIONS = {
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(conv2d_act, conv2d_acts),
+}
 
 # Functions that do the same in any order of memory, beside those above, by name: they compute element by element, move
 # whole elements or none.
