@@ -1,5 +1,6 @@
 // 4x4 convolution of stride two by minimal filtering F(2x2, 2x2) of its phases (Winograd, "Arithmetic Complexity of
-// Computations", 1980; Lavin and Gray, 2016, for the tiles): nine products for four pixels of a phase instead of sixteen.
+// Computations", 1980; Lavin and Gray, 2016, for the tiles): nine products for four pixels of a phase instead of
+// sixteen.
 #include <algorithm>
 #include <vector>
 

@@ -95,8 +95,8 @@ bool is_winograd_weight_grad(const ConvShape& shape);
 int64_t winograd_share(const ConvShape& shape);
 
 // A 4x4 convolution of stride two as convolutions of stride one with 2x2 kernels: every other pixel of the wide side's
-// images, in both directions, is an image of its own. Forward they are four sources of one result, backward four results
-// of one source.
+// images, in both directions, is an image of its own. Forward they are four sources of one result, backward four
+// results of one source.
 struct PhaseGrid {
     int64_t size[2], origin[2];  // of the result's pixels
     int64_t source_origin[4][2];

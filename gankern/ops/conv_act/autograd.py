@@ -31,9 +31,7 @@ def _geometry(layers: Sequence[Layer]) -> list[int]:
 
 def _options(geometry: Sequence[int]) -> list[ConvOptions]:
     rows = [geometry[i : i + 9] for i in range(0, len(geometry), 9)]
-    return [
-        ConvOptions((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), bool(r[8]), (r[6], r[7]), 1) for r in rows
-    ]
+    return [ConvOptions((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), bool(r[8]), (r[6], r[7]), 1) for r in rows]
 
 
 def _forward(

@@ -67,9 +67,7 @@ def _geometry(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvO
 
 
 @lru_cache(maxsize=1024)
-def _fit(
-    input: torch.Size, weight: torch.Size, bias: torch.Size | None, options: ConvOptions
-) -> _Geometry | None:
+def _fit(input: torch.Size, weight: torch.Size, bias: torch.Size | None, options: ConvOptions) -> _Geometry | None:
     transposed = options.transposed
     if not len(input) == len(weight) == 4 or options.groups != 1 or min(*options.stride, *options.dilation) < 1:
         return None

@@ -75,9 +75,7 @@ def conv_shape(input: Sequence[int], weight: Sequence[int], options: ConvOptions
     spatial = zip(input[2:], weight[2:], options.stride, options.padding, options.dilation, strict=True)
     if options.transposed:
         pads = options.output_padding
-        sizes = [
-            (n - 1) * s - 2 * p + d * (k - 1) + o + 1 for (n, k, s, p, d), o in zip(spatial, pads, strict=True)
-        ]
+        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for (n, k, s, p, d), o in zip(spatial, pads, strict=True)]
         return [input[0], weight[1] * options.groups, *sizes]
     return [input[0], weight[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial)]
 

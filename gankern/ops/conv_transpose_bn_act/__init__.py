@@ -8,7 +8,7 @@ from torch import Tensor
 from gankern import _native
 from gankern.ops import _check
 from gankern.ops.conv_transpose_bn_act import autograd
-from gankern.ops.conv_transpose_bn_act.convolution import Convolution, conv_act, fold, folds
+from gankern.ops.conv_transpose_bn_act.convolution import Convolution, affine, folds, normalised
 
 __all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
 
@@ -278,10 +278,10 @@ def _block(
     given = (input, weight, bias, bn_weight, bn_bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     constant = not (training or needs_grad or running_mean is None or running_var is None)
-    if constant and folds(input):
+    if constant and folds(input) and not conv.is_product(input):
         assert running_mean is not None and running_var is not None
-        folded = fold(conv, weight, bias, running_mean, running_var, bn_weight, bn_bias, eps)
-        return conv_act(conv, input, *folded, activation, negative_slope)
+        scale, shift = affine(bias, running_mean, running_var, bn_weight, bn_bias, eps)
+        return normalised(conv, input, weight, scale, shift, activation, negative_slope)
     return autograd.batch_norm_act(
         conv(input, weight, bias),
         running_mean,

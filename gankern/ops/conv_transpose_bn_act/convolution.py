@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import like_layout, memory_format
-from gankern.ops.conv_act import conv2d_acts
+from gankern.ops.conv_act import conv2d_acts, cpu
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
@@ -28,8 +28,7 @@ class Convolution(NamedTuple):
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = self.is_product(input)
-        plain = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type)
-        if plain and self.groups == 1 and not product:
+        if self.is_plain(input, weight) and not product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
         if input.device.type == "cpu":
             # Once here, instead of inside the convolution and again in each of its gradients.
@@ -44,9 +43,12 @@ class Convolution(NamedTuple):
 
     @property
     def options(self) -> ConvOptions:
-        return ConvOptions(
-            self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-        )
+        return ConvOptions(self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+
+    def is_plain(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether gankern's kernels may take it."""
+        plain = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type)
+        return plain and self.groups == 1
 
     def is_product(self, input: Tensor) -> bool:
         """Whether it is a plain matrix product: the first block of a generator, which spreads one pixel an image."""
@@ -74,9 +76,7 @@ def folds(input: Tensor) -> bool:
     return name == "auto" or (name == "cpu" and backends.refusal("batch_norm_act", name, input) is None)
 
 
-def fold(
-    conv: Convolution,
-    weight: Tensor,
+def affine(
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
@@ -84,15 +84,29 @@ def fold(
     bn_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that normalises as well."""
+    """Factor and offset of each channel that the normalisation comes down to, the convolution's bias included."""
     acc = _native.acc_dtype(running_mean.dtype)
     scale = (running_var.to(acc) + eps).rsqrt()
     if bn_weight is not None:
         scale = scale * bn_weight
     shift = -running_mean.to(acc) if bias is None else bias - running_mean.to(acc)
     shift = shift * scale
-    if bn_bias is not None:
-        shift = shift + bn_bias
+    return scale, shift if bn_bias is None else shift + bn_bias
+
+
+def normalised(
+    conv: Convolution, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, activation: str, slope: float
+) -> Tensor:
+    """``activation(conv(input) * scale + shift)`` without gradients; on the way to memory where a kernel does it."""
+    if conv.is_plain(input, weight) and backends.refusal("conv2d_act", "cpu", input, weight) is None:
+        scale, shift = scale.float().contiguous(), shift.float().contiguous()
+        output = cpu.conv(input, weight, None, conv.options, activation, slope, scale, shift)
+        return like_layout(output, input)
+    return conv_act(conv, input, *_fold(conv, weight, scale, shift), activation, slope)
+
+
+def _fold(conv: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that normalises as well."""
     if conv.transposed:
         # The output channels of (C_in, C_out // groups, kH, kW) are those of the group that the row belongs to.
         rows = weight.size(0) // conv.groups
