@@ -1,6 +1,8 @@
-"""Memory layouts: the one that a kernel gets, and tensors brought into it."""
+"""Memory layouts and types: those that a kernel gets, and tensors brought into them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,3 +25,12 @@ def dense(tensor: Tensor) -> Tensor:
 def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor in the memory order of another of the same shape."""
     return tensor.contiguous(memory_format=memory_format(other))
+
+
+def autocast(*tensors: Any) -> list[Any]:
+    """Casts as autocast would in front of a convolution or matrix product."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]

@@ -212,7 +212,7 @@ void conv_forward(const ConvForward& a) {
 
 void conv_input_grad(const ConvInputGrad& a) {
     if (is_winograd(a.shape))
-        return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, nullptr, a.finish, a.grad_input,
+        return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input,
                         a.scratch);
     if (is_phased(a.shape))
         return convolve_phases(phased_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input,

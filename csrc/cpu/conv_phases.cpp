@@ -15,7 +15,8 @@ namespace gankern {
 namespace GANKERN_ISA {
 namespace {
 
-constexpr int64_t kDepth = 128;  // rows of a block of weights that stay in the nearest cache
+// Rows of a block of weights that stay in the nearest cache; their products are added up for themselves.
+constexpr int64_t kDepth = 96;
 
 // The 16 elements of the kernel between a channel of the source and a vector of channels of the result.
 void load_taps(const PhasePlan& p, const float* weight, V (&taps)[16]) {
@@ -105,13 +106,11 @@ void multiply(const float* input, const float* weight, int64_t depth, int64_t ti
     for (int64_t k = 0; k < depth; k += kDepth)
         for_each_tile<kRows<W>>(0, tiles, [&](int64_t first, auto rows) {
             Tile<rows.value, W> tile;
-            if (k == 0)
-                tile.clear();
-            else
-                tile.load(sums + first * kWidth, kWidth);
+            tile.clear();
             const float* at[rows.value];
             for (int r = 0; r < rows.value; ++r) at[r] = input + (first + r) * depth + k;
             tile.multiply(at, weight + k * W * kLane, std::min(kDepth, depth - k));
+            if (k > 0) tile.add(sums + first * kWidth, kWidth);
             tile.store(sums + first * kWidth, kWidth);
         });
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import gankern
 from gankern import backends
 from gankern.ops import conv2d_act
 from gankern.ops.conv_act import conv2d_acts, cpu, reference
-from gankern.ops.conv_act.reference import ConvOptions
+from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -34,7 +35,9 @@ SHAPES: list[tuple[tuple[int, int, int, int], int, tuple[int, int], Geometry]] =
     ((4, 256, 4, 4), 1, (4, 4), ((1, 1), (0, 0), (1, 1))),
     ((40, 16, 2, 2), 300, (3, 3), ((1, 1), (1, 1), (1, 1))),
     ((1, 32, 70, 3), 32, (3, 3), ((2, 1), (1, 1), (1, 1))),
-    # By minimal filtering.
+    # By minimal filtering, the first two of phases.
+    ((9, 32, 26, 25), 48, (4, 4), ((2, 2), (1, 1), (1, 1))),
+    ((4, 80, 33, 35), 32, (4, 4), ((2, 2), (0, 3), (1, 1))),
     ((4, 48, 17, 16), 80, (3, 3), ((1, 1), (1, 1), (1, 1))),
     ((9, 32, 13, 13), 64, (3, 3), ((1, 1), (0, 2), (1, 1))),
     ((1, 144, 33, 40), 128, (3, 3), ((1, 1), (1, 1), (1, 1))),
@@ -99,6 +102,69 @@ def test_input_gradient_of_few_channels(
     result = torch.empty_like(x, memory_format=torch.channels_last)
     cpu._stem(*turned, result, options(geometry))
     assert_as_accurate(result, stock(dtype), stock(torch.float64))
+
+
+# Shape of the input, output channels, kernel, (stride, padding, dilation), and output padding.
+TRANSPOSED: list[tuple[tuple[int, int, int, int], int, tuple[int, int], Geometry, tuple[int, int]]] = [
+    ((3, 20, 5, 6), 10, (4, 4), ((2, 2), (1, 1), (1, 1)), (0, 0)),
+    ((2, 7, 4, 3), 3, (4, 3), ((2, 1), (1, 0), (1, 1)), (1, 0)),
+    ((2, 33, 6, 5), 66, (3, 2), ((3, 2), (1, 0), (1, 2)), (2, 1)),
+    ((1, 16, 7, 7), 1, (5, 5), ((1, 1), (2, 2), (1, 1)), (0, 0)),
+    ((40, 17, 1, 1), 20, (4, 4), ((2, 2), (0, 0), (1, 1)), (0, 0)),
+    # By minimal filtering.
+    ((9, 48, 12, 11), 32, (4, 4), ((2, 2), (1, 1), (1, 1)), (0, 1)),
+    ((6, 32, 13, 15), 96, (4, 4), ((2, 2), (3, 0), (1, 1)), (0, 0)),
+    ((3, 64, 20, 19), 32, (3, 3), ((1, 1), (1, 0), (1, 1)), (0, 0)),
+]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("activation", ["none", "leaky_relu"])
+@pytest.mark.parametrize(("shape", "channels", "kernel", "geometry", "output_padding"), TRANSPOSED)
+def test_transposed_kernels_are_as_accurate_as_stock(
+    shape: tuple[int, ...],
+    channels: int,
+    kernel: tuple[int, int],
+    geometry: Geometry,
+    output_padding: tuple[int, int],
+    activation: str,
+    threads: int,
+) -> None:
+    given = ConvOptions(*geometry, True, output_padding, 1)
+    x, weight, bias = torch.randn(shape), torch.randn(shape[1], channels, *kernel), torch.randn(channels)
+    assert cpu._geometry(x, weight, bias, given) is not None
+    before = reference.activate(x, activation, 0.3)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf, w, b = (t.to(dtype).requires_grad_() for t in (x, weight, bias))
+        output = reference.conv2d_acts(reference.activate(leaf, activation, 0.3), [Layer(w, b, given, activation, 0.3)])
+        if not results:
+            grad = torch.randn_like(output)
+        # The gradient that a kernel gets is that of the convolution's output.
+        raw = reference.conv2d_acts(reference.activate(leaf, activation, 0.3), [Layer(w, b, given, "none", 0.0)])
+        results.append([output.detach(), *torch.autograd.grad(raw, (leaf, w), grad.to(dtype))])
+    ours = [
+        cpu.conv(before, weight, bias, given, activation, 0.3),
+        cpu.conv_input_grad(grad, weight, before, given, activation, 0.3),
+        cpu.conv_weight_grad(grad, before, weight, given),
+    ]
+    for name, got, same, exact in zip(("output", "input", "weight"), ours, *results, strict=True):
+        assert_as_accurate(got, same, exact, name)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [5, 14])
+def test_factor_and_offset_on_the_way_to_memory(transposed: bool, size: int) -> None:
+    for channels, (kernel, stride) in itertools.product((3, 48), ((3, 1), (4, 2))):
+        given = ConvOptions((stride, stride), (1, 1), (1, 1), transposed, (0, 0), 1)
+        x, scale, shift = torch.randn(8, 32, size, size), torch.randn(channels), torch.randn(channels)
+        weight = torch.randn(*((32, channels) if transposed else (channels, 32)), kernel, kernel)
+        for activation in ("relu", "tanh"):
+            plain = cpu.conv(x, weight, None, given)
+            want = reference.activate(plain * scale[:, None, None] + shift[:, None, None], activation, 0.0)
+            got = cpu.conv(x, weight, None, given, activation, 0.0, scale, shift)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(cpu.kernels is None or cpu.kernels.cpu_isa() != "avx512", reason="oneDNN's order is AVX-512's")
@@ -168,19 +234,21 @@ def test_activation_on_the_way_to_memory(
     torch.testing.assert_close(got, want, rtol=1e-6 if activation == "tanh" else 0, atol=1e-6 * want.abs().max())
 
 
-def row() -> list[reference.Layer]:
-    def layer(k: int, c: int, size: int, padding: int, activation: str, bias: bool) -> reference.Layer:
-        given = ConvOptions((1, 2), (padding, padding), (1, 1), False, (0, 0), 1)
-        tensors = torch.randn(k, c, size, size) / (c * size), torch.randn(k) if bias else None
-        return reference.Layer(*tensors, given, activation, 0.3)
+def row(transposed: bool) -> list[Layer]:
+    def layer(k: int, c: int, size: int, padding: int, activation: str, bias: bool) -> Layer:
+        given = ConvOptions((1, 2), (padding, padding), (1, 1), transposed, (0, int(transposed)), 1)
+        channels = (c, k) if transposed else (k, c)
+        tensors = torch.randn(*channels, size, size) / (c * size), torch.randn(k) if bias else None
+        return Layer(*tensors, given, activation, 0.3)
 
     return [layer(16, 2, 3, 1, "relu", True), layer(5, 16, 4, 2, "tanh", False), layer(20, 5, 3, 0, "leaky_relu", True)]
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (0, 1, 2), (0, 1, 2, 3), (0, 4, 5), (1, 3, 4, 5)], ids=str)
-def test_layers_in_a_row(frozen: tuple[int, ...], create_graph: bool) -> None:
-    layers, x = row(), torch.randn(3, 2, 9, 30)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layers_in_a_row(frozen: tuple[int, ...], create_graph: bool, transposed: bool) -> None:
+    layers, x = row(transposed), torch.randn(3, 2, 9, 4 if transposed else 30)
 
     def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
         tensors = [t for t in (x, *(t for layer in layers for t in layer[:2])) if t is not None]
@@ -201,6 +269,18 @@ def test_layers_in_a_row(frozen: tuple[int, ...], create_graph: bool) -> None:
         strict=True,
     ):
         assert_as_accurate(got, same, exact)
+
+
+def test_generators_last_layer_is_fused_under_a_function_mode() -> None:
+    stock = nn.Sequential(nn.ConvTranspose2d(20, 3, 4, 2, 1, bias=False), nn.Tanh())
+    ours = gankern.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 20, 5, 5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.device("cpu"):
+        got = ours(x)
+    assert "aten::convolution" not in {e.key for e in profile.key_averages()}
+    torch.testing.assert_close(got, stock(x), rtol=1e-4, atol=1e-5)
+    grouped = gankern.fuse(nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2), nn.ReLU()))
+    assert [r.reason for r in gankern.fusion_report(grouped)] == ["2 groups have no kernel"]
 
 
 def test_a_row_is_one_node_of_fused_critics() -> None:
@@ -299,6 +379,11 @@ def test_operators() -> None:
     forward, backward = torch.ops.gankern.conv2d_acts.default, torch.ops.gankern.conv2d_acts_backward.default
     torch.library.opcheck(forward, (x, weights, biases, *rest))
     torch.library.opcheck(forward, (x, weights, [torch.randn(16), torch.randn(5)], *rest))
+    narrow, up = torch.randn(2, 16, 3, 3), [2, 2, 1, 1, 1, 1, 1, 0, 1]
+    torch.library.opcheck(forward, (narrow, weights[:1], [torch.randn(3)], up, ["relu"], [0.0]))
+    (widened,) = forward(narrow, weights[:1], [None], up, ["relu"], [0.0])
+    given = (torch.randn_like(widened), narrow, [widened], weights[:1], up, ["relu"], [0.0], True, [True], [True])
+    torch.library.opcheck(backward, given)
     outputs = forward(x, weights, biases, *rest)
     for want in ((True, [True, True], [True, True]), (False, [True, False], [False, True])):
         given = (torch.randn_like(outputs[-1]), x, outputs, weights, *rest, *want)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _native, backends
-from gankern._layout import like_layout, memory_format
-from gankern.ops.conv_act import conv2d_acts, cpu
+from gankern._layout import autocast, like_layout, memory_format
+from gankern.ops.conv_act import conv2d_acts, cpu, product
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
@@ -27,13 +27,17 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product = self.is_product(input)
-        if self.is_plain(input, weight) and not product:
+        is_product = self.is_product(input)
+        if self.is_plain(input, weight) and not is_product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
+        if not is_product and input.device.type == "cpu":
+            (given, *rest), options = autocast(input, weight, bias), self.options
+            if product.applies(given, rest[0], options):
+                return product.Product.apply(given, *rest, options)
         if input.device.type == "cpu":
             # Once here, instead of inside the convolution and again in each of its gradients.
             weight = weight.contiguous(memory_format=memory_format(input))
-        if product:
+        if is_product:
             return _product(input, weight, bias)
         if self.transposed:
             return F.conv_transpose2d(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gankern._layout import memory_format
+from gankern._layout import autocast, memory_format
 from gankern.ops.conv_act import conv2d_act, conv2d_acts
 from gankern.ops.conv_act.reference import ConvOptions, Layer, activate
 from gankern.ops.critic_layers.activation import LeakyRelu
@@ -24,20 +24,11 @@ from gankern.ops.critic_layers.pooling import adaptive_avg_pool, avg_pool
 from gankern.ops.critic_layers.scope import Scope
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts as autocast would in front of a convolution or matrix product."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
-
-
 def _convolve(
     scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, after: Act | None = None
 ) -> Tensor:
     first = input is scope.points
-    given, *parameters = _autocast(input, weight, bias)
+    given, *parameters = autocast(input, weight, bias)
     found = scope.activated.find(input) if given is input else None
     if found is None:
         return Conv.apply(given, *parameters, options, scope, first, None, after)
@@ -91,7 +82,7 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
 def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if weight.dim() != 2:
         return NotImplemented
-    return Linear.apply(*_autocast(input, weight, bias), scope)
+    return Linear.apply(*autocast(input, weight, bias), scope)
 
 
 def _activate(scope: Scope, input: Tensor, negative_slope: float, inplace: bool, applied: bool = False) -> Any:
