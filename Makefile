@@ -12,7 +12,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install test bench lint format sanitize wheel clean
+.PHONY: help install test bench scaling lint format sanitize wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,9 @@ test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalt
 
 bench: $(STAMP)  ## Train and time the reference GANs and the ops against stock PyTorch, into out/bench
 	gankern bench --main $(ARGS)
+
+scaling: $(STAMP)  ## Time and memory against size, a table and plots, into out/scaling
+	python benchmarks/scaling.py $(ARGS)
 
 lint: $(STAMP)  ## Check style and types
 	ruff check

@@ -140,3 +140,20 @@ def test_bad_module_arguments(kind: Any) -> None:
         kind(3, 4, 3, groups=2)
     with pytest.raises(ValueError, match="input"):
         kind(3, 4, 3)(torch.ones(2, 5, 6, 6))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_inference_sees_every_change(transposed: bool, dtype: torch.dtype) -> None:
+    """Also those that bump no version counter: EMA code writes to ``.data``."""
+    conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(32, 16, 4, 2, 1)
+    stock = nn.Sequential(conv, nn.BatchNorm2d(16), nn.LeakyReLU(0.2)).to(dtype).eval()
+    ours = gankern.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 32, 6, 6, dtype=dtype)
+    bar = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    with torch.no_grad():
+        for name in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+            for model in (stock, ours):
+                tensor = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
+                tensor.data.mul_(1.5).add_(0.1)
+            torch.testing.assert_close(ours(x), stock(x), rtol=bar, atol=bar)
