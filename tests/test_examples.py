@@ -57,20 +57,17 @@ def test_losses_agree_with_and_without_gankern(name, monkeypatch):
     assert calls == EXAMPLES[name]
     assert stock.shape == (4, 2)
     assert stock.isfinite().all()
-    # float32 sums in another order differ by 1e-7 of a loss, and Adam's first steps are lr * sign(gradient): a gradient
-    # that is rounding moves its weight by 2 lr the other way. A few such weights are 1e-4 of a loss.
-    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4)
+    # float32 sums in another order: 1e-6 of a loss was measured. Adam's first steps are lr * sign(gradient), so that on
+    # another machine a gradient that is all rounding may move its weight by 2 lr the other way: a hundred times that.
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
     other = torch.tensor(example.train(example.parse([*SMALL, "--steps", "4", "--seed", "2"])))
     assert (other - stock).abs().max() > 1e-2, "losses that do not depend on the run would agree by themselves"
 
 
-@pytest.mark.parametrize("flags", [[], ["--gankern"]], ids=["stock", "gankern"])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_script_runs(name, flags):
-    script = ROOT / "examples" / f"{name}.py"
-    done = subprocess.run(
-        [sys.executable, str(script), *SMALL, "--steps", "2", *flags], cwd=ROOT, capture_output=True, text=True
-    )
+def test_script_runs(name, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *SMALL, "--steps", "2", "--gankern"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[0/2]")
 
