@@ -160,6 +160,11 @@ def fuse(module: M) -> M:
     ------
     TypeError
         If module is not an ``nn.Module``.
+
+    Notes
+    -----
+    ``DistributedDataParallel`` refuses to wrap a SyncBatchNorm on the CPU. There, wrap the model with its BatchNorm
+    and convert what is inside: ``nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)``.
     """
     return _reclass(module, nn.Sequential, FusedSequential)
 
