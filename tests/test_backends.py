@@ -154,9 +154,10 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
 
 SIGNATURES = {
     "ops.conv_transpose2d_bn_act": "input weight bias running_mean running_var bn_weight bn_bias * stride=1 padding=0 "
-    "output_padding=0 groups=1 dilation=1 training momentum=0.1 eps=1e-05 activation='relu' negative_slope=0.2",
+    "output_padding=0 groups=1 dilation=1 training momentum=0.1 eps=1e-05 activation='relu' negative_slope=0.2 "
+    "process_group=None",
     "ops.batch_norm_act": "input running_mean running_var weight=None bias=None * training momentum=0.1 eps=1e-05 "
-    "activation='relu' negative_slope=0.2",
+    "activation='relu' negative_slope=0.2 process_group=None",
     "ops.l1_distance": "m",
     "ops.minibatch_discrimination": "m * include_self=False",
     "gradient_penalty": "critic real fake *inputs weight=10.0 target=1.0 one_sided=False alpha=None generator=None "

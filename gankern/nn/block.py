@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gankern.ops.conv_act import conv2d_acts
@@ -12,7 +13,7 @@ from gankern.ops.conv_act.reference import ConvOptions, Layer, activate
 from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -24,7 +25,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def refusal(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
     """Why a convolution and a batch norm, or one of them, cannot run as one op; None if they can."""
-    if bn is not None and type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    if bn is not None and type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         return f"{type(bn).__name__} is not a plain batch norm"
     if conv is not None:
         if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d):
@@ -34,7 +35,7 @@ def refusal(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
         if bn is None:
             if conv.groups != 1:
                 return f"{conv.groups} groups have no kernel"
-        elif type(bn) is not nn.BatchNorm2d or bn.num_features != conv.out_channels:
+        elif type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or bn.num_features != conv.out_channels:
             return f"the batch norm does not fit {conv.out_channels} channels"
     for module in (conv, bn):
         if module is None:
@@ -75,6 +76,7 @@ def run_block(input: Tensor, conv: Conv | None, bn: Norm | None, activation: str
         "eps": bn.eps,
         "activation": activation,
         "negative_slope": negative_slope,
+        "process_group": _process_group(bn),
     }
     if conv is None:
         return batch_norm_act(input, mean, var, bn.weight, bn.bias, **options)
@@ -92,3 +94,11 @@ def _update_count(bn: Norm) -> float:
     with torch.no_grad():
         bn.num_batches_tracked.add_(1)
     return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+
+
+def _process_group(bn: Norm) -> Any:
+    """The ranks that share statistics: as in torch.nn, those of a SyncBatchNorm in training mode."""
+    shares = type(bn) is nn.SyncBatchNorm and bn.training and dist.is_available() and dist.is_initialized()
+    if not shares:
+        return None
+    return dist.group.WORLD if bn.process_group is None else bn.process_group

@@ -65,7 +65,7 @@ _ACTIVATIONS: dict[type, str] = {
     nn.Tanh: "tanh",
 }
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _stretches(children: list[nn.Module]) -> list[_Stretch]:
@@ -142,7 +142,7 @@ def fuse(module: M) -> M:
     """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
 
     A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or one of the
-    convolutions [, activation]. Modules,
+    convolutions [, activation]. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has none. Modules,
     parameters, buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its
     children changes. A run with a hook on one of its modules, or with an option that has no kernel, runs stock:
     :func:`fusion_report` tells.
@@ -160,6 +160,11 @@ def fuse(module: M) -> M:
     ------
     TypeError
         If module is not an ``nn.Module``.
+
+    Notes
+    -----
+    ``DistributedDataParallel`` refuses to wrap a SyncBatchNorm on the CPU. There, wrap the model with its BatchNorm
+    and convert what is inside: ``nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)``.
     """
     return _reclass(module, nn.Sequential, FusedSequential)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from gankern import _native
 from gankern.ops import _check
-from gankern.ops.conv_transpose_bn_act import autograd
+from gankern.ops.conv_transpose_bn_act import autograd, distributed
 from gankern.ops.conv_transpose_bn_act.convolution import Convolution, affine, folds, normalised
 
 __all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Size2 = int | tuple[int, int]
 
@@ -27,6 +32,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.2,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Batch normalisation followed by an activation, in one op.
 
@@ -51,6 +57,10 @@ def batch_norm_act(
     activation : {"relu", "leaky_relu", "tanh", "none"}, optional
     negative_slope : float, optional
         Slope of leaky_relu below zero.
+    process_group : torch.distributed.ProcessGroup, optional
+        Train with the statistics of all its ranks, as ``torch.nn.SyncBatchNorm`` does: each rank calls with its part of
+        the batch, whose size may differ and be 0. Running statistics come out equal on all ranks; gradients of weight
+        and bias are this rank's, for DistributedDataParallel to average. None: this rank's statistics.
 
     Returns
     -------
@@ -60,13 +70,15 @@ def batch_norm_act(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, the rule and what was received. As in stock, training with one value a channel is refused.
+        Naming the argument, the rule and what was received. As in stock, training with one value a channel is refused
+        (one over all ranks, where there is a process group).
 
     Notes
     -----
     Differentiable to any order: first derivatives are kernels, higher ones plain torch. Statistics and reductions of
     bfloat16 inputs are in float32; sums are shifted by a mean of the channel and carried in float64. Results have the
-    same bits on every run, for any number of threads.
+    same bits on every run, for any number of threads. With a process group every derivative communicates, so all ranks
+    have to take the same ones; torch.compile leaves the graph for it.
 
     References
     ----------
@@ -77,9 +89,11 @@ def batch_norm_act(
         raise ValueError(f"input must have shape (N, C, ...); got {tuple(input.shape)}")
     _check_norm(input.size(1), input, running_mean, running_var, weight, bias, "weight", "bias")
     _check_options(training, momentum, eps, activation, negative_slope)
-    _check_statistics(input.shape, training, running_mean, running_var)
-    return autograd.batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope
+    group = distributed.group_of(process_group, training)
+    if group is None:
+        _check_statistics(input.shape, training, running_mean, running_var)
+    return _norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, group
     )
 
 
@@ -102,6 +116,7 @@ def conv_transpose2d_bn_act(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.2,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Transposed convolution, batch normalisation and activation: the DCGAN generator block.
 
@@ -117,7 +132,7 @@ def conv_transpose2d_bn_act(
         Shape (C_out,): as in :func:`batch_norm_act`.
     stride, padding, output_padding, groups, dilation
         As in :func:`torch.nn.functional.conv_transpose2d`.
-    training, momentum, eps, activation, negative_slope
+    training, momentum, eps, activation, negative_slope, process_group
         As in :func:`batch_norm_act`.
 
     Returns
@@ -156,7 +171,9 @@ def conv_transpose2d_bn_act(
         )
     ]
     _check_output_size(size)
-    _check_statistics((input.size(0), weight.size(1) * groups, *size), training, running_mean, running_var)
+    group = distributed.group_of(process_group, training)
+    if group is None:
+        _check_statistics((input.size(0), weight.size(1) * groups, *size), training, running_mean, running_var)
 
     conv = Convolution(True, stride, padding, output_padding, dilation, groups)
     return _block(
@@ -173,6 +190,7 @@ def conv_transpose2d_bn_act(
         eps,
         activation,
         negative_slope,
+        group,
     )
 
 
@@ -194,6 +212,7 @@ def conv2d_bn_act(
     eps: float = 1e-5,
     activation: str = "relu",
     negative_slope: float = 0.2,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Convolution, batch normalisation and activation: the DCGAN discriminator block.
 
@@ -209,7 +228,7 @@ def conv2d_bn_act(
         Shape (C_out,): as in :func:`batch_norm_act`.
     stride, padding, groups, dilation
         As in :func:`torch.nn.functional.conv2d`.
-    training, momentum, eps, activation, negative_slope
+    training, momentum, eps, activation, negative_slope, process_group
         As in :func:`batch_norm_act`.
 
     Returns
@@ -240,7 +259,9 @@ def conv2d_bn_act(
         for i, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
     _check_output_size(size)
-    _check_statistics((input.size(0), weight.size(0), *size), training, running_mean, running_var)
+    group = distributed.group_of(process_group, training)
+    if group is None:
+        _check_statistics((input.size(0), weight.size(0), *size), training, running_mean, running_var)
 
     conv = Convolution(False, stride, padding, (0, 0), dilation, groups)
     return _block(
@@ -257,6 +278,7 @@ def conv2d_bn_act(
         eps,
         activation,
         negative_slope,
+        group,
     )
 
 
@@ -274,6 +296,7 @@ def _block(
     eps: float,
     activation: str,
     negative_slope: float,
+    group: Any,
 ) -> Tensor:
     given = (input, weight, bias, bn_weight, bn_bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
@@ -282,7 +305,7 @@ def _block(
         assert running_mean is not None and running_var is not None
         scale, shift = affine(bias, running_mean, running_var, bn_weight, bn_bias, eps)
         return normalised(conv, input, weight, scale, shift, activation, negative_slope)
-    return autograd.batch_norm_act(
+    return _norm(
         conv(input, weight, bias),
         running_mean,
         running_var,
@@ -293,7 +316,27 @@ def _block(
         eps,
         activation,
         negative_slope,
+        group,
     )
+
+
+def _norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    group: Any,
+) -> Tensor:
+    tensors = (input, running_mean, running_var, weight, bias)
+    if group is None:
+        return autograd.batch_norm_act(*tensors, training, momentum, eps, activation, negative_slope)
+    return distributed.batch_norm_act(*tensors, momentum, eps, activation, negative_slope, group)
 
 
 def _pair(name: str, value: Size2, least: int = 0) -> tuple[int, int]:
