@@ -33,7 +33,7 @@ def minibatch_stddev(input: Tensor, group_size: int = 4, num_channels: int = 1, 
     Returns
     -------
     Tensor
-        Shape (N, C + num_channels, H, W), of input's dtype.
+        Shape (N, C + num_channels, H, W), of input's dtype; channels_last where input is.
 
     Raises
     ------
@@ -69,6 +69,9 @@ def minibatch_stddev(input: Tensor, group_size: int = 4, num_channels: int = 1, 
     deviation = x - x.mean(0)
     stddev = (deviation.square().mean(0) + eps).sqrt().mean((2, 3, 4))
     added = stddev.to(input.dtype).repeat(group, 1)[:, :, None, None].expand(-1, -1, height, width)
+    if input.is_contiguous(memory_format=torch.channels_last):
+        # Expanded numbers have no layout, and cat keeps only one that all of its inputs have.
+        added = added.contiguous(memory_format=torch.channels_last)
     return torch.cat([input, added], 1)
 
 
