@@ -109,7 +109,15 @@ def test_module() -> None:
     assert torch.equal(layer(x), ops.minibatch_stddev(x, 3, 2, 1e-4))
     assert repr(layer) == "MinibatchStdDev(group_size=3, num_channels=2, eps=0.0001)"
     assert not layer.state_dict()
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_compile() -> None:
+    x = torch.randn(6, 4, 2, 2, requires_grad=True)
+    layer = MinibatchStdDev(3, 2, eps=1e-4)
+    got, want = torch.compile(layer, fullgraph=True)(x), layer(x)
+    torch.testing.assert_close(got, want)
+    (got_grad,), (want_grad,) = (torch.autograd.grad(y.square().sum(), x) for y in (got, want))
+    torch.testing.assert_close(got_grad, want_grad)
 
 
 @pytest.mark.parametrize(
