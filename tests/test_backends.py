@@ -160,6 +160,10 @@ SIGNATURES = {
     "activation='relu' negative_slope=0.2 process_group=None",
     "ops.l1_distance": "m",
     "ops.minibatch_discrimination": "m * include_self=False",
+    "ops.minibatch_stddev": "input group_size=4 num_channels=1 eps=1e-08",
+    "nn.MinibatchDiscrimination": "in_features out_features kernel_dims * bias=False weight_norm=False "
+    "include_self=False process_group=None device=None dtype=None",
+    "nn.MinibatchStdDev": "group_size=4 num_channels=1 eps=1e-08",
     "gradient_penalty": "critic real fake *inputs weight=10.0 target=1.0 one_sided=False alpha=None generator=None "
     "params=None create_graph=False **critic_kwargs",
     "penalties.r1": "critic real *inputs weight=10.0 params=None create_graph=False **critic_kwargs",

@@ -3,6 +3,7 @@
 from gankern.ops.conv_act import conv2d_act
 from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
 from gankern.ops.minibatch_discrimination import l1_distance, minibatch_discrimination
+from gankern.ops.minibatch_stddev import minibatch_stddev
 
 __all__ = [
     "batch_norm_act",
@@ -11,4 +12,5 @@ __all__ = [
     "conv_transpose2d_bn_act",
     "l1_distance",
     "minibatch_discrimination",
+    "minibatch_stddev",
 ]

@@ -105,6 +105,7 @@ COUPLED = {
     "batch norm without running statistics": lambda: nn.BatchNorm2d(2, track_running_stats=False).eval(),
     "dropout": lambda: nn.Dropout(),
     "minibatch discrimination": lambda: gankern.nn.MinibatchDiscrimination(4, 2, 2),
+    "minibatch standard deviation": lambda: gankern.nn.MinibatchStdDev(),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
     "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
     "a subclass": Shifted,
