@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from gankern import workspace
 from gankern.ops.gradient_penalty import autograd, small
 
+fuse = importlib.import_module("gankern.nn.fuse")
+
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))
+        return tensor
 
     return poisoned
 
@@ -39,6 +44,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
+        monkeypatch.setattr(fuse, "_FEW_PRODUCTS", 0)
 
 
 @pytest.fixture(params=[1, 2])

@@ -8,9 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gankern import backends
 from gankern._layout import memory_format
 from gankern.nn import block
 from gankern.ops.conv_act import conv2d_acts
+from gankern.ops.conv_act.reference import conv_shape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,15 +104,40 @@ def _rows(stretches: list[_Stretch]) -> list[list[_Stretch]]:
     return rows
 
 
+# Products of a forward pass below which batch norms cost more by calls from Python than they save, as measured.
+_FEW_PRODUCTS = 2e8
+
+
+def _is_small(stretches: list[_Stretch], input: Tensor) -> bool:
+    """Whether stock modules are faster, by an estimate; a backend that was asked for by name runs all the same."""
+    if torch.compiler.is_compiling() or backends.requested() != "auto" or input.device.type != "cpu":
+        return False
+    norms = [s.bn for s in stretches if s.bn is not None]
+    # Stock's SyncBatchNorm does not run on the CPU.
+    if input.dim() != 4 or not norms or any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
+        return False
+    products, shape = 0, list(input.shape)
+    for stretch in stretches:
+        if stretch.conv is not None:
+            weight, _, options, *_ = block.layer(stretch.conv, *stretch.act)
+            before, shape = shape, conv_shape(shape, weight.shape, options)
+            n, _, height, width = before if options.transposed else shape
+            products += n * height * width * weight.numel()
+    return products < _FEW_PRODUCTS
+
+
 class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that runs stretches of convolution, batch norm and activation as fused ops."""
 
     def forward(self, input: Tensor) -> Tensor:
         children = list(self)
+        stretches = [s for s in _stretches(children) if s.refusal() is None]
+        if _is_small(stretches, input):
+            return super().forward(input)
         # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
         turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
         position = 0
-        for row in _rows([s for s in _stretches(children) if s.refusal() is None]):
+        for row in _rows(stretches):
             first = row[0]
             input = _run(children[position : first.start], input, turns)
             if len(row) > 1 and input.dim() == 4:
@@ -141,11 +168,12 @@ def _run(modules: list[nn.Module], input: Tensor, turns: bool) -> Tensor:
 def fuse(module: M) -> M:
     """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
 
-    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or one of the
-    convolutions [, activation]. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has none. Modules,
-    parameters, buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its
-    children changes. A run with a hook on one of its modules, or with an option that has no kernel, runs stock:
-    :func:`fusion_report` tells.
+    A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or one of the convolutions
+    [, activation]. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has none. Modules, parameters,
+    buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A
+    run with a hook on one of its modules, or with an option that has no kernel, runs stock: :func:`fusion_report`
+    tells. So does, on the CPU, a sequential with batch norm where model and batch are so small that calls from Python
+    cost more than the fused passes save, as for a generator's single image.
 
     Parameters
     ----------

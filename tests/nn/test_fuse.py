@@ -157,3 +157,26 @@ def test_inference_sees_every_change(transposed: bool, dtype: torch.dtype) -> No
                 tensor = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
                 tensor.data.mul_(1.5).add_(0.1)
             torch.testing.assert_close(ours(x), stock(x), rtol=bar, atol=bar)
+
+
+@pytest.mark.by_size
+def test_small_ones_run_stock() -> None:
+    stock = generator()
+    ours = gankern.fuse(copy.deepcopy(stock))
+
+    def runs_kernels(n: int) -> bool:
+        z = torch.randn(n, next(stock.parameters()).size(0), 1, 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            got = ours(z)
+        torch.testing.assert_close(got, stock(z), rtol=1e-4, atol=1e-4)
+        return any(e.key.startswith("gankern::") for e in profile.key_averages())
+
+    assert not runs_kernels(2)
+    with gankern.backend("cpu"):
+        assert runs_kernels(2)
+    block = nn.Sequential(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.ReLU())
+    stock, ours = block, gankern.fuse(copy.deepcopy(block))
+    x = torch.randn(16, 64, 16, 16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-4)
+    assert "gankern::conv" in {e.key for e in profile.key_averages()}
