@@ -295,19 +295,28 @@ bool is_phased(const ConvShape& s) {
            s.n * s.out_height * s.out_width >= 1024;
 }
 
-PhasePlan phased_forward(const ConvShape& s) {
+namespace {
+
+PhasePlan phases(const ConvShape& s, bool forward) {
     PhasePlan p{};
+    int64_t wide[3] = {s.height, s.width, s.channels}, narrow[3] = {s.out_height, s.out_width, s.out_channels};
+    std::copy_n(forward ? wide : narrow, 3, p.source);
+    std::copy_n(forward ? narrow : wide, 3, p.result);
     p.n = s.n;
     p.threads = s.threads;
-    int64_t source[3] = {s.height, s.width, s.channels}, result[3] = {s.out_height, s.out_width, s.out_channels};
-    std::copy(source, source + 3, p.source);
-    std::copy(result, result + 3, p.result);
-    p.weight_result = s.weight_strides[0];
-    p.weight_source = s.weight_strides[1];
-    std::copy(s.weight_strides + 2, s.weight_strides + 4, p.weight_taps);
-    p.source_step = 2;
-    p.result_step = 1;
-    p.sources = 4;
+    p.weight_result = s.weight_strides[forward ? 0 : 1];
+    p.weight_source = s.weight_strides[forward ? 1 : 0];
+    std::copy_n(s.weight_strides + 2, 2, p.weight_taps);
+    p.source_step = forward ? 2 : 1;
+    p.result_step = forward ? 1 : 2;
+    p.sources = forward ? 4 : 1;
+    return p;
+}
+
+}  // namespace
+
+PhasePlan phased_forward(const ConvShape& s) {
+    PhasePlan p = phases(s, true);
     PhaseGrid grid{{s.out_height, s.out_width}, {0, 0}, {}, {}, 2};
     for (int q = 0; q < 4; ++q)
         for (int d = 0; d < 2; ++d) {
@@ -320,18 +329,7 @@ PhasePlan phased_forward(const ConvShape& s) {
 }
 
 PhasePlan phased_input_grad(const ConvShape& s) {
-    PhasePlan p{};
-    p.n = s.n;
-    p.threads = s.threads;
-    int64_t source[3] = {s.out_height, s.out_width, s.out_channels}, result[3] = {s.height, s.width, s.channels};
-    std::copy(source, source + 3, p.source);
-    std::copy(result, result + 3, p.result);
-    p.weight_result = s.weight_strides[1];
-    p.weight_source = s.weight_strides[0];
-    std::copy(s.weight_strides + 2, s.weight_strides + 4, p.weight_taps);
-    p.source_step = 1;
-    p.result_step = 2;
-    p.sources = 1;
+    PhasePlan p = phases(s, false);
     for (int r = 0; r < 4; ++r) {
         PhaseGrid grid{};
         for (int d = 0; d < 2; ++d) {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -213,14 +213,7 @@ def worker(rank: int, port: int, shared: Any) -> None:
 
 @pytest.fixture(scope="module")
 def answers() -> Any:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        shared = manager.dict()
-        torch.multiprocessing.spawn(worker, (port, shared), WORLD)
-        return dict(shared)
+    return on_ranks(worker, WORLD)
 
 
 @pytest.mark.parametrize("name", CASES)

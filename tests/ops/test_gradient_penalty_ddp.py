@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from critics import Residual, batch
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,14 +105,7 @@ def worker(rank: int, port: int, results: Any) -> None:
 
 @pytest.fixture(scope="module")
 def answers() -> Any:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(worker, (port, results), WORLD)
-        return dict(results)
+    return on_ranks(worker, WORLD)
 
 
 @pytest.mark.filterwarnings("ignore")
