@@ -49,14 +49,14 @@ def discrimination_sides(n: int, limit: float) -> tuple[dict[str, Callable[[], o
     grad = torch.randn(n, FEATURES)
 
     def run(function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        def step() -> Tensor:
+        def step() -> None:
+            function(m).backward(grad)
+            # Not held before the next call, whose peak counts it.
             m.grad = None
-            output = function(m)
-            output.backward(grad)
-            return output
 
         return step
 
+    sides: dict[str, Callable[[], object]]
     sides, left_out = {"gankern": run(gankern.ops.minibatch_discrimination)}, {}
     # Differences, absolute values and signs of the one; distances, exponentials and their gradients of the other.
     needs = {"cdist": 5 * n * n * FEATURES * 4, "broadcast": 3 * n * n * FEATURES * KERNEL_DIMS * 4}
@@ -92,11 +92,9 @@ def generator_sides(width: int, batch: int) -> dict[str, Callable[[], object]]:
     noise = torch.randn(batch, 100, 1, 1)
 
     def run(model: nn.Module) -> Callable[[], object]:
-        def step() -> Tensor:
+        def step() -> None:
+            model(noise).square().mean().backward()
             model.zero_grad()
-            output = model(noise)
-            output.square().mean().backward()
-            return output
 
         return step
 
