@@ -135,7 +135,7 @@ def show(points: list[Point], console: Console) -> None:
             times = {s: p.milliseconds for s, p in row.items() if p.milliseconds is not None}
             others = [t for s, t in times.items() if s != "gankern"]
             ratio = f"{min(others) / times['gankern']:.2f}" if others else ""
-            table.add_row(str(size), *(_cell(row[s]) for s in sides), ratio)
+            table.add_row(str(size), *(_cell(row[s]) if s in row else "" for s in sides), ratio)
         console.print(table)
 
 
