@@ -77,6 +77,11 @@ def test_which_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not product.applies(x.expand(3, -1, -1, -1).repeat(400, 1, 1, 1), weight, options), "many pixels"
     assert not product.applies(x, weight[:, :32], options), "few channels"
     assert not product.applies(x, weight, options._replace(dilation=(2, 2)))
+    with gankern.backend("reference"):
+        assert not product.applies(x, weight, options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product.applies(x.float(), weight.float(), options)
+        assert not product.applies(x.double(), weight.double(), options)
     monkeypatch.setattr(product, "_has_matrix_units", lambda: False)
     assert not product.applies(x, weight, options)
 

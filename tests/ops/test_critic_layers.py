@@ -15,6 +15,7 @@ from critics import batch, both, gradients
 from oracle import assert_as_accurate
 from torch import Tensor, nn
 
+import gankern
 from gankern import gradient_penalty
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import penalty_points
@@ -463,3 +464,21 @@ def test_functions_of_the_tensor_get_no_copy() -> None:
 
     for got, want in zip(results(CriticLayers(Scope())), results(nullcontext()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("view", [lambda h: h[:, 3], lambda h: h.narrow(1, 2, 5), lambda h: h.transpose(0, 1)])
+def test_a_change_that_would_be_lost_is_refused(view: Callable[[Tensor], Tensor]) -> None:
+    conv, last = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 1, 8)
+    real, fake, alpha = batch(dtype=torch.float32)
+
+    def critic(x: Tensor) -> Tensor:
+        h = conv(x)
+        view(h).mul_(2.0)
+        return last(h)
+
+    params = [*conv.parameters(), *last.parameters()]
+    with pytest.raises(RuntimeError, match=r"critic changes a view of an activation in place.*got mul_"):
+        gradient_penalty(critic, real, fake, alpha=alpha, params=params)
+    with gankern.backend("reference"):
+        got = gradient_penalty(critic, real, fake, alpha=alpha, params=params)
+    torch.testing.assert_close(got, stock_penalty.gradient_penalty(critic, real, fake, alpha=alpha))

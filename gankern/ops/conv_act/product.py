@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gankern import backends
 from gankern.ops.conv_act import reference
 from gankern.ops.conv_act.reference import ConvOptions
 
@@ -23,10 +24,13 @@ _LARGE_WEIGHT = 1 << 20
 
 
 def applies(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
-    """Whether a convolution of bfloat16 images on the CPU, transposed or not, is one of these."""
-    if input.device.type != "cpu" or input.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+    """Whether a convolution on the CPU, transposed or not, is one of these: in bfloat16, by autocast or by itself."""
+    if torch.compiler.is_compiling() or input.device.type != "cpu" or backends.requested() == "reference":
         return False
-    if options.groups != 1 or options.dilation != (1, 1) or torch.compiler.is_compiling() or not _has_matrix_units():
+    dtypes = {torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else {input.dtype, weight.dtype}
+    if dtypes != {torch.bfloat16} or torch.float64 in (input.dtype, weight.dtype):
+        return False
+    if options.groups != 1 or options.dilation != (1, 1) or not _has_matrix_units():
         return False
     return 0 < _pixels(input, weight, options) <= _MOST_PIXELS * weight.size(0) and min(weight.shape[:2]) >= 64
 
@@ -101,12 +105,14 @@ class Product(torch.autograd.Function):
             again = reference.conv(input, weight, bias, options)
             found = iter(torch.autograd.grad(again, given, grad_output, create_graph=True))
             return *(next(found) if w else None for w in want), None
-        kernel, grad_input, grad_weight = weight.shape[2:], None, None
-        matrix = _rows(weight).view(weight.size(0), -1)
-        narrow, wide = (input, grad_output) if options.transposed else (grad_output, input)
-        columns = _columns(wide, kernel, options)
+        kernel, transposed = weight.shape[2:], options.transposed
+        grad_input = grad_weight = None
+        narrow, wide = (input, grad_output) if transposed else (grad_output, input)
+        if want[1] or (want[0] and transposed):
+            columns = _columns(wide, kernel, options)
         if want[0]:
-            if options.transposed:
+            matrix = _rows(weight).view(weight.size(0), -1)
+            if transposed:
                 grad_input = _images(columns @ matrix.t(), input.shape)
             else:
                 grad_input = _gather(_rows(narrow) @ matrix, narrow.shape, wide.shape, kernel, options)

@@ -1,4 +1,4 @@
-"""The convolution in front of a block: torch's own, with the normalisation folded in where no gradient is wanted."""
+"""The convolution in front of a block, with the normalisation in it where no gradient is wanted."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ class Convolution(NamedTuple):
         is_product = self.is_product(input)
         if self.is_plain(input, weight) and not is_product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
-        if not is_product and input.device.type == "cpu":
-            (given, *rest), options = autocast(input, weight, bias), self.options
-            if product.applies(given, rest[0], options):
-                return product.Product.apply(given, *rest, options)
+        if not is_product and product.applies(input, weight, self.options):
+            return product.Product.apply(*autocast(input, weight, bias), self.options)
         if input.device.type == "cpu":
             # Once here, instead of inside the convolution and again in each of its gradients.
             weight = weight.contiguous(memory_format=memory_format(input))
@@ -133,11 +131,9 @@ def conv_act(
 ) -> Tensor:
     """Convolution and activation, without gradients."""
     name = "_convolution_transpose_pointwise" if conv.transposed else "_convolution_pointwise"
-    fusable = name in _POINTWISE and torch.backends.mkldnn.enabled and not conv.is_product(input)
+    fusable = name in _POINTWISE and torch.backends.mkldnn.enabled
     if fusable and input.device.type == "cpu" and input.numel():
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            input, weight, bias = input.to(dtype), weight.to(dtype), bias.to(dtype)
+        input, weight, bias = autocast(input, weight, bias)
         if input.dtype in (torch.float32, torch.bfloat16) and weight.dtype == input.dtype:
             scalars: list[Any] = [negative_slope] if activation == "leaky_relu" else []
             geometry: tuple[Any, ...] = (conv.padding, conv.stride, conv.dilation, conv.groups)
@@ -145,9 +141,4 @@ def conv_act(
                 geometry = (conv.padding, conv.output_padding, conv.stride, conv.dilation, conv.groups)
             output = _POINTWISE[name](input, weight, bias, *geometry, activation, scalars, "")
             return like_layout(output, input)
-    output = conv(input, weight, bias)
-    if activation == "relu":
-        return output.relu_()
-    if activation == "leaky_relu":
-        return F.leaky_relu_(output, negative_slope)
-    return output.tanh_() if activation == "tanh" else output
+    return cpu.activate_(conv(input, weight, bias), activation, negative_slope)

@@ -17,7 +17,7 @@ def _layers(*tensors: Tensor) -> Any:
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
-    """A tensor of that shape whose values are all one and are never read."""
+    """A tensor of that shape for autograd to follow: its elements share one place, which nobody reads."""
     one = torch.empty(1, dtype=tensor.dtype, device=tensor.device)
     # Not a view, which autograd would follow.
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(

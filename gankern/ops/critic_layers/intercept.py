@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gankern._layout import autocast, memory_format
 from gankern.ops.conv_act import conv2d_act, conv2d_acts
@@ -203,17 +204,7 @@ _ANY_ORDER = {
 }
 
 
-def _contiguous(value: Any) -> Any:
-    """Activations in the order that they have in stock."""
-    if isinstance(value, Tensor):
-        turned = value.requires_grad and memory_format(value) == torch.channels_last
-        return value.contiguous() if turned else value
-    if type(value) in (tuple, list):
-        return type(value)(_contiguous(v) for v in value)
-    return value
-
-
-_OF_THE_TENSOR = {"__setitem__", "register_hook", "retain_grad", "grad_fn", "is_leaf"}
+_OF_THE_TENSOR = {"__setitem__", "register_hook", "retain_grad"}
 
 
 def _is_of_the_tensor(name: str) -> bool:
@@ -245,6 +236,7 @@ class CriticLayers(TorchFunctionMode):
         super().__init__()
         self.scope = scope
         self._forks = Forks()
+        self._copies = WeakTensorKeyDictionary()
         self.taken: Counter[str] = Counter()
         self.stock: Counter[str] = Counter()
 
@@ -261,15 +253,38 @@ class CriticLayers(TorchFunctionMode):
                 self.taken[func.__name__] += 1
                 return result
         name = getattr(func, "__name__", "")
+        self._refuse_lost_change(name, args)
         if self.scope.turns and name not in _ANY_ORDER:
             kept = 1 if _is_of_the_tensor(name) else 0
-            args = (*args[:kept], *_contiguous(args[kept:]))
-            kwargs = {key: _contiguous(value) for key, value in kwargs.items()}
+            args = (*args[:kept], *self._contiguous(args[kept:]))
+            kwargs = {key: self._contiguous(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if any(isinstance(t, Tensor) and t.grad_fn is not None for t in outputs):
             self.leave(func, args, kwargs, known=replacement is not None)
         return result
+
+    def _contiguous(self, value: Any) -> Any:
+        """Activations in the order that they have in stock."""
+        if isinstance(value, Tensor):
+            if not value.requires_grad or memory_format(value) != torch.channels_last:
+                return value
+            copy = value.contiguous()
+            self._copies[copy] = None
+            return copy
+        if type(value) in (tuple, list):
+            return type(value)(self._contiguous(v) for v in value)
+        return value
+
+    def _refuse_lost_change(self, name: str, args: tuple[Any, ...]) -> None:
+        """A view of a copy would be changed, and the activation left as it is."""
+        changes = _is_of_the_tensor(name) and name not in ("register_hook", "retain_grad")
+        base = args[0]._base if changes and args and isinstance(args[0], Tensor) else None
+        if base is not None and base in self._copies:
+            raise RuntimeError(
+                "critic changes a view of an activation in place, which gankern's layers cannot follow; got "
+                f"{name} of a view: change a clone of it, or use gankern.backend('reference')"
+            )
 
     def _is_fused(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether a convolution takes its input together with the activation before."""
