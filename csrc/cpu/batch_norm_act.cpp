@@ -16,6 +16,7 @@ namespace GANKERN_ISA {
 namespace {
 
 constexpr int64_t kMinChannels = 16;  // from here on, channels alone keep the threads busy
+constexpr int64_t kPastCacheBytes = 8 << 20;
 constexpr int64_t kBlock = 32;        // vectors added up in the storage type's arithmetic before double takes over
 
 // The affine map of one channel, or of a vector of channels: z = (x - mean) * scale + bias.
@@ -47,6 +48,35 @@ struct Sums {
         first += o.first;
         second += o.second;
     }
+};
+
+// Where a result goes. Large ones do not fit the caches until they are read: past those they cost a third less traffic.
+template <class S>
+class Output {
+public:
+    Output(void* data, const BatchNormActShape& s)
+        : data_(static_cast<S*>(data)),
+          past_cache_(s.n * s.c * s.hw * static_cast<int64_t>(sizeof(S)) >= kPastCacheBytes &&
+                      reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+                      (s.channels_last ? s.c : s.hw) % kLanes<Acc<S>> == 0) {}
+    ~Output() {
+        if (past_cache_) finish_stores_past_cache();
+    }
+    GANKERN_INLINE void put(int64_t i, int lanes, Vec<Acc<S>> v) const {
+        if (past_cache_)
+            store_past_cache(data_ + i, v);
+        else
+            store(data_ + i, lanes, v);
+    }
+    // The line that put writes in the next image, on its way into cache.
+    GANKERN_INLINE void ahead(int64_t i) const {
+        if (!past_cache_) __builtin_prefetch(data_ + i, 1);
+    }
+
+private:
+    static constexpr int64_t kVectorBytes = kLanes<Acc<S>> * sizeof(S);
+    S* data_;
+    bool past_cache_;
 };
 
 // How [n, c, hw] is cut: parts of whole images (NCHW) or of rows (channels_last).
@@ -81,7 +111,7 @@ struct Planes {
     // The same pixel of the channel in the next image on its way into cache: the processor's own prefetch does not
     // follow from plane to plane.
     GANKERN_INLINE void ahead(const S* p) const { __builtin_prefetch(p + s.c * s.hw); }
-    GANKERN_INLINE void ahead_of_store(S* p) const { __builtin_prefetch(p + s.c * s.hw, 1); }
+    GANKERN_INLINE void ahead(const Output<S>& out, int64_t i) const { out.ahead(i + s.c * s.hw); }
 
     // Adds up f(offset, lanes) -> {first, second} over the planes of one channel in images [begin, end).
     template <class F>
@@ -127,14 +157,14 @@ void plane_activate(const Planes<S>& planes, const BatchNormActForward& a, const
                     int64_t begin, int64_t end) {
     using A = Acc<S>;
     auto* x = static_cast<const S*>(a.input);
-    auto* y = static_cast<S*>(a.output);
+    Output<S> y(a.output, a.shape);
     auto map = channels.at(c);
     A slope = static_cast<A>(a.shape.negative_slope);
     for (int64_t n = begin; n < end; ++n) {
         int64_t base = planes.offset(n, c);
         for_each_vec<A>(a.shape.hw, [&](int64_t i, int lanes) {
-            planes.ahead_of_store(y + base + i);
-            store(y + base + i, lanes, activate<A, act>(map(load(x + base + i, lanes, A(0))), slope));
+            planes.ahead(y, base + i);
+            y.put(base + i, lanes, activate<A, act>(map(load(x + base + i, lanes, A(0))), slope));
         });
     }
 }
@@ -232,7 +262,7 @@ void plane_input_grad(const Planes<S>& planes, const BatchNormActBackward& a, co
     using A = Acc<S>;
     auto* x = static_cast<const S*>(a.input);
     auto* dy = static_cast<const S*>(a.grad_output);
-    auto* dx = static_cast<S*>(a.grad_input);
+    Output<S> dx(a.grad_input, a.shape);
     auto map = channels.at(c);
     A slope = static_cast<A>(a.shape.negative_slope);
     InputGrad<S> grad(a, channels);
@@ -242,8 +272,8 @@ void plane_input_grad(const Planes<S>& planes, const BatchNormActBackward& a, co
         for_each_vec<A>(a.shape.hw, [&](int64_t i, int lanes) {
             Vec<A> v = load(x + base + i, lanes, A(0));
             Vec<A> dz = activation_grad<A, act>(map(v), load(dy + base + i, lanes, A(0)), slope);
-            planes.ahead_of_store(dx + base + i);
-            store(dx + base + i, lanes, map.scale * (dz - mean_dz - (v - map.mean) * slope_dz));
+            planes.ahead(dx, base + i);
+            dx.put(base + i, lanes, map.scale * (dz - mean_dz - (v - map.mean) * slope_dz));
         });
     }
 }
@@ -366,16 +396,16 @@ void forward_rows(const BatchNormActForward& a) {
     using A = Acc<S>;
     const auto& s = a.shape;
     auto* x = static_cast<const S*>(a.input);
-    auto* y = static_cast<S*>(a.output);
     Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias), static_cast<const A*>(a.mean),
                          static_cast<const A*>(a.invstd)};
     A slope = static_cast<A>(s.negative_slope);
     if (a.training) row_statistics<S>(a, Parts(s));
     parallel_for(s.n * s.hw, s.threads, [&](int64_t begin, int64_t end) {
+        Output<S> y(a.output, s);
         for (int64_t row = begin; row < end; ++row) {
             for_each_vec<A>(s.c, [&](int64_t c, int lanes) {
                 int64_t i = row * s.c + c;
-                store(y + i, lanes, activate<A, act>(channels.row(c, lanes)(load(x + i, lanes, A(0))), slope));
+                y.put(i, lanes, activate<A, act>(channels.row(c, lanes)(load(x + i, lanes, A(0))), slope));
             });
         }
     });
@@ -387,7 +417,6 @@ void backward_rows(const BatchNormActBackward& a) {
     const auto& s = a.shape;
     auto* x = static_cast<const S*>(a.input);
     auto* dy = static_cast<const S*>(a.grad_output);
-    auto* dx = static_cast<S*>(a.grad_input);
     Channels<S> channels{static_cast<const A*>(a.weight), static_cast<const A*>(a.bias), static_cast<const A*>(a.mean),
                          static_cast<const A*>(a.invstd)};
     A slope = static_cast<A>(s.negative_slope);
@@ -417,6 +446,7 @@ void backward_rows(const BatchNormActBackward& a) {
         slope_dz[c] = grad.slope_dz(c);
     }
     parallel_for(s.n * s.hw, s.threads, [&](int64_t begin, int64_t end) {
+        Output<S> dx(a.grad_input, s);
         for (int64_t row = begin; row < end; ++row) {
             for_each_vec<A>(s.c, [&](int64_t c, int lanes) {
                 int64_t i = row * s.c + c;
@@ -425,7 +455,7 @@ void backward_rows(const BatchNormActBackward& a) {
                 Vec<A> dz = activation_grad<A, act>(map(v), load(dy + i, lanes, A(0)), slope);
                 Vec<A> centered =
                     dz - load(mean_dz + c, lanes, A(0)) - (v - map.mean) * load(slope_dz + c, lanes, A(0));
-                store(dx + i, lanes, map.scale * centered);
+                dx.put(i, lanes, map.scale * centered);
             });
         }
     });

@@ -4,6 +4,10 @@
 // AVX-512 into the baseline build.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -100,19 +104,48 @@ GANKERN_INLINE Vec<Acc<S>> load(const S* p) {
     }
 }
 
+// A vector in the storage type.
 template <class S>
-GANKERN_INLINE void store(S* p, Vec<Acc<S>> v) {
+GANKERN_INLINE auto narrowed(Vec<Acc<S>> v) {
     if constexpr (std::is_same_v<S, BFloat16>) {
         typedef uint16_t H __attribute__((vector_size(GANKERN_VECTOR_BYTES / 2)));
         auto bits = bits_as<Simd<float>::U>(v);
         Simd<float>::U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
         Simd<float>::U quiet = (bits >> 16) | 0x40u;
         Simd<float>::U chosen = (v != v) ? quiet : rounded;
-        H half = __builtin_convertvector(chosen, H);
-        std::memcpy(p, &half, sizeof half);
+        return __builtin_convertvector(chosen, H);
     } else {
-        std::memcpy(p, &v, sizeof v);
+        return v;
     }
+}
+
+template <class S>
+GANKERN_INLINE void store(S* p, Vec<Acc<S>> v) {
+    auto stored = narrowed<S>(v);
+    std::memcpy(p, &stored, sizeof stored);
+}
+
+// Past the caches, where the processor can: the line is not read before it is written. p is aligned to the vector.
+template <class S>
+GANKERN_INLINE void store_past_cache(S* p, Vec<Acc<S>> v) {
+    auto stored = narrowed<S>(v);
+#if defined(__AVX512F__)
+    if constexpr (sizeof stored == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)stored);
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof stored == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)stored);
+#endif
+#if defined(__SSE2__)
+    if constexpr (sizeof stored == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)stored);
+#endif
+    std::memcpy(p, &stored, sizeof stored);
+}
+
+// Other threads see what store_past_cache wrote before what this thread writes from here on.
+GANKERN_INLINE void finish_stores_past_cache() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 // The first n lanes from memory, the others equal to fill.

@@ -67,6 +67,31 @@ def test_statistics_survive_a_large_mean(memory_format: torch.memory_format, cha
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_larger_than_the_caches(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    inputs, stats = norm_inputs((17, 16, 128, 128), dtype)
+    inputs[0] = inputs[0].contiguous(memory_format=memory_format)
+    grad = torch.randn_like(inputs[0])
+    # Four images at a time fit, and are written by other stores.
+    whole = run(norm_act(ops.batch_norm_act, stats, training=False), inputs, grad)[:2]
+    parts = [
+        run(norm_act(ops.batch_norm_act, stats, training=False), [x, *inputs[1:]], g)[:2]
+        for x, g in zip(inputs[0].split(4), grad.split(4), strict=True)
+    ]
+    for got, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(pieces))
+    results = []
+    for op, kind in [(ops, dtype), (reference, dtype), (reference, torch.float64)]:
+        running = [t.to(torch.float64 if kind == torch.float64 else t.dtype) for t in stats]
+        function = norm_act(op.batch_norm_act, running, training=True, momentum=0.0)
+        cast = [t.to(torch.float64 if kind == torch.float64 else t.dtype) for t in inputs]
+        results.append(run(function, cast, grad.to(kind))[:2])
+    for ours, stock, exact in zip(*results, strict=True):
+        assert_as_accurate(ours, stock, exact)
+
+
+@pytest.mark.kernel
 def test_special_values_are_stocks() -> None:
     for activation in ("relu", "leaky_relu", "tanh"):
         x = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-30, 30.0, -30.0, 0.3, -0.3]]).t()
