@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/python -m pip
 SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 class CMakeExtension(Extension):
@@ -42,4 +43,16 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
-setup(ext_modules=[CMakeExtension("gankern._C")], cmdclass={"build_ext": CMakeBuild})
+class WithCudaSources(build_py):
+    """CUDA C++ is compiled where it runs: its sources are part of the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("csrc/cuda", Path(self.build_lib) / "gankern" / "cuda_sources", dirs_exist_ok=True)
+
+
+setup(
+    ext_modules=[CMakeExtension("gankern._C")],
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithCudaSources},
+)

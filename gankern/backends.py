@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -46,8 +47,36 @@ class Explanation:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.refused.items()])
 
 
+class Later:
+    """An adapter that is imported with the first tensors that it may run on: its packages are large and optional.
+
+    Parameters
+    ----------
+    module : str
+        Full name of the adapter's module.
+    refuse : callable
+        Why the backend cannot run on tensors, by what is known without the module; None if it may.
+    """
+
+    def __init__(self, module: str, refuse: Callable[..., str | None]) -> None:
+        self._module, self._refuse = module, refuse
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Later) and other._module == self._module
+
+    def __hash__(self) -> int:
+        return hash(self._module)
+
+    def refuse(self, *tensors: Tensor) -> str | None:
+        reason = self._refuse(*tensors)
+        return importlib.import_module(self._module).refuse(*tensors) if reason is None else reason
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
 # The adapters of each op: {op: {backend: module}}; a module has refuse(*tensors) and the op's kernels.
-_adapters: dict[str, dict[str, ModuleType]] = {}
+_adapters: dict[str, dict[str, ModuleType | Later]] = {}
 # What else an op has to tell of a call: {op: function of what was found and the call's arguments}.
 _explainers: dict[str, Callable[..., Explanation]] = {}
 _default = "auto"
@@ -55,9 +84,14 @@ _override: ContextVar[str | None] = ContextVar("gankern_backend", default=None)
 _announced: set[tuple[str, str]] = set()
 
 
-def register(op: str, **adapters: ModuleType) -> None:
+def register(op: str, **adapters: ModuleType | Later) -> None:
     """Make the adapters of an op known, by backend name."""
     _adapters[op] = adapters
+
+
+def adapters(name: str) -> list[ModuleType | Later]:
+    """Every op's adapter of one backend, each once."""
+    return list(dict.fromkeys(found[name] for found in _adapters.values() if name in found))
 
 
 def register_explainer(op: str, explainer: Callable[..., Explanation]) -> None:

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from gankern import workspace
+# Before a kernel is defined: without a GPU, Triton's run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from cuda_on_cpu.launcher import Launcher
+
+from gankern import _cuda, backend, workspace
 from gankern.ops.gradient_penalty import autograd, small
 
 fuse = importlib.import_module("gankern.nn.fuse")
@@ -53,3 +60,27 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("triton", "cpu"), id="triton-interpreter"),
+        pytest.param(("cuda", "cpu"), id="cuda-on-cpu"),
+        pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+        pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    ]
+)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A backend of the GPU is in force: on the GPU, or without one in Triton's interpreter and by cuda_on_cpu.
+
+    Yields the device that its tensors are to be on.
+    """
+    name, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if (name, device) == ("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    if (name, device) == ("cuda", "cpu"):
+        monkeypatch.setattr(_cuda, "launcher", Launcher())
+    with backend(name):
+        yield torch.device(device)

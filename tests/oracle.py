@@ -10,13 +10,13 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def assert_as_accurate(ours: Tensor, stock: Tensor, exact: Tensor, what: str = "") -> None:
-    """Error at most twice stock's against float64; a unit in the last place is nobody's fault."""
+def assert_as_accurate(ours: Tensor, stock: Tensor, exact: Tensor, what: str = "", units: float = 1) -> None:
+    """Error at most twice stock's against float64; so many units in the last place are nobody's fault."""
     assert ours.dtype == stock.dtype, (what, ours.dtype, stock.dtype)
     assert ours.shape == exact.shape, (what, ours.shape, exact.shape)
     assert exact.dtype == torch.float64
     # In float64 stock is itself the oracle, whose own error is unknown.
-    unit = torch.finfo(ours.dtype).eps * (1000 if ours.dtype == torch.float64 else 1)
+    unit = torch.finfo(ours.dtype).eps * (1000 if ours.dtype == torch.float64 else units)
     error, allowed = ((t.double() - exact).norm() for t in (ours, stock))
     assert error <= 2 * allowed + unit * exact.norm(), f"{what}: error {error:.2e}, stock's {allowed:.2e}"
 

@@ -9,12 +9,18 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gankern import _library, backends
+from gankern import _cuda, _library, _triton, backends
 from gankern.ops.weight_clip import cpu, reference
 
 OPS = ("clip_weights_", "rmsprop_clip_")
 for _op in OPS:
-    backends.register(_op, cpu=cpu, reference=reference)
+    backends.register(
+        _op,
+        cpu=cpu,
+        reference=reference,
+        triton=_triton.adapter("gankern.ops.weight_clip.triton"),
+        cuda=_cuda.adapter("gankern.ops.weight_clip.cuda"),
+    )
 
 
 def _by_kind(params: list[Tensor], *others: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:

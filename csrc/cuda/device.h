@@ -1,0 +1,82 @@
+// What the kernels share: storage types, reductions and shared memory. No header is included, so that NVRTC needs none;
+// tests put a header of their own in front, which defines the device's built-ins for the CPU (GANKERN_ON_CPU).
+#pragma once
+
+#ifndef GANKERN_ON_CPU
+// A static array in shared memory.
+#define GANKERN_SHARED(type, name, size) __shared__ type name[size]
+
+__device__ inline float half_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ inline unsigned short float_to_half(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif
+
+using index_t = long long;
+
+struct bf16 {
+    unsigned short bits;
+};
+struct half {
+    unsigned short bits;
+};
+
+// The type that arithmetic on a storage type is done in.
+template <class S>
+struct AccOf {
+    using type = float;
+};
+template <>
+struct AccOf<double> {
+    using type = double;
+};
+template <class S>
+using Acc = typename AccOf<S>::type;
+
+__device__ inline float get(const float* p) { return *p; }
+__device__ inline double get(const double* p) { return *p; }
+__device__ inline float get(const bf16* p) { return __uint_as_float(static_cast<unsigned>(p->bits) << 16); }
+__device__ inline float get(const half* p) { return half_to_float(p->bits); }
+
+__device__ inline void put(float* p, float value) { *p = value; }
+__device__ inline void put(double* p, double value) { *p = value; }
+__device__ inline void put(bf16* p, float value) {
+    unsigned bits = __float_as_uint(value);
+    // Round to nearest even; a NaN keeps its sign and becomes quiet.
+    p->bits = static_cast<unsigned short>(value != value ? (bits >> 16) | 0x40u
+                                                         : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+__device__ inline void put(half* p, float value) { p->bits = float_to_half(value); }
+
+// N values that are read and written at once: 16 bytes of a dense array.
+template <class S, int N>
+struct alignas(sizeof(S) * N) Pack {
+    S values[N];
+};
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class A>
+__device__ inline A warp_sum(A value) {
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(kAllLanes, value, lane);
+    return value;
+}
+
+// Sum over the block's threads, whose number is a multiple of a warp's; every thread gets it. Deterministic.
+template <class A>
+__device__ inline A block_sum(A value) {
+    GANKERN_SHARED(A, sums, kWarp);
+    value = warp_sum(value);
+    __syncthreads();  // an earlier call's sums have been read
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    A lane = threadIdx.x % kWarp < blockDim.x / kWarp ? sums[threadIdx.x % kWarp] : A(0);
+    return warp_sum(lane);
+}

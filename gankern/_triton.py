@@ -1,0 +1,93 @@
+"""Triton kernels: what they need, and stand-ins for where triton is not installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gankern import backends
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, where tensors on the CPU will do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def missing() -> str | None:
+    """Why kernels cannot run here, whatever the tensors; None if they can."""
+    return None if find_spec("triton") is not None else "needs triton (pip install 'gankern[triton]')"
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on these tensors; None if they can.
+
+    In Triton's interpreter, which is for tests, they run on the CPU where they are asked for by name.
+    """
+    devices = ("cuda", "cpu") if interprets() and backends.requested() == "triton" else ("cuda",)
+    for tensor in tensors:
+        if tensor.device.type not in devices:
+            return f"needs tensors on a CUDA device; got {tensor.device}"
+        if tensor.dtype not in TYPES:
+            return f"needs float32, float64, bfloat16 or float16; got {tensor.dtype}"
+    return missing()
+
+
+def adapter(module: str) -> backends.Later:
+    """A room's adapter of these kernels, imported when a tensor is there that it may run on."""
+    return backends.Later(module, refuse)
+
+
+class Compiled(NamedTuple):
+    """One specialisation of a kernel, as it is compiled ahead of time."""
+
+    kernel: Any
+    signature: dict[str, str]  # Triton's names of the arguments' types; "T*" is a pointer to the storage type
+    constants: dict[str, Any]
+    dtype: torch.dtype
+    options: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def label(self) -> str:
+        values = {"T": str(self.dtype).removeprefix("torch."), **self.constants, **self.options}
+        return " ".join([self.kernel.__name__, *(f"{key}={value}" for key, value in values.items())])
+
+
+def types(dtype: torch.dtype) -> dict[str, Any]:
+    """The constants T and A of a kernel: Triton's types that values are stored in and that arithmetic is done in."""
+    import triton.language as tl
+
+    stored = {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }[dtype]
+    return {"T": stored, "A": tl.float64 if dtype == torch.float64 else tl.float32}
+
+
+def compile_kernel(wanted: Compiled, target: Any) -> Any:
+    """Compile for a ``GPUTarget`` that need not be there."""
+    import triton
+    from triton.compiler import ASTSource
+
+    names = types(wanted.dtype)
+    constants = {k: v for k, v in {**names, **wanted.constants}.items() if k in wanted.kernel.arg_names}
+    of = {"T": str(names["T"]), "A": str(names["A"])}
+    signature = {k: _pointed(v, of) for k, v in wanted.signature.items()} | dict.fromkeys(constants, "constexpr")
+    ordered = {name: signature[name] for name in wanted.kernel.arg_names}
+    source = ASTSource(fn=wanted.kernel, signature=ordered, constexprs=constants)
+    return triton.compile(source, target=target, options=dict(wanted.options))
+
+
+def _pointed(kind: str, names: dict[str, str]) -> str:
+    return "*" + names[kind[:-1]] if kind.endswith("*") else kind

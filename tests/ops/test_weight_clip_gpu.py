@@ -1,0 +1,105 @@
+"""Weight clipping and RMSProp by the kernels of the GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_as_accurate
+from torch import Tensor, nn
+
+import gankern
+from gankern import _triton
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Around the sizes of a pack, a block's threads and a chunk.
+SHAPES = [(5, 7), (1,), (0,), (4096,), (4097,), (3, 4, 2, 2), (9001,)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"centered": True, "maximize": True},
+    {"momentum": 0.9, "weight_decay": 0.1},
+    {"centered": True, "momentum": 0.5},
+]
+
+
+def given(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    # The last starts at no multiple of a pack.
+    storage = torch.randn(300, device=device).to(dtype)
+    return [torch.randn(shape, device=device).to(dtype) for shape in SHAPES] + [storage[3:260]]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_rmsprop_is_as_accurate_as_stock(
+    gpu: torch.device, dtype: torch.dtype, options: dict[str, Any], clip: float | None
+) -> None:
+    options = {"lr": 0.05, "eps": 1e-3, **options}
+    sides: list[tuple[list[Tensor], Any]] = []
+    start = given(dtype, gpu)
+    for kind in (dtype, dtype, torch.float64):
+        params = [p.to(kind, copy=True).requires_grad_() for p in start]
+        own = not sides
+        make: Any = gankern.optim.RMSprop if own else torch.optim.RMSprop
+        sides.append((params, make(params, **options, **({"clip": clip} if own else {}))))
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in start]
+        for params, optimizer in sides:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(p.dtype)
+            optimizer.step()
+            if clip is not None:
+                with torch.no_grad():
+                    [p.clamp_(-clip, clip) for p in params]
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+    units = 3 if dtype == torch.bfloat16 and _triton.interprets() else 1
+    names = ["square_avg"] + ["grad_avg"] * ("centered" in options) + ["momentum_buffer"] * ("momentum" in options)
+    for name in ("param", *names):
+        found = [
+            torch.cat([(p if name == "param" else optimizer.state[p][name]).detach().flatten() for p in params])
+            for params, optimizer in sides
+        ]
+        assert_as_accurate(*found, name, units=units)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clip_has_the_bits_of_clamp(gpu: torch.device, dtype: torch.dtype) -> None:
+    params = given(dtype, gpu)
+    params[0].view(-1)[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype)
+    want = [p.clamp(-0.5, 0.5) for p in params]
+    around = params[-1].as_strided((300,), (1,), 0).clone()
+    gankern.clip_weights_(params, 0.5)
+    for p, w in zip(params, want, strict=True):
+        torch.testing.assert_close(p, w, rtol=0, atol=0, equal_nan=True)
+    whole = params[-1].as_strided((300,), (1,), 0)
+    assert torch.equal(whole[:3], around[:3])
+    assert torch.equal(whole[260:], around[260:])
+
+
+def test_layouts_and_lists_that_a_kernel_cannot_walk(gpu: torch.device) -> None:
+    dense = torch.randn(6, 5, device=gpu).t()
+    sliced = torch.randn(8, 6, device=gpu)[:, ::2]
+    want = [dense.clamp(-0.1, 0.1), sliced.clamp(-0.1, 0.1)]
+    gankern.clip_weights_([dense, sliced], 0.1)
+    assert torch.equal(dense, want[0])
+    assert torch.equal(sliced, want[1])
+
+
+def test_steps_follow_new_memory(gpu: torch.device) -> None:
+    """Tables are kept by address: other gradients, other parameters and freed memory must be seen."""
+    model = nn.Linear(7, 9).to(gpu)
+    stock = copy.deepcopy(model)
+    ours = gankern.optim.RMSprop(model.parameters(), lr=0.1, clip=0.3)
+    theirs = torch.optim.RMSprop(stock.parameters(), lr=0.1)
+    for step in range(4):
+        for p, q in zip(model.parameters(), stock.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step(), theirs.step()
+        for group in (*ours.param_groups, *theirs.param_groups):
+            group["lr"] = 0.1 / (step + 2)
+        for p, q in zip(model.parameters(), stock.parameters(), strict=True):
+            q.data.clamp_(-0.3, 0.3)
+            torch.testing.assert_close(p, q)
