@@ -92,7 +92,7 @@ def test_type_marker_is_installed_beside_the_package():
 def test_import_works_without_a_gpu_and_brings_no_optional_package(tmp_path):
     # torch itself imports some of these where they are installed: only what gankern adds counts.
     code = """
-import sys, torch
+import sys, torch, torch._dynamo
 before = set(sys.modules)
 import gankern
 optional = {"PIL", "cupy", "matplotlib", "mlxtend", "pandas", "pytest", "rich", "tqdm", "triton"}
