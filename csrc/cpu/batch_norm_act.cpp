@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kMinChannels = 16;  // from here on, channels alone keep the threads busy
 constexpr int64_t kPastCacheBytes = 8 << 20;
-constexpr int64_t kBlock = 32;        // vectors added up in the storage type's arithmetic before double takes over
+constexpr int64_t kBlock = 32;  // vectors added up in the storage type's arithmetic before double takes over
 
 // The affine map of one channel, or of a vector of channels: z = (x - mean) * scale + bias.
 template <class V>
@@ -53,7 +53,7 @@ struct Sums {
 // Where a result goes. Large ones do not fit the caches until they are read: past those they cost a third less traffic.
 template <class S>
 class Output {
-public:
+ public:
     Output(void* data, const BatchNormActShape& s)
         : data_(static_cast<S*>(data)),
           past_cache_(s.n * s.c * s.hw * static_cast<int64_t>(sizeof(S)) >= kPastCacheBytes &&
@@ -73,7 +73,7 @@ public:
         if (!past_cache_) __builtin_prefetch(data_ + i, 1);
     }
 
-private:
+ private:
     static constexpr int64_t kVectorBytes = kLanes<Acc<S>> * sizeof(S);
     S* data_;
     bool past_cache_;
