@@ -48,11 +48,13 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 	ruff format
 	clang-format -i $(CXX_FILES)
 
-sanitize: $(STAMP)  ## Run the C++ tests under AddressSanitizer and UBSan
+sanitize: $(STAMP)  ## Run the C++ tests, and the CUDA C++ kernels on the CPU, under AddressSanitizer and UBSan
 	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 		-DGANKERN_BUILD_PYTHON=OFF -DGANKERN_BUILD_TESTS=ON -DGANKERN_SANITIZE=ON
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure
+	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		python -m pytest -k cuda-on-cpu --timeout 600 tests/ops
 
 # setuptools would pack stale files left in build/.
 wheel: | $(VENV)/bin/python  ## Build a wheel into dist/, in isolation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,11 +199,3 @@ def _argument(value: Tensor | float | None) -> Any:
     if isinstance(value, Tensor):
         return np.uintp(value.data_ptr())
     return np.float64(value) if isinstance(value, float) else np.int64(value)
-
-
-def warm_up(kernels: Mapping[str, Sequence[Kernel]], arch: str) -> int:
-    """Compile kernels into the cache; the number of them."""
-    wanted = [k for each in kernels.values() for k in each]
-    for each in wanted:
-        cubin(each, arch)
-    return len(wanted)

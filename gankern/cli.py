@@ -74,6 +74,8 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="show the machine, versions and backends", epilog=INFO_EXAMPLE)
     info.add_argument("--json", action="store_true", help="print JSON")
+    info.add_argument("--warmup", action="store_true", help="first compile every CUDA kernel into the cache")
+    info.add_argument("--arch", action="append", help="architecture to compile for, such as sm_90 (default: the GPUs')")
     info.set_defaults(run=run_info)
 
     bench = commands.add_parser("bench", help="time gankern against stock PyTorch", epilog=BENCH_EXAMPLE)
@@ -131,8 +133,19 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_info(args: argparse.Namespace) -> int:
     """Run ``gankern info``."""
-    from gankern.info import format_info, info
+    from gankern.backends import BackendUnavailable
+    from gankern.info import format_info, info, warm_up
 
+    if args.arch and not args.warmup:
+        raise UsageError("argument --arch: needs --warmup")
+    if args.warmup:
+        try:
+            for arch, count, seconds in warm_up(args.arch or ()):
+                print(f"{count} kernels for {arch} ready in {seconds:.1f} s", file=sys.stderr)
+        except BackendUnavailable as error:
+            return _fail(args.command, str(error), 1)
+        except RuntimeError as error:
+            return _fail(args.command, str(error).splitlines()[0], 1)
     print(json.dumps(info(), indent=2) if args.json else format_info())
     return 0
 

@@ -7,14 +7,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gankern import _native, backends
+from gankern import _cuda, _native, _triton, backends
 
 _PACKAGES = ("gankern", "torch", "numpy", "triton", "cupy-cuda12x", "cupy-cuda13x", "mlxtend", "matplotlib")
 
@@ -26,8 +27,8 @@ def info() -> dict[str, Any]:
     -------
     dict
         JSON-ready: ``versions``, ``cpu`` (model, cores, isa, threading), ``threads``, ``memory_gib``, ``gpus``,
-        ``backends`` (None where available, else the reason), ``backend`` in force, ``commit``, ``python``,
-        ``platform``.
+        ``backends`` (None where available, else the reason), ``backend`` in force, ``kernel_cache`` (folder of compiled
+        CUDA kernels), ``commit``, ``python``, ``platform``.
     """
     return {
         "versions": {name: v for name in _PACKAGES if (v := _safe(partial(importlib.metadata.version, name)))},
@@ -44,11 +45,12 @@ def info() -> dict[str, Any]:
         "memory_gib": _safe(lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)),
         "gpus": _safe(_gpus) or [],
         "backend": _safe(backends.requested),
+        "kernel_cache": _safe(lambda: str(_cuda.cache_dir())),
         "backends": {
             "reference": None,
             "cpu": _native.import_error,
-            "triton": "no Triton kernels in this version",
-            "cuda": "no CUDA kernels in this version",
+            "triton": _safe(lambda: _without_gpu() or _triton.missing()),
+            "cuda": _safe(lambda: _without_gpu() or _cuda.missing()),
         },
     }
 
@@ -68,6 +70,43 @@ def format_info(report: dict[str, Any] | None = None) -> str:
     ]
     lines += [f"  {name}: {reason or 'available'}" for name, reason in report["backends"].items()]
     return "\n".join(lines)
+
+
+def warm_up(archs: Sequence[str] = ()) -> list[tuple[str, int, float]]:
+    """Compile every CUDA C++ kernel into the cache, so that no first call has to.
+
+    Parameters
+    ----------
+    archs : sequence of str, optional
+        Architectures such as ``"sm_90"``, which need not be there; by default those of this machine's GPUs.
+
+    Returns
+    -------
+    list of (str, int, float)
+        Architecture, number of kernels and seconds.
+
+    Raises
+    ------
+    BackendUnavailable
+        If CuPy or NVRTC is missing, or there is no GPU and no architecture is given.
+    """
+    reason = _cuda.missing() if archs else _without_gpu() or _cuda.missing()
+    if reason is not None:
+        raise backends.BackendUnavailable(f"the cuda backend is not available: {reason}")
+    there = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    wanted = dict.fromkeys(archs or (f"sm_{major}{minor}" for major, minor in there))
+    kernels = [kernel for adapter in backends.adapters("cuda") for kernel in adapter.KERNELS]
+    report = []
+    for arch in wanted:
+        start = time.perf_counter()
+        for kernel in kernels:
+            _cuda.cubin(kernel, arch)
+        report.append((arch, len(kernels), time.perf_counter() - start))
+    return report
+
+
+def _without_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch finds no GPU"
 
 
 def _safe(read: Callable[[], Any]) -> Any:

@@ -1,6 +1,6 @@
-// CUDA's built-ins for one processor: a block's threads are coroutines that take turns in an order drawn anew at every
-// barrier, so that a kernel which counts on an order or lacks a barrier computes something else. Shared memory starts
-// as NaN, with poisoned bytes around each array for AddressSanitizer.
+// CUDA's built-ins for one processor: a block's threads are coroutines, run from barrier to barrier in an order drawn
+// anew each time, by thread in a warp and by warp, so that a kernel which counts on an order or lacks a barrier
+// computes something else. Shared memory starts as NaN, with poisoned bytes around each array for AddressSanitizer.
 #pragma once
 
 #include <ucontext.h>
@@ -110,30 +110,21 @@ inline void resume(Thread& thread) {
 #endif
 }
 
-// Lets those go on that wait for threads which have all arrived; whether there were any.
-inline bool release() {
+// Lets a warp's threads go on that wait for one another and have all arrived.
+inline void release_warp(size_t first) {
     auto& threads = block->threads;
-    bool released = false;
-    for (size_t first = 0; first < threads.size(); first += kWarpSize) {
-        size_t last = std::min(first + kWarpSize, threads.size());
-        for (size_t t = first; t < last; ++t) {
-            if (threads[t].state != Thread::kAtWarpBarrier) continue;
-            unsigned mask = threads[t].warp_mask, arrived = 0;
-            for (size_t other = first; other < last; ++other)
-                if (threads[other].state == Thread::kAtWarpBarrier && threads[other].warp_mask == mask)
-                    arrived |= 1u << (other - first);
-            unsigned present = last - first == kWarpSize ? mask : mask & ((1u << (last - first)) - 1);
-            if ((arrived & mask) != present) continue;
-            for (size_t other = first; other < last; ++other)
-                if ((mask >> (other - first)) & 1u) threads[other].state = Thread::kReady;
-            released = true;
-        }
+    size_t last = std::min(first + kWarpSize, threads.size());
+    for (size_t t = first; t < last; ++t) {
+        if (threads[t].state != Thread::kAtWarpBarrier) continue;
+        unsigned mask = threads[t].warp_mask, arrived = 0;
+        for (size_t other = first; other < last; ++other)
+            if (threads[other].state == Thread::kAtWarpBarrier && threads[other].warp_mask == mask)
+                arrived |= 1u << (other - first);
+        unsigned present = last - first == kWarpSize ? mask : mask & ((1u << (last - first)) - 1);
+        if ((arrived & mask) != present) continue;
+        for (size_t other = first; other < last; ++other)
+            if ((mask >> (other - first)) & 1u) threads[other].state = Thread::kReady;
     }
-    if (released) return true;
-    for (auto& thread : threads)
-        if (thread.state != Thread::kAtBlockBarrier) return false;
-    for (auto& thread : threads) thread.state = Thread::kReady;
-    return true;
 }
 
 inline void run_block(size_t dynamic_shared) {
@@ -154,17 +145,32 @@ inline void run_block(size_t dynamic_shared) {
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_thread, 0);
     }
-    std::vector<unsigned> ready;
+    auto in = [&](auto state) { return [state](const Thread& thread) { return thread.state == state; }; };
+    auto& threads = here.threads;
+    std::vector<size_t> warps, ready;
+    unsigned favourite = order();
     for (;;) {
+        warps.clear();
+        for (size_t first = 0; first < count; first += kWarpSize) {
+            auto begin = threads.begin() + first, end = threads.begin() + std::min<size_t>(first + kWarpSize, count);
+            if (std::any_of(begin, end, in(Thread::kReady))) warps.push_back(first);
+        }
+        if (warps.empty()) {
+            if (std::all_of(threads.begin(), threads.end(), in(Thread::kDone))) return;
+            if (!std::all_of(threads.begin(), threads.end(), in(Thread::kAtBlockBarrier)))
+                fail("some threads wait at a barrier that others never reach");
+            for (auto& thread : threads) thread.state = Thread::kReady;
+            continue;
+        }
+        // One warp for a while, so that it gets far ahead of another.
+        if (order() % 16 == 0) favourite = order();
+        size_t first = warps[favourite % warps.size()];
         ready.clear();
-        for (unsigned t = 0; t < count; ++t)
-            if (here.threads[t].state == Thread::kReady) ready.push_back(t);
+        for (size_t t = first; t < std::min<size_t>(first + kWarpSize, count); ++t)
+            if (threads[t].state == Thread::kReady) ready.push_back(t);
         std::shuffle(ready.begin(), ready.end(), order);
-        for (unsigned t : ready) resume(here.threads[t]);
-        bool done = std::all_of(here.threads.begin(), here.threads.end(),
-                                [](const Thread& thread) { return thread.state == Thread::kDone; });
-        if (done) return;
-        if (ready.empty() && !release()) fail("some threads wait at a barrier that others never reach");
+        for (size_t t : ready) resume(threads[t]);
+        release_warp(first);
     }
 }
 
