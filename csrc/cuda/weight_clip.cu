@@ -69,9 +69,9 @@ extern "C" __global__ void clip_weights(const Chunk* chunks, T* const* params, c
 // Rows of lists: params, grads, square_avgs, then grad_avgs if centered and momentum_buffers with momentum. An lr or c
 // on the device goes before the number.
 extern "C" __global__ void rmsprop_clip(const Chunk* chunks, T* const* lists, const index_t* sizes, index_t count,
-                                        double lr_value, const float* lr_device, double alpha_value, double eps_value,
+                                        double lr_value, const double* lr_device, double alpha_value, double eps_value,
                                         double weight_decay, double momentum_value, index_t maximize, double c_value,
-                                        const float* c_device) {
+                                        const double* c_device) {
     Chunk chunk = chunks[blockIdx.x];
     T* param = lists[chunk.tensor];
     T* grad = lists[count + chunk.tensor];

@@ -34,15 +34,17 @@ class RMSprop(torch.optim.RMSprop):
     centered : bool, optional
         Whether to divide by an estimate of the gradient's standard deviation.
     capturable : bool, optional
-        Must be False.
+        Keep the count of steps on the device, so that the step can be captured in a CUDA graph; the parameters must
+        then be on one.
     foreach : bool or None, optional
         Accepted for compatibility; the parameters always go to the kernel as one list.
     maximize : bool, optional
         Whether to ascend.
     differentiable : bool, optional
         Must be False: the step is not recorded by autograd.
-    clip : float or None, optional
-        Parameters are clamped to ``[-clip, clip]`` after the update; with None they are not.
+    clip : float, Tensor or None, optional
+        Parameters are clamped to ``[-clip, clip]`` after the update; with None they are not. As with `lr`, a tensor of
+        one element on the device is read there: a captured graph follows what is written into it.
 
     Raises
     ------
@@ -79,7 +81,7 @@ class RMSprop(torch.optim.RMSprop):
         maximize: bool = False,
         differentiable: bool = False,
         *,
-        clip: float | None = None,
+        clip: float | Tensor | None = None,
     ) -> None:
         _check_options(
             {
@@ -149,22 +151,38 @@ class RMSprop(torch.optim.RMSprop):
             raise TypeError("params must be real; got a complex parameter")
         if not params:
             return
-        # A tensor: a number would be wrapped into one for every step.
-        torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)
+        if group["capturable"]:
+            if any(p.device.type == "cpu" for p in params):
+                raise ValueError("capturable must be False for parameters on the CPU; got True")
+            torch._foreach_add_(steps, 1)
+        else:
+            # A tensor: a number would be wrapped into one for every step.
+            torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)
+        lr, lr_tensor = _number_or_tensor(group["lr"])
+        clip, clip_tensor = _number_or_tensor(group["clip"])
         autograd.rmsprop_clip_(
             params,
             grads,
             square_avgs,
             grad_avgs,
             momentum_buffers,
-            float(group["lr"]),
+            lr,
             group["alpha"],
             group["eps"],
             group["weight_decay"],
             group["momentum"],
             group["maximize"],
-            group["clip"],
+            clip,
+            lr_tensor,
+            clip_tensor,
         )
+
+
+def _number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A learning rate or bound as the operator takes it: one on the device of the parameters is not read here."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return 0.0, value
+    return None if value is None else float(value), None
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -179,12 +197,14 @@ def _check_options(options: dict[str, Any]) -> None:
         _check.boolean(name, options.get(name, False))
     if options.get("foreach") is not None:
         _check.boolean("foreach", options["foreach"])
-    if options.get("clip") is not None:
-        _check.number("clip", options["clip"], low=0)
+    clip = options.get("clip")
+    if isinstance(clip, Tensor) and clip.numel() != 1:
+        raise ValueError(f"clip must have one element; got shape {tuple(clip.shape)}")
+    if clip is not None and (not isinstance(clip, Tensor) or clip.device.type == "cpu"):
+        _check.number("clip", float(clip) if isinstance(clip, Tensor) else clip, low=0)
     _refuse_modes(options)
 
 
 def _refuse_modes(options: dict[str, Any]) -> None:
-    for name in ("capturable", "differentiable"):
-        if options.get(name):
-            raise ValueError(f"{name} must be False: gankern's step has no such mode; got True")
+    if options.get("differentiable"):
+        raise ValueError("differentiable must be False: gankern's step has no such mode; got True")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import gankern
 from gankern import _triton
+from gankern.ops.weight_clip import autograd
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Around the sizes of a pack, a block's threads and a chunk.
@@ -103,3 +104,21 @@ def test_steps_follow_new_memory(gpu: torch.device) -> None:
         for p, q in zip(model.parameters(), stock.parameters(), strict=True):
             q.data.clamp_(-0.3, 0.3)
             torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_learning_rate_and_bound_on_the_device(gpu: torch.device, momentum: float) -> None:
+    start = [torch.randn(5, device=gpu), torch.randn(4100, device=gpu)]
+    sides = [[p.clone() for p in start] for _ in range(3)]
+    grads = [torch.randn_like(p) for p in start]
+    buffers: list[list[Tensor]] = [[torch.zeros_like(p) for p in start] if momentum else [] for _ in range(3)]
+    averages = [[torch.ones_like(p) for p in start] for _ in range(3)]
+    lr, clip = torch.tensor(0.25, device=gpu), torch.tensor(0.75, device=gpu, dtype=torch.float64)
+    options = (0.9, 1e-3, 0.0, momentum, False)
+    run: Any = autograd.rmsprop_clip_
+    run(sides[0], grads, averages[0], [], buffers[0], 0.25, *options, 0.75)
+    run(sides[1], grads, averages[1], [], buffers[1], 0.0, *options, 0.0, lr, clip)
+    with gankern.backend("reference"):
+        run(sides[2], grads, averages[2], [], buffers[2], 0.0, *options, 0.0, lr, clip)
+    torch.testing.assert_close(sides[1], sides[0], rtol=0, atol=0)
+    torch.testing.assert_close(sides[2], sides[0])

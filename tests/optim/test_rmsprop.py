@@ -412,13 +412,14 @@ BAD = [
     ({"weight_decay": -0.1}, ValueError),
     ({"momentum": -0.1}, ValueError),
     ({"centered": 2}, TypeError),
-    ({"capturable": True}, ValueError),
     ({"foreach": "yes"}, TypeError),
     ({"maximize": "yes"}, TypeError),
     ({"differentiable": True}, ValueError),
     ({"clip": -0.01}, ValueError),
     ({"clip": math.inf}, ValueError),
     ({"clip": "small"}, TypeError),
+    ({"clip": torch.ones(2)}, ValueError),
+    ({"clip": torch.tensor(-0.1)}, ValueError),
 ]
 
 

@@ -45,9 +45,19 @@ def _rmsprop_clip(
     square_avgs: list[Tensor],
     grad_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
-    *options: Any,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+    clip: float | None,
+    lr_tensor: Tensor | None = None,
+    clip_tensor: Tensor | None = None,
 ) -> None:
     increment_version([*params, *square_avgs, *grad_avgs, *momentum_buffers])
+    rate, bound = lr if lr_tensor is None else lr_tensor, clip if clip_tensor is None else clip_tensor
+    options = (rate, alpha, eps, weight_decay, momentum, maximize, bound)
     for group in _by_kind(params, grads, square_avgs, grad_avgs, momentum_buffers):
         backends.select("rmsprop_clip_", group[0][0]).rmsprop_clip(*group, *options)
 
@@ -60,7 +70,7 @@ clip_weights_ = _library.define("clip_weights_(Tensor(a!)[] params, float c) -> 
 rmsprop_clip_ = _library.define(
     "rmsprop_clip_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs,"
     " Tensor(d!)[] momentum_buffers, float lr, float alpha, float eps, float weight_decay, float momentum,"
-    " bool maximize, float? clip) -> ()",
+    " bool maximize, float? clip, Tensor? lr_tensor=None, Tensor? clip_tensor=None) -> ()",
     _rmsprop_clip,
     _nothing,
 )

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gankern import _cuda
@@ -39,19 +40,24 @@ def clip_weights(params: list[Tensor], c: float) -> None:
         _cuda.launch(kernel, len(found.chunks), _BLOCK, *arguments, device=dense[0].device)
 
 
+def _number(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number, and the tensor on the device that goes before it."""
+    return (0.0, value.to(torch.float64)) if isinstance(value, Tensor) else (float(value), None)
+
+
 def rmsprop_clip(
     params: list[Tensor],
     grads: list[Tensor],
     square_avgs: list[Tensor],
     grad_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
-    lr: float,
+    lr: float | Tensor,
     alpha: float,
     eps: float,
     weight_decay: float,
     momentum: float,
     maximize: bool,
-    clip: float | None,
+    clip: float | Tensor | None,
 ) -> None:
     lists: list[Any] = [params, grads, square_avgs, grad_avgs, momentum_buffers]
     options: tuple[Any, ...] = (lr, alpha, eps, weight_decay, momentum, maximize, clip)
@@ -71,14 +77,12 @@ def rmsprop_clip(
         found.addresses,
         found.sizes,
         len(lists[0]),
-        float(lr),
-        None,
+        *_number(lr),
         float(alpha),
         float(eps),
         float(weight_decay),
         float(momentum),
         int(maximize),
-        math.inf if clip is None else float(clip),
-        None,
+        *_number(math.inf if clip is None else clip),
         device=first.device,
     )

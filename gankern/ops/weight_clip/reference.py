@@ -10,9 +10,11 @@ def refuse(*tensors: Tensor) -> str | None:
     return None
 
 
-def clip_weights(params: list[Tensor], c: float) -> None:
+def clip_weights(params: list[Tensor], c: float | Tensor) -> None:
     for param in params:
-        param.clamp_(-c, c)
+        # Of other dtypes than the parameter's, tensors cannot be bounds.
+        bound = c.to(param.dtype) if isinstance(c, Tensor) else c
+        param.clamp_(-bound, bound)  # type: ignore[arg-type]
 
 
 def rmsprop_clip(
@@ -21,13 +23,13 @@ def rmsprop_clip(
     square_avgs: list[Tensor],
     grad_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
-    lr: float,
+    lr: float | Tensor,
     alpha: float,
     eps: float,
     weight_decay: float,
     momentum: float,
     maximize: bool,
-    clip: float | None,
+    clip: float | Tensor | None,
 ) -> None:
     """``torch.optim.RMSprop``'s step, then the clamp; centered and with momentum where their states are given."""
     if not params:
@@ -47,6 +49,10 @@ def rmsprop_clip(
     if momentum_buffers:
         torch._foreach_mul_(momentum_buffers, momentum)
         torch._foreach_addcdiv_(momentum_buffers, grads, deviations)
+    if isinstance(lr, Tensor):
+        updates = momentum_buffers or list(torch._foreach_div(grads, deviations))
+        torch._foreach_sub_(params, list(torch._foreach_mul(updates, lr)))
+    elif momentum_buffers:
         torch._foreach_add_(params, momentum_buffers, alpha=-lr)
     else:
         torch._foreach_addcdiv_(params, grads, deviations, value=-lr)

@@ -151,13 +151,21 @@ def rmsprop_clip(
     if not lists[0]:
         return
     found = table([tensors for tensors in lists if tensors])
-    bound = math.inf if clip is None else clip
+    device, given = lists[0][0].device, [lr, math.inf if clip is None else clip]
+    known = [0.0 if isinstance(v, Tensor) else v for v in given]
+    values = numbers(device, known[0], alpha, 1 - alpha, eps, weight_decay, momentum, -1 if maximize else 1, known[1])
+    if any(isinstance(v, Tensor) for v in given):
+        # On the device already: they are read there.
+        values = values.clone()
+        for at, value in zip((0, 7), given, strict=True):
+            if isinstance(value, Tensor):
+                values[at : at + 1].copy_(value.view(1))
     _rmsprop_clip[(len(found.chunks),)](
         found.chunks,
         found.addresses,
         found.sizes,
         len(lists[0]),
-        numbers(lists[0][0].device, lr, alpha, 1 - alpha, eps, weight_decay, momentum, -1 if maximize else 1, bound),
+        values,
         **_constants(lists[0][0]),
         CENTERED=bool(lists[3]),
         MOMENTUM=bool(lists[4]),
