@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gankern.bench import gpu
 from gankern.bench import report as reports
 from gankern.bench.cases import CASES, Case, select
 from gankern.bench.measure import run_case
 from gankern.bench.results import Report
 
-VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "func_grad")
+VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "func_grad", "graph")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Shares of the main job's training time: DCGAN is the one that gets to readable digits within it.
 TRAINING = {"dcgan": 0.55, "wgan": 0.2, "wgan-gp": 0.25}
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   gankern bench                                     every op
   gankern bench gradient_penalty critic_step        two groups of cases
   gankern bench --main                              every op, then training on digits
+  gankern bench --device cuda --dtype bfloat16      every op, on a GPU
   gankern bench critic_step.wgan-gp --dtype bfloat16 --against eager,autocast
 """
 
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-seconds", type=float, default=110.0, help="seconds of training in --main, default %(default)s"
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
     parser.add_argument("--batch", type=_positive, metavar="N", help="batch size in place of each case's own")
     parser.add_argument("--against", metavar="VARIANT,...", help=f"stock variants, of {', '.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default %(default)s")
@@ -61,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         cases = _selected(args.cases)
         against = _variants(args.against)
+        device = _device(args.device)
+        if args.main and device.type != "cpu":
+            raise UsageError("argument --device: --main runs on the CPU; name cases instead")
     except UsageError as error:
         print(f"gankern bench: error: {error}", file=sys.stderr)
         return 2
@@ -77,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     import gankern
 
     report = Report(command=shlex.join(["gankern", *sys.argv[1:]]), machine=gankern.info())
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        report.machine["ceilings"] = gpu.ceilings(device)
     interrupted = False
     try:
         with _progress() as progress:
@@ -108,6 +117,7 @@ def _run_cases(
         result = run_case(
             case,
             dtype=DTYPES[args.dtype],
+            device=args.device,
             batch=args.batch,
             against=against,
             without=case.not_in_main if args.main else None,
@@ -162,6 +172,15 @@ def _selected(names: Sequence[str]) -> list[Case]:
     except KeyError as unknown:
         known = ", ".join(CASES)
         raise UsageError(f"argument CASE: unknown case {unknown.args[0]!r}; known: {known}") from None
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"argument --device: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _variants(names: str | None) -> list[str] | None:

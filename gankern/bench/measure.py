@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from gankern.bench import timing
+from gankern.bench import gpu, timing
 from gankern.bench.cases import Case, Run, Sides
 from gankern.bench.check import Wrong, compare
 from gankern.bench.results import CaseResult, Measured
@@ -65,19 +65,29 @@ def run_case(
     try:
         sides = case.setup(size, dtype, device)
         runs, error, left_out = checked(sides, against, without)
+        if torch.device(device).type == "cuda":
+            runs, left_out = gpu.with_graphs(runs, sides.ours.keys(), left_out, against)
     except Wrong as wrong:
         return replace(result, status="wrong", message=str(wrong))
     except Exception as failure:
         return replace(result, status="failed", message=_one_line(failure))
     result = replace(
-        result, error=error, tolerance=sides.tolerance, work=sides.work, unit=sides.unit, left_out=left_out
+        result,
+        error=error,
+        tolerance=sides.tolerance,
+        work=sides.work,
+        unit=sides.unit,
+        moved_bytes=sides.moved_bytes,
+        flops=timing.flops(next(iter(sides.stock.values()))) if device != "cpu" else None,
+        left_out=left_out,
     )
-    if runs.keys() == sides.ours.keys():
+    own = {name for name in runs if name in sides.ours or name.removesuffix(gpu.GRAPH) in sides.ours}
+    if runs.keys() == own:
         return replace(result, message="no stock variant to compare with")
 
     calls = timing.calls_per_sample(runs, clock=clock, device=device)
     times = timing.rounds(runs, repeat, calls=calls, budget=budget, clock=clock, device=device)
-    best, ours, ratio = timing.ratio(times, sides.ours.keys())
+    best, ours, ratio = timing.ratio(times, own)
     return replace(
         result,
         status="ok",

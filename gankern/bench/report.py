@@ -13,6 +13,7 @@ from rich.table import Table
 from gankern.bench.results import OURS, STOCK, CaseResult, Measured, Report, TrainingResult
 from gankern.bench.timing import Spread
 
+RATE_COLUMNS = ("case", "gankern, us", "TFLOP/s", "of the product's", "TB/s", "of the copy's")
 CASE_COLUMNS = ("case", "fastest stock, ms", "gankern, ms", "ratio (p20-p80)", "peak MiB", "error")
 TRAINING_COLUMNS = (
     "model",
@@ -55,10 +56,28 @@ def training_row(result: TrainingResult) -> list[str]:
     ]
 
 
+def rates_row(result: CaseResult, ceilings: dict[str, float]) -> list[str]:
+    """Cells under `RATE_COLUMNS`: what gankern's fastest side achieves of a GPU's measured ceilings."""
+    if result.ours is None:
+        return [result.name, *[""] * (len(RATE_COLUMNS) - 1)]
+    seconds = result.sides[result.ours].seconds.median
+    cells = [result.name, f"{seconds * 1e6:.1f}"]
+    for amount, ceiling in (
+        (result.flops, ceilings[f"{result.dtype}_flops"]),
+        (result.moved_bytes, ceilings["copy_bytes"]),
+    ):
+        rate = (amount or 0) / seconds
+        cells += [f"{rate / 1e12:.3f}", f"{rate / ceiling:.0%}"] if amount else ["", ""]
+    return cells
+
+
 def show(report: Report, console: Console) -> None:
     """Print the tables: ops first, then training."""
     if report.cases:
         console.print(_table("Against the fastest stock variant", CASE_COLUMNS, map(case_row, report.cases)))
+        if "ceilings" in report.machine:
+            rows = [rates_row(case, report.machine["ceilings"]) for case in report.cases]
+            console.print(_table("Rates", RATE_COLUMNS, rows))
         for case in report.cases:
             _explain(case.name, case, console)
             for variant, why in case.left_out.items():
@@ -85,7 +104,9 @@ def markdown(report: Report) -> str:
 def machine_line(machine: dict[str, Any]) -> str:
     """Say in one line where the numbers come from; `machine` is `gankern.info()`."""
     cpu, versions = machine.get("cpu", {}), machine.get("versions", {})
+    gpu = ", ".join(machine.get("gpus", [])) if "ceilings" in machine else ""
     parts = [
+        gpu,
         str(cpu.get("model", "unknown CPU")),
         f"{cpu.get('cores', '?')} cores",
         str(cpu.get("isa", "")),

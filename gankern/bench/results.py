@@ -42,6 +42,10 @@ class CaseResult:
         The fastest stock variant, and the fastest of gankern's sides.
     ratio : Spread or None
         Time of `best` / time of `ours`, over the rounds.
+    moved_bytes : int or None
+        Fewest bytes that one call must read and write, where memory bounds it.
+    flops : int or None
+        Operations of one call of stock, as torch counts them; on a GPU only.
     left_out : dict of str to str
         Stock variants that could not run, and why.
     """
@@ -57,6 +61,8 @@ class CaseResult:
     tolerance: float | None = None
     work: int | None = None
     unit: str = ""
+    moved_bytes: int | None = None
+    flops: int | None = None
     rounds: int = 0
     calls: int = 0
     sides: dict[str, Measured] = field(default_factory=dict)

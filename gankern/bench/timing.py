@@ -107,6 +107,15 @@ def ratio(times: Mapping[str, Sequence[float]], ours: Collection[str]) -> tuple[
     return stock, mine, Spread.of([theirs / own for theirs, own in zip(times[stock], times[mine], strict=True)])
 
 
+def flops(work: Work) -> int:
+    """Operations of one call that torch can count: those of convolutions and matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def peak_memory(work: Work, device: str = "cpu") -> int | None:
     """Bytes that one call needs at its peak, above what was held before it.
 

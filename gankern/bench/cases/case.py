@@ -43,6 +43,8 @@ class Sides:
         Largest relative error in norm of each result.
     left_out : dict of str to str
         Stock variants that cannot do this work, and why.
+    moved_bytes : int or None
+        Fewest bytes that one call must read and write, where memory bounds it.
     """
 
     reference: Run
@@ -52,6 +54,7 @@ class Sides:
     unit: str
     tolerance: float
     left_out: dict[str, str] = field(default_factory=dict)
+    moved_bytes: int | None = None
 
 
 @dataclass(frozen=True)

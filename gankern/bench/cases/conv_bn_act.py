@@ -110,6 +110,7 @@ def _norm_case(
         work=n,
         unit="images",
         tolerance=TOLERANCE[dtype],
+        moved_bytes=None if conv is not None else output.numel() * dtype.itemsize * (8 if backward else 2),
     )
 
 

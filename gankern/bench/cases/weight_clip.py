@@ -69,6 +69,8 @@ def _weights_case(size: Size, dtype: torch.dtype, device: str, *, optimizer: boo
         work=sum(p.numel() for p in params),
         unit="elements",
         tolerance=TOLERANCE[dtype],
+        # Parameters are read and written; in a step gradients are read, and averages read and written.
+        moved_bytes=sum(p.numel() for p in params) * dtype.itemsize * (5 if optimizer else 2),
     )
 
 
