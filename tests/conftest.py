@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 
 from gankern import workspace
+from gankern.nn import stretch
 from gankern.ops.gradient_penalty import autograd, small
 
-fuse = importlib.import_module("gankern.nn.fuse")
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -44,7 +43,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
-        monkeypatch.setattr(fuse, "_FEW_PRODUCTS", 0)
+        monkeypatch.setattr(stretch, "_FEW_PRODUCTS", 0)
 
 
 @pytest.fixture(params=[1, 2])

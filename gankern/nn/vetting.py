@@ -1,0 +1,217 @@
+"""Which Python code a trace may stand for: code that only calls what is recorded, and reads what can be compared."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import enum
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from gankern.nn.tracing import Tracer
+
+Names = list[tuple[dict[str, Any], str, Any]]
+
+
+class Untraceable(Exception):
+    """Why a forward cannot be traced."""
+
+
+_SIMPLE = frozenset(
+    {int, float, complex, bool, str, bytes, type(None), type(...), slice}
+    | {torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+
+
+def is_simple(value: Any) -> bool:
+    """Whether a value cannot change and may be compared."""
+    kind = type(value)
+    return kind in _SIMPLE or (kind in (tuple, torch.Size) and all(map(is_simple, value)))
+
+
+def in_library(frame: FrameType) -> bool:
+    """Whether a frame runs torch's code or that of the tracer."""
+    name = frame.f_globals.get("__name__", "")
+    return name == "torch" or name.startswith(("torch.", "gankern.nn.", "gankern.ops."))
+
+
+# What code does that a trace would lose.
+_REFUSED = {
+    "STORE_ATTR": "sets an attribute",
+    "DELETE_ATTR": "deletes an attribute",
+    "STORE_GLOBAL": "sets a global name",
+    "DELETE_GLOBAL": "deletes a global name",
+    "IMPORT_NAME": "imports",
+    "SETUP_FINALLY": "has a try or with block",
+    "SETUP_WITH": "has a try or with block",
+    "BEFORE_WITH": "has a try or with block",
+    "LOAD_SPECIAL": "has a try or with block",
+    "PUSH_EXC_INFO": "has a try or with block",
+    "GET_AWAITABLE": "awaits",
+}
+_BUILTINS = frozenset(
+    "abs all any bool bytes complex dict divmod enumerate filter float frozenset getattr hasattr int isinstance "
+    "issubclass iter len list map max min next object pow range reversed round set slice sorted str sum super tuple zip "
+    "NotImplemented Ellipsis __build_class__ staticmethod property".split()
+)
+# Modules of torch whose functions are recorded when they get a proxy.
+_RECORDED = ("torch.fx.", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal")
+_QUESTIONS = frozenset({"__iter__", "__len__", "__getitem__", "__contains__", "keys", "items", "values"})
+_CHILDREN = frozenset({"children", "named_children"})
+_OF_VALUES = (list, dict, tuple, set, frozenset, str, bytes, int, float, range)
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()), type(iter([])))
+
+
+class Watch:
+    """A profile function: sees every call that a forward makes, before it is made, and refuses what it must.
+
+    Parameters
+    ----------
+    tracer : Tracer
+        Its graph grows by what is recorded; its guards get the global names that are read.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._inside: FrameType | None = None
+        self._pending: list[tuple[Any, int]] = []
+        self._vetted: set[tuple[CodeType, int]] = set()
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
+        if self._inside is not None:
+            # Nothing that is let in calls user code back.
+            if event == "return" and frame is self._inside:
+                self._inside = None
+        elif event == "call":
+            if frame.f_globals.get("__name__", "").startswith("gankern.nn."):
+                return
+            if in_library(frame):
+                self._enter(frame)
+            else:
+                self._vet(frame)
+        elif event == "c_call" and not in_library(frame):
+            self._call(arg)
+        elif event in ("c_return", "c_exception") and self._pending and self._pending[-1][0] is arg:
+            function, count = self._pending.pop()
+            if event == "c_return" and len(self._tracer.graph.nodes) == count:
+                raise Untraceable(f"it calls {_name(function)}")
+
+    def _enter(self, frame: FrameType) -> None:
+        module, name = frame.f_globals["__name__"], frame.f_code.co_name
+        asks = (module == "torch.nn.modules.container" and name in _QUESTIONS) or (
+            module == "torch.nn.modules.module" and name in _CHILDREN
+        )
+        recorded = module.startswith((*_RECORDED, "gankern.ops."))
+        if not (asks or recorded):
+            raise Untraceable(f"it calls {module}.{name}")
+        if not (frame.f_code.co_flags & inspect.CO_GENERATOR):
+            self._inside = frame
+
+    def _call(self, function: Any) -> None:
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, _OF_VALUES + _VIEWS) or owner is math:
+            return
+        if owner is builtins and function.__name__ in _BUILTINS:
+            return
+        places = (type(owner).__module__, getattr(owner, "__name__", None), getattr(function, "__module__", None))
+        if not any(p is not None and (p == "torch" or p.startswith("torch.")) for p in places):
+            raise Untraceable(f"it calls {_name(function)}")
+        if function is not torch._C._get_tracing_state:
+            self._pending.append((function, len(self._tracer.graph.nodes)))
+
+    def _vet(self, frame: FrameType) -> None:
+        code = frame.f_code
+        key = code, id(frame.f_globals)
+        if key in self._vetted:
+            return
+        self._vetted.add(key)
+        if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+            raise Untraceable(f"{code.co_name} is asynchronous")
+        instructions = list(dis.get_instructions(code))
+        for i, instruction in enumerate(instructions):
+            name = instruction.opname
+            if name in _REFUSED:
+                raise Untraceable(f"{code.co_name} {_REFUSED[name]}")
+            if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+                rest = (n for n in instructions[i + 1 :] if not n.opname.startswith(("PUSH_NULL", "CACHE", "EXTENDED")))
+                self._name(frame, instruction.argval, rest)
+            elif name.endswith("DEREF") and instruction.argval in code.co_freevars:
+                self._free(frame, instruction.argval, stores=name.startswith(("STORE", "DELETE")))
+
+    def _name(self, frame: FrameType, name: str, rest: Iterator[dis.Instruction]) -> None:
+        """Vet a global name and the attributes that are read from it, as in ``config.SCALE``."""
+        namespace, path = frame.f_globals, name
+        if name not in namespace:
+            value = getattr(builtins, name, None)
+            if not (name in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))):
+                raise Untraceable(f"it uses {name}")
+            return
+        value = namespace[name]
+        while isinstance(value, (ModuleType, type)):
+            if isinstance(value, type) and _is_known(value):
+                return
+            instruction = next(rest, None)
+            if instruction is None or instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                if isinstance(value, ModuleType) and not _is_torch(value.__name__):
+                    raise Untraceable(f"it uses {path}, a module")
+                if isinstance(value, type) and not issubclass(value, (nn.Module, tuple)):
+                    raise Untraceable(f"it uses {path}, a class")
+                return
+            name = instruction.argval
+            if isinstance(value, ModuleType):
+                namespace = value.__dict__
+                value = getattr(value, name, None)
+            else:
+                value, namespace = self._of_class(value, name, path)
+            path += f".{name}"
+        if not (is_simple(value) or isinstance(value, (enum.Enum, FunctionType, BuiltinFunctionType)) or _of_torch(value)):
+            raise Untraceable(f"it reads {path}, a {type(value).__name__}, that may change")
+        if not _is_torch(namespace.get("__name__", "")) and namespace is not math.__dict__:
+            self._tracer.guards.names.append((namespace, name, value))
+
+    def _of_class(self, owner: type, name: str, path: str) -> tuple[Any, dict[str, Any]]:
+        for base in owner.__mro__:
+            if name in base.__dict__:
+                if base is not owner and not issubclass(owner, (nn.Module, enum.Enum)):
+                    break
+                value = getattr(owner, name)
+                # A class's namespace is no dict that keeps: compare by way of the class.
+                self._tracer.guards.attributes.append((owner, name, value))
+                return value, {"__name__": "torch"}
+        raise Untraceable(f"it reads {path}.{name}")
+
+    def _free(self, frame: FrameType, name: str, *, stores: bool) -> None:
+        outer = frame.f_back
+        while outer is not None and not in_library(outer):
+            if name in outer.f_code.co_cellvars:
+                return
+            outer = outer.f_back
+        value = frame.f_locals.get(name)
+        if stores or not isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+            raise Untraceable(f"it reads {name} of the function around it")
+
+
+def _name(function: Any) -> str:
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", getattr(function, "__name__", str(function)))
+    return f"{module}.{name}" if module and module != "builtins" else name
+
+
+def _is_torch(name: str) -> bool:
+    return name == "torch" or name.startswith("torch.")
+
+
+def _is_known(kind: type) -> bool:
+    return _is_torch(kind.__module__) or kind.__module__ == "builtins"
+
+
+def _of_torch(value: Any) -> bool:
+    return _is_torch(type(value).__module__) and not isinstance(value, (torch.Tensor, nn.Module, torch.Generator))
