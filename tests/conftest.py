@@ -11,7 +11,6 @@ from gankern.nn import stretch
 from gankern.ops.gradient_penalty import autograd, small
 
 
-
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ class ListGenerator(nn.Module):
 
     def __init__(self, channels: tuple[int, ...] = (5, 8, 6, 4)) -> None:
         super().__init__()
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(itertools.pairwise(channels))
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairs)
         self.bns = nn.ModuleList(nn.BatchNorm2d(b) for _, b in pairs)
         self.to_rgb = nn.Conv2d(channels[-1], 3, 1)

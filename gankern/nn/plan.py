@@ -47,13 +47,12 @@ def _function(node: fx.Node) -> tuple[str, float] | None:
     """The activation that a node calls as a function, with its slope."""
     if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONS:
         return None
-    name, slope = _FUNCTIONS[node.target]
-    options = dict(zip(("negative_slope", "inplace"), node.args[1:], strict=False)) | node.kwargs
-    if name != "leaky_relu":
-        options = {"inplace": value for value in options.values()}
-    slope = options.get("negative_slope", slope)
-    known = isinstance(slope, (int, float)) and isinstance(options.get("inplace", False), bool)
-    return (name, float(slope)) if known and len(node.args) > 0 else None
+    name, default = _FUNCTIONS[node.target]
+    order = ("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",)
+    options = {**dict(zip(order, node.args[1:], strict=False)), **node.kwargs}
+    slope = options.get("negative_slope", default)
+    known = set(options) <= set(order) and isinstance(options.get("inplace", False), bool)
+    return (name, float(slope)) if known and isinstance(slope, (int, float)) and len(node.args) > 0 else None
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -100,7 +99,8 @@ def _chains(root: nn.Module, graph: fx.Graph) -> tuple[list[_Chain], list[Found]
         stretches = find_stretches(steps)
         if stretches:
             chains.append(_Chain(list(nodes), list(steps), stretches))
-        nodes.clear(), steps.clear()
+        nodes.clear()
+        steps.clear()
 
     for node in graph.nodes:
         step = _step(root, node)

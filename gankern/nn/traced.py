@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gankern.nn import block, plan
 from gankern.nn.stretch import CONVS, NORMS, FusedSequential
 from gankern.nn.tracing import Guards, Leaf, flatten, trace
-from gankern.nn.vetting import Untraceable, is_simple
+from gankern.nn.vetting import Untraceable
 
 _KEY = "_gankern_plans"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -26,7 +26,7 @@ _MOST_PLANS = 8
 class _Plan:
     """What to run for calls like the one that was traced; `run` is None where that is the forward itself."""
 
-    signature: Any
+    key: list[Any]
     guards: Guards
     run: Callable[..., Any] | None = None
     found: list[plan.Found] = field(default_factory=list)
@@ -34,7 +34,10 @@ class _Plan:
 
 
 class Plans:
-    """The plans of one module, newest first."""
+    """The plans of one module, newest first. A copy of the module makes its own."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
@@ -47,20 +50,19 @@ class Plans:
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Plan, list[Any]] | None:
         """The plan for a call and its tensors; a new one where none fits and it is time to trace again."""
         leaves: list[Any] = []
+        key: list[Any] = []
         try:
-            signature = flatten(args, leaves, open_floats=self._open_floats), flatten(
-                kwargs, leaves, open_floats=self._open_floats
-            )
+            call = flatten((args, kwargs), leaves, key, open_floats=self._open_floats)
         except Untraceable as error:
-            return _Plan(None, Guards(), reason=str(error)), []
+            return _Plan(key, Guards(), reason=str(error)), []
         for entry in self.entries:
-            if entry.signature == signature and entry.guards.hold():
+            if entry.key == key and entry.guards.hold():
                 return entry, leaves
         self._calls += 1
         # Values that change with every call are not worth a trace each.
         if self._calls < 2 ** max(0, self._traces - _MOST_PLANS):
             return None
-        made = make_plan(self.owner, self.forward, *signature)
+        made = make_plan(self.owner, self.forward, call, key)
         if made is None:
             return None
         if made.reason is not None and self._open_floats and any(type(leaf) is float for leaf in leaves):
@@ -71,11 +73,11 @@ class Plans:
         return made, leaves
 
 
-def make_plan(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> _Plan | None:
+def make_plan(module: nn.Module, forward: Any, call: tuple[Any, Any], key: list[Any]) -> _Plan | None:
     """Trace a call, arguments as `flatten` gives them; None where this is not the moment."""
-    made = _Plan((args, kwargs), Guards())
+    made = _Plan(key, Guards())
     try:
-        graph = trace(module, forward, args, kwargs, made.guards)
+        graph = trace(module, forward, *call, made.guards)
         if graph is None:
             return None
         made.found = plan.find(module, graph)
@@ -89,8 +91,9 @@ class Reclassed:
     """Marks a module whose class `fuse` made of another: copies and pickles name that other, and are fused again."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        stock = stock_class(type(self))
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
+        stock = type(self).__dict__["_gankern_stock"]
         args = tuple(stock if arg is type(self) else arg for arg in args)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != _KEY}
@@ -136,7 +139,7 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+def fused_class(kind: Any) -> type[nn.Module]:
     """The class of a fused module, under the same name."""
     if kind is nn.Sequential:
         return FusedSequential
@@ -176,6 +179,10 @@ def refusal(module: nn.Module) -> str | None:
         # It would learn of a class that its author did not write.
         if "__init_subclass__" in base.__dict__ and base is not object and base.__module__ != "typing":
             return f"{base.__name__} watches its subclasses"
+    try:
+        fused_class(stock_class(type(module)))
+    except TypeError as error:
+        return f"its class cannot be extended: {error}"
     return None
 
 
@@ -219,7 +226,4 @@ def _plan_of(module: nn.Module) -> _Plan | None:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
     )
     kwargs = {p.name: Leaf(Tensor) for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
-    defaults = [p.default for p in parameters if p.default is not p.empty]
-    if not all(map(is_simple, defaults)):
-        return _Plan(None, Guards(), reason="it has a default that may change")
-    return make_plan(module, forward, args, kwargs)
+    return make_plan(module, forward, (args, kwargs), [])

@@ -7,22 +7,23 @@ it reads, each value that may change is recorded and compared at every later cal
 
 from __future__ import annotations
 
-import enum
+import copy
 import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from gankern.nn.vetting import Names, Untraceable, Watch, in_library, is_simple
+from gankern.nn.vetting import Names, Untraceable, Watch, check_defaults, in_library, is_constant, is_simple
 
 _MISSING = object()
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -40,6 +41,8 @@ class Guards:
         Parameters and buffers that were not None.
     children : list of (dict, list of str, list of nn.Module)
         The children of modules, in order.
+    lists : list of (object, str, list)
+        Attributes that are lists of values, and copies of them.
     names : list of (dict, str, object)
         Global names, and their values.
     """
@@ -47,6 +50,7 @@ class Guards:
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
     present: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     children: list[tuple[dict[str, Any], list[str], list[Any]]] = field(default_factory=list)
+    lists: list[tuple[Any, str, list[Any]]] = field(default_factory=list)
     names: Names = field(default_factory=list)
 
     def hold(self) -> bool:
@@ -54,6 +58,7 @@ class Guards:
             all(_same(getattr(owner, name, _MISSING), value) for owner, name, value in self.attributes)
             and all(tensors.get(name) is not None for tensors, name in self.present)
             and all(list(now) == names and list(now.values()) == modules for now, names, modules in self.children)
+            and all(_same_list(getattr(owner, name, None), values) for owner, name, values in self.lists)
             and all(_same(namespace.get(name, _MISSING), value) for namespace, name, value in self.names)
         )
 
@@ -68,14 +73,25 @@ class Guards:
 
 
 def _same(now: Any, before: Any) -> bool:
-    return now is before or (is_simple(before) and type(now) is type(before) and now == before)
+    if now is before:
+        return True
+    if not is_simple(before) or type(now) is not type(before):
+        return False
+    return all(map(_same, now, before)) and len(now) == len(before) if type(now) is tuple else now == before
+
+
+def _same_list(now: Any, before: list[Any]) -> bool:
+    return type(now) is list and _same(tuple(now), tuple(before)) if all(map(is_simple, before)) else False
+
+
+_MAY_BE_NONE = frozenset({"grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks", "__dict__", "__class__"})
 
 
 class _Recorded:
     """What fx's proxies leave out: in-place operators, and questions about a value's type."""
 
     node: fx.Node
-    tracer: Tracer
+    tracer: Any
 
     def _type(self) -> type:
         if in_library(sys._getframe(1)):
@@ -89,7 +105,7 @@ class _Recorded:
     __class__ = property(_type)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
-        if not (hasattr(Tensor, name) or hasattr(torch.Size, name)):
+        if name in _MAY_BE_NONE or not (hasattr(Tensor, name) or hasattr(torch.Size, name)):
             raise Untraceable(f"it asks a tensor for {name}")
         return _Attribute(self, name)  # type: ignore[arg-type]
 
@@ -142,6 +158,8 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.guards = guards
         self.types: dict[str, type] = {}
+        self._containers: list[_Container] = []
+        self._may_return_none = False
         self._thread = threading.get_ident()
 
     def trace_call(self, root: nn.Module, forward: FunctionType, args: Any, kwargs: Any) -> fx.Graph:
@@ -152,41 +170,42 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         forward, args, kwargs = self._call
-        containers: list[tuple[Any, Any]] = []
-        args = self._placeholders(args, containers)
-        kwargs = self._placeholders(kwargs, containers)
+        args, kwargs = self._placeholders(args), self._placeholders(kwargs)
 
         def call() -> Any:
-            before = sys.getprofile()
-            with _OnlyRecorded():
-                sys.setprofile(Watch(self))
-                try:
-                    output = forward(self.root, *args, **kwargs)
-                finally:
-                    sys.setprofile(before)
-            for container, copied in containers:
-                same = len(container) == len(copied) and all(a is b for a, b in zip(container, copied, strict=True))
-                if not same or _holds(output, container):
-                    raise Untraceable(f"it changes or returns a {type(container).__name__} that it was given")
+            before, watch = sys.getprofile(), Watch(self, forward)
+            try:
+                with _OnlyRecorded():
+                    sys.setprofile(watch)
+                    try:
+                        output = forward(self.root, *args, **kwargs)
+                    finally:
+                        sys.setprofile(before)
+            finally:
+                changed = [container.restore() for container in self._containers]
+            if any(changed) or any(_holds(output, container.value) for container in self._containers):
+                raise Untraceable("it changes or returns a list or dict that it did not make")
+            if watch.asks_for_none and self._may_return_none:
+                raise Untraceable("it asks whether something is None, and calls a module that may return that")
             return output
 
         return call, []
 
-    def _placeholders(self, value: Any, containers: list[tuple[Any, Any]]) -> Any:
-        if type(value) in (tuple, list):
-            made = type(value)(self._placeholders(v, containers) for v in value)
-            if type(value) is list:
-                containers.append((made, list(made)))
-            return made
-        if type(value) is dict:
-            made = {k: self._placeholders(v, containers) for k, v in value.items()}
-            containers.append((made.values(), list(made.values())))
-            return made
-        if not isinstance(value, Leaf):
+    def _placeholders(self, value: Any) -> Any:
+        if isinstance(value, Leaf):
+            proxy = self.create_proxy("placeholder", f"input_{len(self.types)}", (), {})
+            self.types[proxy.node.name] = value.type
+            return proxy
+        if type(value) is tuple:
+            return tuple(map(self._placeholders, value))
+        if type(value) is list:
+            value = list(map(self._placeholders, value))
+        elif type(value) is dict:
+            value = {k: self._placeholders(v) for k, v in value.items()}
+        else:
             return value
-        proxy = self.create_proxy("placeholder", f"input_{len(self.types)}", (), {})
-        self.types[proxy.node.name] = value.type
-        return proxy
+        self._containers.append(_Container(value, copy.copy(value)))
+        return value
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -198,11 +217,20 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if not all(_from_torch(module) for module in m.modules()):
+            self._may_return_none = True
+            if _has_container((args, kwargs)):
+                raise Untraceable(f"it gives a list or dict to {self.path_of_module(m)}, which may change it")
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
+        if isinstance(attr_val, Tensor):
+            tensors = [*self.root.named_parameters(remove_duplicate=False)]
+            tensors += self.root.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
+            if sum(t is attr_val for _, t in tensors) > 1:
+                raise Untraceable(f"it reads {attr}, which has more than one name")
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
@@ -227,8 +255,11 @@ class Tracer(fx.Tracer):
         elif isinstance(getattr(type(module), name, None), property) or isinstance(value, fx.Proxy):
             pass  # what it is made of is recorded by itself
         elif isinstance(value, MethodType) and value.__self__ is module and name not in module.__dict__:
-            pass  # what it does is watched when it is called
-        elif is_simple(value) or isinstance(value, (enum.Enum, FunctionType, BuiltinFunctionType)):
+            check_defaults(value.__func__)  # what it does is watched when it is called
+        elif type(value) is list and all(map(is_simple, value)):
+            self.guards.lists.append((module, name, list(value)))
+            self._containers.append(_Container(value, list(value)))
+        elif is_constant(value):
             self.guards.attributes.append((module, name, value))
         else:
             raise Untraceable(f"it reads {self._name(module)}.{name}, a {type(value).__name__}, that may change")
@@ -256,27 +287,70 @@ class Leaf:
     type: type
 
 
+@dataclass(frozen=True)
+class _Container:
+    """A list or dict that the forward was given or read, and what it held."""
+
+    value: Any
+    held: Any
+
+    def restore(self) -> bool:
+        """Undo what the forward did to it; whether there was something."""
+        same = len(self.value) == len(self.held)
+        if isinstance(self.value, dict):
+            same = same and all(k in self.value and self.value[k] is v for k, v in self.held.items())
+        else:
+            same = same and all(a is b for a, b in zip(self.value, self.held, strict=False))
+        if not same and isinstance(self.value, list):
+            self.value[:] = self.held
+        return not same
+
+
+def _has_container(value: Any) -> bool:
+    """Whether a list or dict is among a call's arguments."""
+    args, kwargs = value
+
+    def has(value: Any) -> bool:
+        return type(value) in (list, dict) or (type(value) is tuple and any(map(has, value)))
+
+    return any(map(has, (*args, *kwargs.values())))
+
+
+def _from_torch(module: nn.Module) -> bool:
+    """Whether a module's forward is one of torch's, or stands for one."""
+    return type(module).forward.__module__.startswith(("torch.nn.", "gankern.nn.stretch"))
+
+
 def _holds(value: Any, container: Any) -> bool:
     if type(value) in (tuple, list):
         return value is container or any(_holds(v, container) for v in value)
     return type(value) is dict and any(_holds(v, container) for v in value.values())
 
 
-def flatten(value: Any, leaves: list[Any], *, open_floats: bool) -> Any:
-    """The value with leaves in place of tensors, which are added to `leaves`; Untraceable if it is of other things."""
+def flatten(value: Any, leaves: list[Any], key: list[Any], *, open_floats: bool) -> Any:
+    """The value with `Leaf` for tensors, which go to `leaves`; Untraceable if it is made of other things.
+
+    `key` gets all else that two calls must share to be alike, types included.
+    """
     kind = type(value)
     if kind is Tensor or kind is nn.Parameter or (kind is float and open_floats):
         leaves.append(value)
-        return Leaf(float if kind is float else Tensor)
+        key.append(kind is float)
+        return _FLOAT if kind is float else _TENSOR
+    key.append(kind)
     if kind in (tuple, list):
-        return kind(flatten(v, leaves, open_floats=open_floats) for v in value)
+        key.append(len(value))
+        return kind([flatten(v, leaves, key, open_floats=open_floats) for v in value])
     if kind is dict:
-        return {k: flatten(v, leaves, open_floats=open_floats) for k, v in value.items()}
+        key.append(tuple(value))
+        return {k: flatten(v, leaves, key, open_floats=open_floats) for k, v in value.items()}
     if not is_simple(value):
         raise Untraceable(f"it is given a {kind.__name__}")
+    key.append(value)
     return value
 
 
+_TENSOR, _FLOAT = Leaf(Tensor), Leaf(float)
 _lock = threading.Lock()
 
 
@@ -320,7 +394,10 @@ def trace(root: nn.Module, forward: Any, args: Any, kwargs: Any, guards: Guards)
     """
     if not isinstance(forward, FunctionType):
         raise Untraceable("it is no plain function")
-    if torch._C._len_torch_function_stack() > 0 or not _lock.acquire(blocking=False):
+    check_defaults(forward)
+    # A default device is a mode as well, that leaves what is recorded alone.
+    modes = _get_current_function_mode_stack()
+    if any(type(mode) is not DeviceContext for mode in modes) or not _lock.acquire(blocking=False):
         return None
     tracer = Tracer(guards)
     try:

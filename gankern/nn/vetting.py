@@ -7,7 +7,6 @@ import dis
 import enum
 import inspect
 import math
-import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,21 @@ def is_simple(value: Any) -> bool:
     return kind in _SIMPLE or (kind in (tuple, torch.Size) and all(map(is_simple, value)))
 
 
+def is_constant(value: Any) -> bool:
+    """Whether a value is simple, or a function, whose code is vetted when it is called."""
+    return is_simple(value) or isinstance(value, (enum.Enum, FunctionType, BuiltinFunctionType))
+
+
+def check_defaults(function: Any) -> None:
+    """Raise Untraceable if a function's defaults may change."""
+    defaults = [
+        *(getattr(function, "__defaults__", None) or ()),
+        *(getattr(function, "__kwdefaults__", None) or {}).values(),
+    ]
+    if not all(map(is_constant, defaults)):
+        raise Untraceable(f"{function.__name__} has a default that may change")
+
+
 def in_library(frame: FrameType) -> bool:
     """Whether a frame runs torch's code or that of the tracer."""
     name = frame.f_globals.get("__name__", "")
@@ -58,12 +72,20 @@ _REFUSED = {
     "GET_AWAITABLE": "awaits",
 }
 _BUILTINS = frozenset(
-    "abs all any bool bytes complex dict divmod enumerate filter float frozenset getattr hasattr int isinstance "
-    "issubclass iter len list map max min next object pow range reversed round set slice sorted str sum super tuple zip "
-    "NotImplemented Ellipsis __build_class__ staticmethod property".split()
+    {"abs", "all", "any", "bool", "bytes", "complex", "dict", "divmod", "enumerate", "filter", "float", "frozenset"}
+    | {"getattr", "hasattr", "int", "isinstance", "issubclass", "iter", "len", "list", "map", "max", "min", "next"}
+    | {"pow", "range", "reversed", "round", "set", "slice", "sorted", "str", "sum", "super", "tuple", "zip"}
+    | {"Ellipsis", "NotImplemented"}
 )
 # Modules of torch whose functions are recorded when they get a proxy.
-_RECORDED = ("torch.fx.", "torch.nn.functional", "torch.functional", "torch._tensor", "torch._jit_internal")
+_RECORDED = (
+    "torch.fx.",
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._tensor",
+    "torch._jit_internal",
+    "torch.utils._device",
+)
 _QUESTIONS = frozenset({"__iter__", "__len__", "__getitem__", "__contains__", "keys", "items", "values"})
 _CHILDREN = frozenset({"children", "named_children"})
 _OF_VALUES = (list, dict, tuple, set, frozenset, str, bytes, int, float, range)
@@ -77,10 +99,19 @@ class Watch:
     ----------
     tracer : Tracer
         Its graph grows by what is recorded; its guards get the global names that are read.
+    forward : function
+        What is traced.
+
+    Attributes
+    ----------
+    asks_for_none : bool
+        Whether the code asks if a value is None, or the same as another, that is more than an argument or attribute.
     """
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, forward: FunctionType) -> None:
         self._tracer = tracer
+        self._forward = forward.__code__
+        self.asks_for_none = False
         self._inside: FrameType | None = None
         self._pending: list[tuple[Any, int]] = []
         self._vetted: set[tuple[CodeType, int]] = set()
@@ -109,8 +140,7 @@ class Watch:
         asks = (module == "torch.nn.modules.container" and name in _QUESTIONS) or (
             module == "torch.nn.modules.module" and name in _CHILDREN
         )
-        recorded = module.startswith((*_RECORDED, "gankern.ops."))
-        if not (asks or recorded):
+        if not (asks or module.startswith(_RECORDED)):
             raise Untraceable(f"it calls {module}.{name}")
         if not (frame.f_code.co_flags & inspect.CO_GENERATOR):
             self._inside = frame
@@ -145,6 +175,20 @@ class Watch:
                 self._name(frame, instruction.argval, rest)
             elif name.endswith("DEREF") and instruction.argval in code.co_freevars:
                 self._free(frame, instruction.argval, stores=name.startswith(("STORE", "DELETE")))
+            elif name == "IS_OP" or name.endswith("NONE"):
+                self.asks_for_none |= not self._knows(code, instructions[max(i - 2, 0) : i])
+
+    def _knows(self, code: CodeType, operands: list[dis.Instruction]) -> bool:
+        """Whether what is compared to None is an argument or attribute, which the trace's guards know."""
+        known = [o for o in operands if o.opname == "LOAD_CONST" and o.argval is None]
+        operand = operands[0] if known else operands[-1]
+        if operand.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_CONST"):
+            return True
+        stores = {i.argval for i in dis.get_instructions(code) if i.opname.startswith("STORE_FAST")}
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        plain = isinstance(operand.argval, str) and all(isinstance(name, str) for name in stores)
+        is_argument = code is self._forward and operand.opname.startswith("LOAD_FAST") and operand.argval in names
+        return is_argument and plain and operand.argval not in stores
 
     def _name(self, frame: FrameType, name: str, rest: Iterator[dis.Instruction]) -> None:
         """Vet a global name and the attributes that are read from it, as in ``config.SCALE``."""
@@ -172,7 +216,9 @@ class Watch:
             else:
                 value, namespace = self._of_class(value, name, path)
             path += f".{name}"
-        if not (is_simple(value) or isinstance(value, (enum.Enum, FunctionType, BuiltinFunctionType)) or _of_torch(value)):
+        if isinstance(value, FunctionType) and not _is_torch(value.__module__ or ""):
+            check_defaults(value)
+        if not (is_constant(value) or _of_torch(value)):
             raise Untraceable(f"it reads {path}, a {type(value).__name__}, that may change")
         if not _is_torch(namespace.get("__name__", "")) and namespace is not math.__dict__:
             self._tracer.guards.names.append((namespace, name, value))

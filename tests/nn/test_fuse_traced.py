@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import gans
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gankern
-from gankern.nn.traced import TracedModule
 
 f64 = torch.float64
 Calls = Callable[[nn.Module], Any]
@@ -45,7 +42,9 @@ def tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for v in value for t in tensors(v)]
 
 
-def assert_step(stock: nn.Module, ours: nn.Module, args: tuple[Any, ...], kwargs: Any, *, backward: bool = True) -> None:
+def assert_step(
+    stock: nn.Module, ours: nn.Module, args: tuple[Any, ...], kwargs: Any, *, backward: bool = True
+) -> None:
     """The same outputs, in type and layout as well, gradients and buffers."""
     want, got = stock(*args, **kwargs), ours(*args, **kwargs)
     assert type(want) is type(got)
