@@ -182,7 +182,7 @@ class Tracer(fx.Tracer):
                     finally:
                         sys.setprofile(before)
             finally:
-                changed = [container.restore() for container in self._containers]
+                changed = [container.restore() for container in reversed(self._containers)]
             if any(changed) or any(_holds(output, container.value) for container in self._containers):
                 raise Untraceable("it changes or returns a list or dict that it did not make")
             if watch.asks_for_none and self._may_return_none:
@@ -256,6 +256,8 @@ class Tracer(fx.Tracer):
             pass  # what it is made of is recorded by itself
         elif isinstance(value, MethodType) and value.__self__ is module and name not in module.__dict__:
             check_defaults(value.__func__)  # what it does is watched when it is called
+            self.guards.names.append((module.__dict__, name, _MISSING))
+            self.guards.attributes.append((type(module), name, value.__func__))
         elif type(value) is list and all(map(is_simple, value)):
             self.guards.lists.append((module, name, list(value)))
             self._containers.append(_Container(value, list(value)))
