@@ -15,16 +15,16 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of an ``nn.Sequential`` that a fused op can stand for.
+    """Calls that one fused op can stand for.
 
     Attributes
     ----------
     module : str
-        Qualified name of the sequential.
+        Qualified name of the module whose forward makes them.
     names : tuple of str
-        Names of its children in the stretch.
+        Names of its children that are called; an activation that is called as a function by the function's name.
     reason : str or None
-        Why it stays stock; None where it is fused.
+        Why they stay stock; None where they are fused.
     """
 
     module: str
@@ -33,14 +33,17 @@ class Run:
 
 
 def fuse(module: M) -> M:
-    """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
+    """Make every fusable run of calls in a model run as a fused op, in place.
 
     A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or one of the convolutions
-    [, activation]. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has none. Modules, parameters,
-    buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A
-    run with a hook on one of its modules, or with an option that has no kernel, runs stock: :func:`fusion_report`
-    tells. So does, on the CPU, a sequential with batch norm where model and batch are so small that calls from Python
-    cost more than the fused passes save, as for a generator's single image.
+    [, activation]: in an ``nn.Sequential``, or in any module's own ``forward``, from attributes or lists, activations
+    called as modules, functions or methods. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has
+    none. Modules, parameters, buffers, their names, hooks and ``state_dict`` keys stay as they are, and so do copies
+    and pickles. Only the class of a module with runs in it changes, to a subclass of the same name.
+
+    What cannot run fused runs stock: :func:`fusion_report` tells, and why. So does, on the CPU, a chain with batch norm
+    where model and batch are so small that calls from Python cost more than the fused passes save, as for a generator's
+    single image. Under ``torch.compile`` all is left to the compiler but for sequentials.
 
     Parameters
     ----------
@@ -58,6 +61,11 @@ def fuse(module: M) -> M:
 
     Notes
     -----
+    A ``forward`` is traced by ``torch.fx`` when it is first called, and again when something changes that it depended
+    on: the structure of its arguments or an argument that is no tensor, an attribute or global name that it reads, the
+    children it has. Where that happens too often, calls in between run stock. Code of which a trace could miss
+    something (a ``with`` or ``try`` block, an attribute that it sets, a random number of its own) is not traced.
+
     ``DistributedDataParallel`` refuses to wrap a SyncBatchNorm on the CPU. There, wrap the model with its BatchNorm
     and convert what is inside: ``nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)``.
     """
@@ -93,6 +101,14 @@ def _modules(module: nn.Module) -> list[nn.Module]:
 
 def fusion_report(module: nn.Module) -> list[Run]:
     """List the runs of a model that fuse or could, each with the reason where it stays stock.
+
+    The reasons: ``"not fused: call gankern.fuse"``; a hook on one of the modules, or on all; an option that no kernel
+    has; an output that is used more than once, or another call in between, named with the two calls that they keep
+    apart; a module that is called with more than its input; a forward that was replaced on the module, or whose class
+    cannot have a subclass; ``"forward cannot be traced: ..."``, once for all convolutions and batch norms of a module.
+
+    A module that was called is reported as in the last calls, one that was not as if each argument without a default
+    were a tensor.
 
     Parameters
     ----------

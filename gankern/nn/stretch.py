@@ -116,7 +116,9 @@ def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
 def run_steps(steps: Sequence[Step], input: Tensor) -> Tensor:
     """Call the steps one after the other, stretches among them as fused ops."""
     stretches = [s for s in find_stretches(steps) if s.refusal() is None]
-    if not stretches or _is_small(stretches, input):
+    # The kernels know no vmap.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if not stretches or transformed or _is_small(stretches, input):
         return _call(steps, input, False)
     # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
     turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from gankern.nn import block, plan
 from gankern.nn.stretch import CONVS, NORMS, FusedSequential
-from gankern.nn.tracing import Guards, Leaf, flatten, trace
-from gankern.nn.vetting import Untraceable
+from gankern.nn.tracing import Guards, Leaf, Untraceable, flatten, trace
 
 _KEY = "_gankern_plans"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -139,8 +138,7 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def fused_class(kind: Any) -> type[nn.Module]:
-    """The class of a fused module, under the same name."""
+def _fused_class(kind: Any) -> type[nn.Module]:
     if kind is nn.Sequential:
         return FusedSequential
     names = {n: getattr(kind, n) for n in ("__module__", "__qualname__", "__doc__")} | {"_gankern_stock": kind}
@@ -150,6 +148,11 @@ def fused_class(kind: Any) -> type[nn.Module]:
         bases = (TracedModule, kind)
         names["forward"] = _forward(kind)
     return types.new_class(kind.__name__, bases, {}, lambda namespace: namespace.update(names))
+
+
+def fused_class(kind: type[nn.Module]) -> Any:
+    """The class of a fused module, under the same name."""
+    return _fused_class(kind)  # type: ignore[arg-type]
 
 
 def owned(module: nn.Module) -> list[str]:

@@ -237,8 +237,13 @@ def test_symbolic_and_jit_traces() -> None:
         torch.testing.assert_close(torch.jit.trace(ours, (z,))(z), want)
 
 
-def test_vmap_over_models() -> None:
-    models = [gankern.fuse(gans.AttributeGenerator().double().eval()) for _ in range(2)]
+def in_a_row() -> nn.Sequential:
+    return nn.Sequential(nn.Unflatten(1, (5, 1, 1)), nn.ConvTranspose2d(5, 4, 4), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize("make", [gans.AttributeGenerator, in_a_row])
+def test_vmap_over_models(make: Any) -> None:
+    models = [gankern.fuse(make().double().eval()) for _ in range(2)]
     z = noise(3, 5)
     want = torch.stack([m(z) for m in models])
     parameters, buffers = torch.func.stack_module_state(models)
@@ -389,7 +394,7 @@ def test_course_by_attributes() -> None:
             model.depth, model.alpha = depth, alpha
         same(stock, ours, noise(2, 5))
         stock(z := noise(2, 5))
-        assert ran(lambda: ours(z))  # noqa: B023
+        assert ran(lambda: ours(z))
     for step in range(40):  # too many values to trace for each
         for model in (stock, ours):
             model.depth, model.alpha = 1, step / 40
@@ -626,7 +631,7 @@ def random_choice(self: Any, x: Tensor) -> Tensor:
 
 
 def numpy_choice(self: Any, x: Tensor) -> Tensor:
-    return x.flip(3) if np.random.rand() < 0.5 else x
+    return x.flip(3) if np.random.rand() < 0.5 else x  # noqa: NPY002
 
 
 def torch_choice(self: Any, x: Tensor) -> Tensor:
@@ -823,7 +828,7 @@ def test_untraceable_runs_stock(tail: Any, reason: str, capsys: Any) -> None:
     for x in same_cases:
         results = []
         for model in (stock, ours):
-            torch.manual_seed(1), random.seed(1), np.random.seed(1)
+            torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
             COUNTS.clear()
             held = [dict(model.__dict__), list(model.history)]
             if tail in (default_list, time_of_day) or tail.__name__ == "closure":
@@ -833,7 +838,7 @@ def test_untraceable_runs_stock(tail: Any, reason: str, capsys: Any) -> None:
             state = (
                 torch.get_rng_state(),
                 random.getstate(),
-                np.random.get_state()[2],
+                np.random.get_state()[2],  # noqa: NPY002
                 len(COUNTS),
                 len(model.history),
             )

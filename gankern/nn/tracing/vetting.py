@@ -8,54 +8,16 @@ import enum
 import inspect
 import math
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gankern.nn.tracing.values import Untraceable, check_defaults, in_library, is_constant
+
 if TYPE_CHECKING:
-    from gankern.nn.tracing import Tracer
-
-Names = list[tuple[dict[str, Any], str, Any]]
-
-
-class Untraceable(Exception):
-    """Why a forward cannot be traced."""
-
-
-_SIMPLE = frozenset(
-    {int, float, complex, bool, str, bytes, type(None), type(...), slice}
-    | {torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
-
-
-def is_simple(value: Any) -> bool:
-    """Whether a value cannot change and may be compared."""
-    kind = type(value)
-    return kind in _SIMPLE or (kind in (tuple, torch.Size) and all(map(is_simple, value)))
-
-
-def is_constant(value: Any) -> bool:
-    """Whether a value is simple, or a function, whose code is vetted when it is called."""
-    return is_simple(value) or isinstance(value, (enum.Enum, FunctionType, BuiltinFunctionType))
-
-
-def check_defaults(function: Any) -> None:
-    """Raise Untraceable if a function's defaults may change."""
-    defaults = [
-        *(getattr(function, "__defaults__", None) or ()),
-        *(getattr(function, "__kwdefaults__", None) or {}).values(),
-    ]
-    if not all(map(is_constant, defaults)):
-        raise Untraceable(f"{function.__name__} has a default that may change")
-
-
-def in_library(frame: FrameType) -> bool:
-    """Whether a frame runs torch's code or that of the tracer."""
-    name = frame.f_globals.get("__name__", "")
-    return name == "torch" or name.startswith(("torch.", "gankern.nn.", "gankern.ops."))
-
+    from gankern.nn.tracing.tracer import Tracer
 
 # What code does that a trace would lose.
 _REFUSED = {
@@ -89,7 +51,7 @@ _RECORDED = (
 _QUESTIONS = frozenset({"__iter__", "__len__", "__getitem__", "__contains__", "keys", "items", "values"})
 _CHILDREN = frozenset({"children", "named_children"})
 _OF_VALUES = (list, dict, tuple, set, frozenset, str, bytes, int, float, range)
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()), type(iter([])))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()), type(iter([])))
 
 
 class Watch:
@@ -192,15 +154,18 @@ class Watch:
 
     def _name(self, frame: FrameType, name: str, rest: Iterator[dis.Instruction]) -> None:
         """Vet a global name and the attributes that are read from it, as in ``config.SCALE``."""
-        namespace, path = frame.f_globals, name
-        if name not in namespace:
+        namespace: dict[str, Any] | None = frame.f_globals
+        path = name
+        if name not in frame.f_globals:
             value = getattr(builtins, name, None)
             if not (name in _BUILTINS or (isinstance(value, type) and issubclass(value, BaseException))):
                 raise Untraceable(f"it uses {name}")
             return
-        value = namespace[name]
+        value = frame.f_globals[name]
         while isinstance(value, (ModuleType, type)):
             if isinstance(value, type) and _is_known(value):
+                if type(value) is type(torch.FloatTensor):
+                    raise Untraceable(f"it uses {path}")
                 return
             instruction = next(rest, None)
             if instruction is None or instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -214,25 +179,25 @@ class Watch:
                 namespace = value.__dict__
                 value = getattr(value, name, None)
             else:
-                value, namespace = self._of_class(value, name, path)
+                value, namespace = self._of_class(value, name, path), None
             path += f".{name}"
         if isinstance(value, FunctionType) and not _is_torch(value.__module__ or ""):
             check_defaults(value)
         if not (is_constant(value) or _of_torch(value)):
             raise Untraceable(f"it reads {path}, a {type(value).__name__}, that may change")
-        if not _is_torch(namespace.get("__name__", "")) and namespace is not math.__dict__:
+        if namespace is not None and _is_torch(namespace.get("__name__", "")):
+            if isinstance(value, (bool, int, str)):
+                raise Untraceable(f"it reads {path}, a setting")
+        elif namespace is not None and namespace is not math.__dict__:
             self._tracer.guards.names.append((namespace, name, value))
 
-    def _of_class(self, owner: type, name: str, path: str) -> tuple[Any, dict[str, Any]]:
-        for base in owner.__mro__:
-            if name in base.__dict__:
-                if base is not owner and not issubclass(owner, (nn.Module, enum.Enum)):
-                    break
-                value = getattr(owner, name)
-                # A class's namespace is no dict that keeps: compare by way of the class.
-                self._tracer.guards.attributes.append((owner, name, value))
-                return value, {"__name__": "torch"}
-        raise Untraceable(f"it reads {path}.{name}")
+    def _of_class(self, owner: type, name: str, path: str) -> Any:
+        """Read a constant of a class, by way of the class: its namespace is no dict that keeps."""
+        if not (name in owner.__dict__ or issubclass(owner, (nn.Module, enum.Enum))):
+            raise Untraceable(f"it reads {path}.{name}")
+        value = getattr(owner, name, None)
+        self._tracer.guards.attributes.append((owner, name, value))
+        return value
 
     def _free(self, frame: FrameType, name: str, *, stores: bool) -> None:
         outer = frame.f_back
@@ -241,7 +206,7 @@ class Watch:
                 return
             outer = outer.f_back
         value = frame.f_locals.get(name)
-        if stores or not isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+        if stores or not (isinstance(value, type) or (is_constant(value) and callable(value))):
             raise Untraceable(f"it reads {name} of the function around it")
 
 
