@@ -97,7 +97,8 @@ def _chains(root: nn.Module, graph: fx.Graph) -> tuple[list[_Chain], list[Found]
 
     def close() -> None:
         stretches = find_stretches(steps)
-        if stretches:
+        # A convolution by itself has nothing to be fused with.
+        if stretches and stretches != [Stretch(s := stretches[0].start, s + 1, stretches[0].conv, None, None)]:
             chains.append(_Chain(list(nodes), list(steps), stretches))
         nodes.clear()
         steps.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,10 @@ def _rows(stretches: list[Stretch]) -> list[list[Stretch]]:
     return rows
 
 
-# Products of a forward pass below which batch norms cost more by calls from Python than they save, as measured.
-_FEW_PRODUCTS = 2e8
+# Products of a forward pass below which a batch norm costs more by calls from Python than it saves, as measured; what
+# one without a convolution saves is as much as that of so many products for each element.
+_FEW_PRODUCTS = 5e7
+_PRODUCTS_OF_AN_ELEMENT = 350
 
 
 def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
@@ -110,7 +113,9 @@ def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
             before, shape = shape, conv_shape(shape, weight.shape, options)
             n, _, height, width = before if options.transposed else shape
             products += n * height * width * weight.numel()
-    return products < _FEW_PRODUCTS
+        else:
+            products += _PRODUCTS_OF_AN_ELEMENT * math.prod(shape)
+    return products < _FEW_PRODUCTS * len(norms)
 
 
 def run_steps(steps: Sequence[Step], input: Tensor) -> Tensor:
