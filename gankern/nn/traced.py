@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gankern.nn import block, plan
+from gankern.nn import plan
 from gankern.nn.stretch import CONVS, NORMS, FusedSequential
 from gankern.nn.tracing import Guards, Leaf, Untraceable, flatten, trace
 
@@ -112,7 +112,7 @@ class TracedModule(Reclassed):
 def _forward(stock: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return stock.forward(self, *args, **kwargs)
         plans = self.__dict__.get(_KEY)
         if plans is None or plans.owner is not self or plans.forward is not stock.forward:
@@ -123,11 +123,6 @@ def _forward(stock: type[nn.Module]) -> Callable[..., Any]:
         return found[0].run(self, *found[1])
 
     return forward
-
-
-def _watched() -> bool:
-    """Whether someone else traces, transforms, or wants to see every module's call."""
-    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or block.has_global_hooks()
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:

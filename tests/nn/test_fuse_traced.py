@@ -399,7 +399,9 @@ def test_course_by_attributes() -> None:
         for model in (stock, ours):
             model.depth, model.alpha = 1, step / 40
         same(stock, ours, noise(2, 5))
-    assert len(ours.__dict__["_gankern_plans"].entries) <= 8
+    plans = ours.__dict__["_gankern_plans"]
+    assert len(plans.entries) <= 8
+    assert plans._traces < 16
     for model in (stock, ours):
         model.alpha = 1.0
     for _ in range(40):
@@ -559,6 +561,8 @@ def test_parameter_turns_none() -> None:
     same(stock, ours, image())
     for model in (stock, ours):
         model.gain = None
+    same(stock, ours, image())
+    for model in (stock, ours):
         model.noisy = True
     same(stock, ours, image())
     for model in (stock, ours):
@@ -572,6 +576,8 @@ def test_method_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.block(x)
 
     stock, ours = pair(Model())
+    same(stock, ours, image())
+    monkeypatch.setattr(Model, "block", lambda self, x: F.leaky_relu_(self.bn(self.conv(x))))
     same(stock, ours, image())
     monkeypatch.setattr(Model, "forward", lambda self, x: self.block(x) + 1)
     same(stock, ours, image())
