@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +14,8 @@ if not torch.cuda.is_available():
 from cuda_on_cpu.launcher import Launcher
 
 from gankern import _cuda, backend, workspace
+from gankern.nn import stretch
 from gankern.ops.gradient_penalty import autograd, small
-
-fuse = importlib.import_module("gankern.nn.fuse")
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -51,7 +49,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
-        monkeypatch.setattr(fuse, "_FEW_PRODUCTS", 0)
+        monkeypatch.setattr(stretch, "_FEW_PRODUCTS", 0)
 
 
 @pytest.fixture(params=[1, 2])

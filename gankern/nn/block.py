@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import module as calls
 
 from gankern.ops.conv_act import conv2d_acts
 from gankern.ops.conv_act.reference import ConvOptions, Layer, activate
@@ -20,6 +21,16 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether someone watches the module's own calls."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether someone watches the calls of all modules, as ``register_module_forward_hook`` lets them."""
+    return bool(
+        calls._global_forward_hooks
+        or calls._global_forward_pre_hooks
+        or calls._global_backward_hooks
+        or calls._global_backward_pre_hooks
     )
 
 
@@ -37,6 +48,8 @@ def refusal(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
                 return f"{conv.groups} groups have no kernel"
         elif type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or bn.num_features != conv.out_channels:
             return f"the batch norm does not fit {conv.out_channels} channels"
+    if has_global_hooks():
+        return "a hook on all modules"
     for module in (conv, bn):
         if module is None:
             continue

@@ -5,30 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gankern import backends
-from gankern._layout import memory_format
-from gankern.nn import block
-from gankern.ops.conv_act import conv2d_acts
-from gankern.ops.conv_act.reference import conv_shape
+from gankern.nn import traced
+from gankern.nn.stretch import FusedSequential, find_stretches
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of an ``nn.Sequential`` that a fused op can stand for.
+    """Calls that one fused op can stand for.
 
     Attributes
     ----------
     module : str
-        Qualified name of the sequential.
+        Qualified name of the module whose forward makes them.
     names : tuple of str
-        Names of its children in the stretch.
+        Names of its children that are called; an activation that is called as a function by the function's name.
     reason : str or None
-        Why it stays stock; None where it is fused.
+        Why they stay stock; None where they are fused.
     """
 
     module: str
@@ -36,144 +32,18 @@ class Run:
     reason: str | None
 
 
-@dataclass(frozen=True)
-class _Stretch:
-    """Children [start, stop) of a sequential: a convolution, a batch norm or both, and maybe an activation."""
-
-    start: int
-    stop: int
-    conv: block.Conv | None
-    bn: block.Norm | None
-    activation: nn.Module | None
-
-    def refusal(self) -> str | None:
-        reason = block.refusal(self.conv, self.bn)
-        if reason is None and self.activation is not None and block.has_hooks(self.activation):
-            reason = f"a hook on {type(self.activation).__name__}"
-        return reason
-
-    @property
-    def act(self) -> tuple[str, float]:
-        return _ACTIVATIONS[type(self.activation)], getattr(self.activation, "negative_slope", 0.0)
-
-    def run(self, input: Tensor) -> Tensor:
-        return block.run_block(input, self.conv, self.bn, *self.act)
-
-
-_ACTIVATIONS: dict[type, str] = {
-    type(None): "none",
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Tanh: "tanh",
-}
-_CONVS = (nn.Conv2d, nn.ConvTranspose2d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def _stretches(children: list[nn.Module]) -> list[_Stretch]:
-    found = []
-    position = 0
-    while position < len(children):
-        start = position
-        conv = bn = activation = None
-        if isinstance(module := children[position], _CONVS):
-            conv = module
-            position += 1
-        if position < len(children) and isinstance(module := children[position], _NORMS):
-            bn = module
-            position += 1
-        if bn is None and conv is None:
-            position = start + 1
-            continue
-        if position < len(children) and type(children[position]) in _ACTIVATIONS:
-            activation = children[position]
-            position += 1
-        found.append(_Stretch(start, position, conv, bn, activation))
-    return found
-
-
-def _rows(stretches: list[_Stretch]) -> list[list[_Stretch]]:
-    """The stretches; convolutions without batch norm that follow each other in one row."""
-    rows: list[list[_Stretch]] = []
-    for stretch in stretches:
-        last = rows[-1][-1] if rows else None
-        if last is not None and last.stop == stretch.start and last.bn is stretch.bn is None:
-            rows[-1].append(stretch)
-        else:
-            rows.append([stretch])
-    return rows
-
-
-# Products of a forward pass below which batch norms cost more by calls from Python than they save, as measured.
-_FEW_PRODUCTS = 2e8
-
-
-def _is_small(stretches: list[_Stretch], input: Tensor) -> bool:
-    """Whether stock modules are faster, by an estimate; a backend that was asked for by name runs all the same."""
-    if torch.compiler.is_compiling() or backends.requested() != "auto" or input.device.type != "cpu":
-        return False
-    norms = [s.bn for s in stretches if s.bn is not None]
-    # Stock's SyncBatchNorm does not run on the CPU.
-    if input.dim() != 4 or not norms or any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
-        return False
-    products, shape = 0, list(input.shape)
-    for stretch in stretches:
-        if stretch.conv is not None:
-            weight, _, options, *_ = block.layer(stretch.conv, *stretch.act)
-            before, shape = shape, conv_shape(shape, weight.shape, options)
-            n, _, height, width = before if options.transposed else shape
-            products += n * height * width * weight.numel()
-    return products < _FEW_PRODUCTS
-
-
-class FusedSequential(nn.Sequential):
-    """``nn.Sequential`` that runs stretches of convolution, batch norm and activation as fused ops."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        children = list(self)
-        stretches = [s for s in _stretches(children) if s.refusal() is None]
-        if _is_small(stretches, input):
-            return super().forward(input)
-        # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
-        turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
-        position = 0
-        for row in _rows(stretches):
-            first = row[0]
-            input = _run(children[position : first.start], input, turns)
-            if len(row) > 1 and input.dim() == 4:
-                input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
-            else:
-                if turns and first.bn is not None and first.conv is not None and input.dim() == 4:
-                    input = _channels_last(input)
-                for stretch in row:
-                    input = stretch.run(input)
-            position = row[-1].stop
-        input = _run(children[position:], input, turns)
-        return input.contiguous() if turns else input
-
-
-def _channels_last(input: Tensor) -> Tensor:
-    # Not contiguous(), which leaves an image of one pixel as it is: convolutions go by the strides.
-    turned = memory_format(input) == torch.channels_last
-    return input if turned else input.clone(memory_format=torch.channels_last)
-
-
-def _run(modules: list[nn.Module], input: Tensor, turns: bool) -> Tensor:
-    for module in modules:
-        known = type(module).__module__.startswith("torch.nn.") or isinstance(module, FusedSequential)
-        input = module(input.contiguous() if turns and not known and input.dim() == 4 else input)
-    return input
-
-
 def fuse(module: M) -> M:
-    """Make every fusable run of ``nn.Sequential`` children in a model run as a fused op, in place.
+    """Make every fusable run of calls in a model run as a fused op, in place.
 
     A run is [Conv2d or ConvTranspose2d,] BatchNorm [, ReLU, LeakyReLU or Tanh], or one of the convolutions
-    [, activation]. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has none. Modules, parameters,
-    buffers, their names and ``state_dict`` keys stay as they are; only how the sequential calls its children changes. A
-    run with a hook on one of its modules, or with an option that has no kernel, runs stock: :func:`fusion_report`
-    tells. So does, on the CPU, a sequential with batch norm where model and batch are so small that calls from Python
-    cost more than the fused passes save, as for a generator's single image.
+    [, activation]: in an ``nn.Sequential``, or in any module's own ``forward``, from attributes or lists, activations
+    called as modules, functions or methods. A SyncBatchNorm counts as well, and runs on the CPU too, where stock has
+    none. Modules, parameters, buffers, their names, hooks and ``state_dict`` keys stay as they are, and so do copies
+    and pickles. Only the class of a module with runs in it changes, to a subclass of the same name.
+
+    What cannot run fused runs stock: :func:`fusion_report` tells, and why. So does, on the CPU, a chain with batch norm
+    where model and batch are so small that calls from Python cost more than the fused passes save, as for a generator's
+    single image. Under ``torch.compile`` all is left to the compiler but for sequentials.
 
     Parameters
     ----------
@@ -191,28 +61,54 @@ def fuse(module: M) -> M:
 
     Notes
     -----
+    A ``forward`` is traced by ``torch.fx`` when it is first called, and again when something changes that it depended
+    on: the structure of its arguments or an argument that is no tensor, an attribute or global name that it reads, the
+    children it has. Where that happens too often, calls in between run stock. Code of which a trace could miss
+    something (a ``with`` or ``try`` block, an attribute that it sets, a random number of its own) is not traced.
+
     ``DistributedDataParallel`` refuses to wrap a SyncBatchNorm on the CPU. There, wrap the model with its BatchNorm
     and convert what is inside: ``nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)``.
     """
-    return _reclass(module, nn.Sequential, FusedSequential)
+    for child in _modules(module):
+        fused = isinstance(child, (FusedSequential, traced.Reclassed))
+        if not fused and _fusable(child) and traced.refusal(child) is None:
+            traced.fuse(child)
+    return module
 
 
 def unfuse(module: M) -> M:
     """Undo :func:`fuse`, in place."""
-    return _reclass(module, FusedSequential, nn.Sequential)
+    for child in _modules(module):
+        traced.unfuse(child)
+    return module
 
 
-def _reclass(module: M, old: type[nn.Sequential], new: type[nn.Sequential]) -> M:
+def _fusable(module: nn.Module) -> bool:
+    if _is_sequential(module):
+        return bool(find_stretches(list(module.children())))
+    return traced.has_own_forward(module)
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return traced.stock_class(type(module)).forward is nn.Sequential.forward
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module; got {type(module).__name__}")
-    for child in module.modules():
-        if type(child) is old and (new is nn.Sequential or _stretches(list(child))):
-            child.__class__ = new
-    return module
+    return list(module.modules())
 
 
 def fusion_report(module: nn.Module) -> list[Run]:
     """List the runs of a model that fuse or could, each with the reason where it stays stock.
+
+    The reasons: ``"not fused: call gankern.fuse"``; a hook on one of the modules, or on all; an option that no kernel
+    has; an output that is used more than once, or another call in between, named with the two calls that they keep
+    apart; a module that is called with more than its input; a forward that was replaced on the module, or whose class
+    cannot have a subclass; ``"forward cannot be traced: ..."``, once for all convolutions and batch norms of a module.
+
+    A module that was called is reported as in the last calls, one that was not as if each argument without a default
+    were a tensor.
 
     Parameters
     ----------
@@ -227,17 +123,20 @@ def fusion_report(module: nn.Module) -> list[Run]:
     TypeError
         If module is not an ``nn.Module``.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module; got {type(module).__name__}")
-    report = []
+    _modules(module)
+    runs = []
     for name, child in module.named_modules():
-        if not isinstance(child, nn.Sequential):
-            continue
-        names = list(child._modules)
-        for stretch in _stretches(list(child)):
-            reason = stretch.refusal()
-            if reason is None and not isinstance(child, FusedSequential):
-                plain = type(child).forward is nn.Sequential.forward
-                reason = "not fused: call gankern.fuse" if plain else "the sequential has a forward of its own"
-            report.append(Run(name, tuple(names[stretch.start : stretch.stop]), reason))
-    return report
+        fused = isinstance(child, (FusedSequential, traced.Reclassed))
+        for names, reason in _found(child):
+            runs.append(Run(name, names, reason if fused or reason is not None else "not fused: call gankern.fuse"))
+    return runs
+
+
+def _found(module: nn.Module) -> list[tuple[tuple[str, ...], str | None]]:
+    """Names of the children in each stretch, and the reason why it stays stock."""
+    if not _is_sequential(module):
+        return [(f.names, f.reason) for f in traced.report(module)] if traced.has_own_forward(module) else []
+    names = list(module._modules)
+    refusal = traced.refusal(module)
+    stretches = find_stretches(list(module.children()))
+    return [(tuple(names[s.start : s.stop]), refusal or s.refusal()) for s in stretches]

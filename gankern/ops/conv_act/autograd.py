@@ -131,7 +131,8 @@ class _ConvActs(torch.autograd.Function):
         ctx: Any, input: Tensor, arguments: tuple[list[int], list[str], list[float]], *tensors: Tensor | None
     ) -> Tensor:
         outputs = _forward_op(input, tensors[::2], tensors[1::2], *arguments)
-        ctx.save_for_backward(input, *tensors, *outputs)
+        # Without an activation stock does not need its output either, and lets people change it in place.
+        ctx.save_for_backward(input, *tensors, *(outputs[:-1] if arguments[1][-1] == "none" else outputs))
         ctx.arguments = arguments
         return outputs[-1]
 
@@ -141,6 +142,8 @@ class _ConvActs(torch.autograd.Function):
         count = 2 * len(activations)
         input, *saved = ctx.saved_tensors
         tensors, outputs = saved[:count], saved[count:]
+        if activations[-1] == "none":
+            outputs.append(grad_output)  # only its shape counts
         want_input, _, *want = ctx.needs_input_grad
         if torch.is_grad_enabled():
             given = [t for t, w in zip((input, *tensors), (want_input, *want), strict=True) if w]

@@ -1,0 +1,167 @@
+"""Stretches of modules that one op stands for: found in the order in which they are called, and run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gankern import backends
+from gankern._layout import memory_format
+from gankern.nn import block
+from gankern.ops.conv_act import conv2d_acts
+from gankern.ops.conv_act.reference import activate, conv_shape
+
+#: A module, or an activation that is called as a function: its name and negative slope.
+Step = nn.Module | tuple[str, float]
+
+ACTIVATIONS: dict[type, str] = {
+    type(None): "none",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+}
+CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps [start, stop): a convolution, a batch norm or both, and maybe an activation."""
+
+    start: int
+    stop: int
+    conv: block.Conv | None
+    bn: block.Norm | None
+    activation: Step | None
+
+    def refusal(self) -> str | None:
+        reason = block.refusal(self.conv, self.bn)
+        if reason is None and isinstance(self.activation, nn.Module) and block.has_hooks(self.activation):
+            reason = f"a hook on {type(self.activation).__name__}"
+        return reason
+
+    @property
+    def act(self) -> tuple[str, float]:
+        if isinstance(self.activation, tuple):
+            return self.activation
+        return ACTIVATIONS[type(self.activation)], getattr(self.activation, "negative_slope", 0.0)
+
+    def run(self, input: Tensor) -> Tensor:
+        return block.run_block(input, self.conv, self.bn, *self.act)
+
+
+def _is_activation(step: Step) -> bool:
+    return isinstance(step, tuple) or type(step) in ACTIVATIONS
+
+
+def find_stretches(steps: Sequence[Step]) -> list[Stretch]:
+    found = []
+    position = 0
+    while position < len(steps):
+        start = position
+        conv = bn = activation = None
+        if isinstance(step := steps[position], CONVS):
+            conv = step
+            position += 1
+        if position < len(steps) and isinstance(step := steps[position], NORMS):
+            bn = step
+            position += 1
+        if bn is None and conv is None:
+            position = start + 1
+            continue
+        if position < len(steps) and _is_activation(steps[position]):
+            activation = steps[position]
+            position += 1
+        found.append(Stretch(start, position, conv, bn, activation))
+    return found
+
+
+def _rows(stretches: list[Stretch]) -> list[list[Stretch]]:
+    """The stretches; convolutions without batch norm that follow each other in one row."""
+    rows: list[list[Stretch]] = []
+    for stretch in stretches:
+        last = rows[-1][-1] if rows else None
+        if last is not None and last.stop == stretch.start and last.bn is stretch.bn is None:
+            rows[-1].append(stretch)
+        else:
+            rows.append([stretch])
+    return rows
+
+
+# Products of a forward pass below which a batch norm costs more by calls from Python than it saves, as measured; what
+# one without a convolution saves is as much as that of so many products for each element.
+_FEW_PRODUCTS = 5e7
+_PRODUCTS_OF_AN_ELEMENT = 350
+
+
+def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
+    """Whether stock modules are faster, by an estimate; a backend that was asked for by name runs all the same."""
+    if torch.compiler.is_compiling() or backends.requested() != "auto" or input.device.type != "cpu":
+        return False
+    norms = [s.bn for s in stretches if s.bn is not None]
+    # Stock's SyncBatchNorm does not run on the CPU.
+    if input.dim() != 4 or not norms or any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
+        return False
+    products, shape = 0, list(input.shape)
+    for stretch in stretches:
+        if stretch.conv is not None:
+            weight, _, options, *_ = block.layer(stretch.conv, *stretch.act)
+            before, shape = shape, conv_shape(shape, weight.shape, options)
+            n, _, height, width = before if options.transposed else shape
+            products += n * height * width * weight.numel()
+        else:
+            products += _PRODUCTS_OF_AN_ELEMENT * math.prod(shape)
+    return products < _FEW_PRODUCTS * len(norms)
+
+
+def run_steps(steps: Sequence[Step], input: Tensor) -> Tensor:
+    """Call the steps one after the other, stretches among them as fused ops."""
+    stretches = [s for s in find_stretches(steps) if s.refusal() is None]
+    # The kernels know no vmap.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if not stretches or transformed or _is_small(stretches, input):
+        return _call(steps, input, False)
+    # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
+    turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
+    position = 0
+    for row in _rows(stretches):
+        first = row[0]
+        input = _call(steps[position : first.start], input, turns)
+        if len(row) > 1 and input.dim() == 4:
+            input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
+        else:
+            if turns and first.bn is not None and first.conv is not None and input.dim() == 4:
+                input = _channels_last(input)
+            for stretch in row:
+                input = stretch.run(input)
+        position = row[-1].stop
+    input = _call(steps[position:], input, turns)
+    return input.contiguous() if turns else input
+
+
+def _channels_last(input: Tensor) -> Tensor:
+    # Not contiguous(), which leaves an image of one pixel as it is: convolutions go by the strides.
+    turned = memory_format(input) == torch.channels_last
+    return input if turned else input.clone(memory_format=torch.channels_last)
+
+
+def _call(steps: Sequence[Step], input: Tensor, turns: bool) -> Tensor:
+    for step in steps:
+        if isinstance(step, tuple):
+            input = activate(input, *step)
+            continue
+        ours = isinstance(step, FusedSequential)
+        known = (type(step).__module__.startswith("torch.nn.") or ours) and not block.has_hooks(step)
+        input = step(input.contiguous() if turns and not known and input.dim() == 4 else input)
+    return input
+
+
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential`` that runs stretches of convolution, batch norm and activation as fused ops."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_steps(list(self), input)

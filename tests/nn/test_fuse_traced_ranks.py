@@ -1,0 +1,76 @@
+"""Forwards of people's own, fused in front of and inside of DistributedDataParallel, over two processes of gloo."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import gans
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gankern
+from gankern.nn import stretch
+from gankern.nn.traced import TracedModule
+
+WORLD = 2
+WAYS = ("stock", "fused, then wrapped", "wrapped, then fused")
+
+
+def train(model: nn.Module, part: slice) -> list[Any]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    torch.manual_seed(2)
+    for _ in range(3):
+        z = torch.randn(6, 5, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(z[part]).square().sum().backward()
+        optimizer.step()
+    return [t.detach().clone().numpy() for t in model.state_dict().values()]
+
+
+def worker(rank: int, port: int, shared: Any) -> None:
+    torch.set_num_threads(1)
+    stretch._FEW_PRODUCTS = 0
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    torch.manual_seed(1)
+    model = gans.AttributeGenerator().double()
+    answers = {}
+    for way in WAYS:
+        inner = copy.deepcopy(model)
+        if way == WAYS[1]:
+            gankern.fuse(inner)
+        wrapped = DistributedDataParallel(inner)
+        if way == WAYS[2]:
+            gankern.fuse(wrapped)
+        answers[way] = train(wrapped, slice(3 * rank, 3 * rank + 3))
+        plans = inner.__dict__.get("_gankern_plans")
+        answers[f"{way} ran"] = isinstance(inner, TracedModule) and plans.entries[0].run is not None
+        if way != "stock":
+            # Statistics over both ranks; stock has none on the CPU.
+            nn.SyncBatchNorm.convert_sync_batchnorm(inner)
+            answers[f"{way} sync"] = train(wrapped, slice(3 * rank, 3 * rank + 3))
+    shared[rank] = answers
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def answers() -> Any:
+    return on_ranks(worker, WORLD)
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_trains_as_stock(way: str, answers: Any) -> None:
+    for rank in range(WORLD):
+        assert answers[rank][f"{way} ran"]
+        for got, want in zip(answers[rank][way], answers[rank]["stock"], strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_ranks_share_statistics(way: str, answers: Any) -> None:
+    for a, b in zip(*(answers[rank][f"{way} sync"] for rank in range(WORLD)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b))
