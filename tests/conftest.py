@@ -16,6 +16,7 @@ from cuda_on_cpu.launcher import Launcher
 from gankern import _cuda, backend, workspace
 from gankern.nn import stretch
 from gankern.ops.gradient_penalty import autograd, small
+from gankern.ops.minibatch_discrimination import autograd as pairs
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -50,6 +51,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
         monkeypatch.setattr(stretch, "_FEW_PRODUCTS", 0)
+        monkeypatch.setattr(pairs, "_FEW_DIFFERENCES", 0)
 
 
 @pytest.fixture(params=[1, 2])

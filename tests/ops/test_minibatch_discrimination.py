@@ -334,3 +334,13 @@ def test_bad_m(op: Callable[..., Tensor], m: Any, error: type[Exception], messag
 def test_bad_include_self() -> None:
     with pytest.raises(TypeError, match="include_self must be a bool; got 1"):
         ops.minibatch_discrimination(torch.zeros(2, 3, 4), include_self=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.by_size
+def test_few_samples_go_to_plain_torch() -> None:
+    few, many = (torch.randn(n, 5, 3, requires_grad=True) for n in (3, 40))
+    assert type(ops.l1_distance(few).grad_fn).__name__ != "_DistanceBackward"
+    assert type(ops.l1_distance(many).grad_fn).__name__ == "_DistanceBackward"
+    with gankern.backend("cpu"):
+        assert type(ops.l1_distance(few).grad_fn).__name__ == "_DistanceBackward"
+    torch.testing.assert_close(ops.l1_distance(few), reference.l1_distance(few))

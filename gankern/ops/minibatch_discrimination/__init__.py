@@ -83,7 +83,8 @@ def l1_distance(m: Tensor) -> Tensor:
     -----
     Differentiable to any order, all by kernels; the derivative of ``|x|`` at 0 is 0, as ``torch.abs`` has it. The
     gradient is ``dL/dm[i] = sum_j (g[i, j] + g[j, i]) sign(m[i] - m[j])``; it does not depend on m except at ties, so
-    that the second derivative with respect to m is None. bfloat16 is computed in float32. Results have the same bits
+    that the second derivative with respect to m is None. On the CPU, so few samples that calls cost more than the
+    arithmetic go to plain torch. bfloat16 is computed in float32. Results have the same bits
     on every run, for any number of threads.
 
     References

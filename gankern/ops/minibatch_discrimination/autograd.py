@@ -153,5 +153,16 @@ def minibatch_discrimination(m: Tensor, include_self: bool) -> Tensor:
     return _features_op(m, include_self)
 
 
+# Differences of all pairs below which plain torch is faster, as measured: the kernels' calls take longer than they do.
+_FEW_DIFFERENCES = 4000
+
+
+def _is_small(m: Tensor) -> bool:
+    few = m.numel() * m.size(0) < _FEW_DIFFERENCES and m.device.type == "cpu"
+    return few and backends.requested() == "auto" and not torch.compiler.is_compiling()
+
+
 def l1_distance(m: Tensor) -> Tensor:
+    if _is_small(m):
+        return reference.distance(m)
     return _Distance.apply(m) if torch.is_grad_enabled() and m.requires_grad else _distance_op(m)
