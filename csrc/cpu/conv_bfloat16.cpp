@@ -65,25 +65,13 @@ struct Pixels {
 Pixels pixels_at(const ImagePlan& p, const Phase& phase, int64_t first, int64_t end) {
     Pixels found{};
     found.count = static_cast<int>(std::min(kSide, end - first));
-    int64_t area = phase.grid[0] * phase.grid[1], image, at;
-    if (p.across_images)
-        image = first % p.n, at = first / p.n;
-    else
-        image = first / area, at = first % area;
-    int64_t y = at / phase.grid[1], x = at % phase.grid[1];
-    for (int i = 0; i < found.count; ++i) {
-        int64_t from_y = y * p.source_step[0], from_x = x * p.source_step[1];
+    Walk walk(p.n, p.images, phase.grid, first);
+    for (int i = 0; i < found.count; ++i, walk.next()) {
+        int64_t from_y = walk.y * p.source_step[0], from_x = walk.x * p.source_step[1];
         found.y[i] = static_cast<int32_t>(from_y), found.x[i] = static_cast<int32_t>(from_x);
-        found.from[i] = ((image * p.source[0] + from_y) * p.source[1] + from_x) * p.source[2];
-        int64_t to_y = phase.origin[0] + y * p.result_step[0], to_x = phase.origin[1] + x * p.result_step[1];
-        found.to[i] = ((image * p.result[0] + to_y) * p.result[1] + to_x) * p.result[2];
-        if (p.across_images && ++image < p.n) continue;
-        if (p.across_images) image = 0;
-        if (++x < phase.grid[1]) continue;
-        x = 0;
-        if (++y < phase.grid[0]) continue;
-        y = 0;
-        if (!p.across_images) ++image;
+        found.from[i] = ((walk.image * p.source[0] + from_y) * p.source[1] + from_x) * p.source[2];
+        int64_t to_y = phase.origin[0] + walk.y * p.result_step[0], to_x = phase.origin[1] + walk.x * p.result_step[1];
+        found.to[i] = ((walk.image * p.result[0] + to_y) * p.result[1] + to_x) * p.result[2];
     }
     found.regular = found.count == kSide;
     for (int i = 2; i < found.count; ++i)

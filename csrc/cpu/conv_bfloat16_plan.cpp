@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kMostPixels = 256;           // of a task: their sums stay near while the weights stream by
 constexpr int64_t kMostFactors = 1 << 20;      // values of a task's packed rows
 constexpr int64_t kTasksPerThread = 4;         // so that no thread waits long for the last
-constexpr int64_t kNarrow = 16;                // pixels of a row from which on tiles lie within rows
+constexpr int64_t kNarrow = 17;                // pixels of a row from which on tiles lie within rows
+constexpr int64_t kImages = 32;                // at most at once: few enough for the second cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,7 +52,7 @@ void cut(ImagePlan& p) {
         largest = std::max(largest, p.n * phase.grid[0] * phase.grid[1]);
         narrow = narrow && phase.grid[1] < kNarrow;
     }
-    p.across_images = narrow && p.n >= kSide;
+    p.images = narrow && p.n >= kSide ? std::min(p.n, kImages) : 1;
     int64_t most = std::min(kMostPixels, kMostFactors / std::max<int64_t>(rows, 1));
     int64_t wanted = kTasksPerThread * p.threads;
     int64_t fair = ceil_div(largest * static_cast<int64_t>(p.phases.size()), wanted);
@@ -117,7 +118,7 @@ WeightPlan plan_weight_grad(const ConvShape& s) {
     p.by_taps = s.channels >= kStep;
     p.blocks = p.by_taps ? taps : ceil_div(taps * s.channels, kBlock);
     p.groups = p.by_taps ? ceil_div(s.channels, kBlock) : 1;
-    p.across_images = s.out_width < kNarrow && s.n % kStep == 0;
+    p.images = s.out_width < 16 && s.n >= kStep ? kStep : 1;
     p.sums = p.blocks * ceil_div(p.rows, 2) * kSums;
     int64_t at_once = std::max<int64_t>(ceil_div(p.steps, kWeightSteps), 1);
     p.parts = std::min(at_once, std::max<int64_t>(1, ceil_div(kTasksPerThread * s.threads, p.groups)));

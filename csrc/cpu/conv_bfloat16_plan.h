@@ -36,7 +36,7 @@ struct ImagePlan {
     int64_t source_step[2], result_step[2];
     std::vector<Phase> phases;
     bool by_taps;        // whether steps hold channels of one tap; else all taps' channels lie side by side
-    bool across_images;  // whether neighbours in a tile are the same pixel of one image after the other
+    int64_t images;      // of which the same pixel comes first, before the next pixel
     int64_t pixels;      // of a phase in one task
     int64_t shares;      // tasks that share these pixels, by blocks of channels
     int64_t packed;      // values of the packed weights
@@ -51,6 +51,34 @@ struct ImagePlan {
     int64_t working() const;                                              // float32 values of working space for one thread
 };
 
+// Walks through the pixels of a grid, `images` images at a time.
+class Walk {
+ public:
+    Walk(int64_t n, int64_t images, const int64_t (&grid)[2], int64_t first) : n_(n), images_(images), grid_(grid) {
+        int64_t area = grid[0] * grid[1];
+        group_ = first / (images * area) * images;
+        int64_t width = size(), at = first - group_ * area;
+        image = group_ + at % width, y = at / width / grid[1], x = at / width % grid[1];
+    }
+    void next() {
+        if (++image < group_ + size()) return;
+        image = group_;
+        if (++x < grid_[1]) return;
+        x = 0;
+        if (++y < grid_[0]) return;
+        y = 0;
+        image = group_ += images_;
+    }
+
+    int64_t image, y, x;
+
+ private:
+    int64_t size() const { return images_ < n_ - group_ ? images_ : n_ - group_; }
+
+    int64_t n_, images_, group_;
+    const int64_t (&grid_)[2];
+};
+
 ImagePlan plan_forward(const ConvShape& shape);
 ImagePlan plan_input_grad(const ConvShape& shape);
 
@@ -62,7 +90,7 @@ struct WeightPlan {
     int64_t blocks;        // of 32 columns, in one group
     int64_t groups;        // of 32 channels by all taps
     bool by_taps;          // whether a block holds channels of one tap; else all taps' channels lie side by side
-    bool across_images;
+    int64_t images;        // as in ImagePlan
     int64_t sums;          // float32 values of the sums of one group and part
     int threads;
 

@@ -16,6 +16,8 @@ namespace {
 
 using namespace tiles;
 
+alignas(64) const BFloat16 kZeros[kBlock] = {};
+
 // 32 pixels of the output: a step of the sums.
 struct Pixels {
     int64_t from[kStep];  // in the gradient of the output
@@ -25,21 +27,14 @@ struct Pixels {
 };
 
 void place(const ConvShape& s, const WeightPlan& p, int64_t step, Pixels* found) {
-    int64_t area = s.out_height * s.out_width, first = step * kStep;
-    found->count = static_cast<int>(std::min(kStep, s.n * area - first));
-    int64_t image = p.across_images ? first % s.n : first / area, at = p.across_images ? first / s.n : first % area;
-    int64_t y = at / s.out_width, x = at % s.out_width;
-    for (int i = 0; i < kStep; ++i) {
-        found->from[i] = ((image * s.out_height + y) * s.out_width + x) * s.out_channels;
-        int64_t wide_y = y * s.stride[0] - s.padding[0], wide_x = x * s.stride[1] - s.padding[1];
-        found->at[i] = ((image * s.height + wide_y) * s.width + wide_x) * s.channels;
-        found->y[i] = static_cast<int32_t>(wide_y), found->x[i] = static_cast<int32_t>(wide_x);
-        if (p.across_images) {
-            ++image;  // a step ends with the last image at the latest
-        } else if (++x == s.out_width) {
-            x = 0;
-            if (++y == s.out_height) y = 0, ++image;
-        }
+    const int64_t grid[2] = {s.out_height, s.out_width};
+    found->count = static_cast<int>(std::min(kStep, s.n * grid[0] * grid[1] - step * kStep));
+    Walk walk(s.n, p.images, grid, step * kStep);
+    for (int i = 0; i < found->count; ++i, walk.next()) {
+        found->from[i] = ((walk.image * grid[0] + walk.y) * grid[1] + walk.x) * s.out_channels;
+        int64_t y = walk.y * s.stride[0] - s.padding[0], x = walk.x * s.stride[1] - s.padding[1];
+        found->at[i] = ((walk.image * s.height + y) * s.width + x) * s.channels;
+        found->y[i] = static_cast<int32_t>(y), found->x[i] = static_cast<int32_t>(x);
     }
 }
 
@@ -76,17 +71,19 @@ void turn(const ConvShape& s, const BFloat16* grad_output, const Pixels& pixels,
     for (int i = 0; i < kSide; ++i) _mm512_storeu_ps(to + i * kStep, (__m512)rows[i]);
 }
 
-// 32 columns of one step in pairs of pixels, two tiles; `row` gives a pixel's values or null.
+// Up to 32 columns of one step in pairs of pixels; `row` gives a pixel's values. Where there are two tiles, four columns
+// of the one are followed by four of the other: as they come from interleaving within quarters of vectors.
 template <class Row>
 GANKERN_INLINE void pair_up(const Row& row, int64_t columns, BFloat16* to) {
     __mmask32 lanes = first_lanes(columns);
     for (int i = 0; i < kSide; ++i) {
-        const BFloat16 *first = row(2 * i), *second = row(2 * i + 1);
-        __m512i a = first ? _mm512_maskz_loadu_epi16(lanes, first) : _mm512_setzero_si512();
-        __m512i b = second ? _mm512_maskz_loadu_epi16(lanes, second) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + i * kStep, paired(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));
-        _mm512_storeu_si512(to + kTile + i * kStep,
-                            paired(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1)));
+        __m512i a = _mm512_maskz_loadu_epi16(lanes, row(2 * i)), b = _mm512_maskz_loadu_epi16(lanes, row(2 * i + 1));
+        if (columns > kSide) {
+            _mm512_storeu_si512(to + i * kStep, _mm512_unpacklo_epi16(a, b));
+            _mm512_storeu_si512(to + kTile + i * kStep, _mm512_unpackhi_epi16(a, b));
+        } else {
+            _mm512_storeu_si512(to + i * kStep, paired(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));
+        }
     }
 }
 
@@ -178,7 +175,7 @@ class WeightGrad {
             uint32_t seen = inside(s_, pixels[step], i, j);
             if (seen == 0) continue;
             const BFloat16* from = a_.input + offset(i, j) + channel;
-            auto row = [&](int at) { return seen >> at & 1 ? from + pixels[step].at[at] : nullptr; };
+            auto row = [&](int at) { return seen >> at & 1 ? from + pixels[step].at[at] : kZeros; };
             pair_up(row, s_.channels - channel, to + count * 2 * kTile);
             kept[count++] = step;
         }
@@ -221,9 +218,15 @@ class WeightGrad {
         return sum;
     }
 
-    const float* sums_of(const float* sums, int64_t block, int64_t row, int64_t half) const {
+    // The sums of 16 columns, the first or second of a block of so many.
+    Vec<float> sums_of(const float* sums, int64_t block, int64_t row, int64_t half, int64_t columns) const {
         int64_t tile = row / kSide;
-        return sums + (block * pairs() + tile / 2) * kSums + ((tile % 2 * 2 + half) * kSide + row % kSide) * kSide;
+        const float* at = sums + (block * pairs() + tile / 2) * kSums + (tile % 2 * 2 * kSide + row % kSide) * kSide;
+        if (columns <= kSide) return total(at);
+        auto first = (__m512)total(at), second = (__m512)total(at + kSide * kSide);
+        const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        __m512i from = _mm512_add_epi32(order, _mm512_set1_epi32(static_cast<int>(half) * 8));
+        return (Vec<float>)_mm512_permutex2var_ps(first, from, second);
     }
 
     // Rows [begin, end) of a group's sums, parts added up, go to the gradient.
@@ -236,7 +239,7 @@ class WeightGrad {
             float* row = a_.grad_weight + k * strides[0];
             if (!p_.by_taps) {
                 for (int64_t i = 0; i < taps * s_.channels; i += kSide) {
-                    Vec<float> values = total(sums_of(sums, i / kBlock, k, i % kBlock / kSide));
+                    Vec<float> values = sums_of(sums, i / kBlock, k, i % kBlock / kSide, columns(group, i / kBlock));
                     for (int64_t l = i; l < std::min(i + kSide, taps * s_.channels); ++l)
                         row[place_of(l / s_.channels) + l % s_.channels * strides[1]] = values[l - i];
                 }
@@ -248,7 +251,7 @@ class WeightGrad {
                 for (int64_t t = 0; t < taps; t += kSide) {
                     int64_t count = std::min(kSide, taps - t);
                     Vec<float> values[kSide]{};
-                    for (int64_t i = 0; i < count; ++i) values[i] = total(sums_of(sums, t + i, k, half));
+                    for (int64_t i = 0; i < count; ++i) values[i] = sums_of(sums, t + i, k, half, columns(group, t + i));
                     if (side_by_side && taps > 1) {
                         transpose(values);
                         for (int64_t l = 0; l < lanes; ++l)
