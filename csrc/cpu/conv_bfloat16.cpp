@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "activation.h"
+#include "conv_bfloat16_finish.h"
 #include "conv_bfloat16_plan.h"
 #include "conv_weight.h"
 #include "gankern/parallel.h"
@@ -184,18 +184,6 @@ std::vector<std::vector<Part>> parts_of(const ImagePlan& p, const Phase& phase) 
     return chunks;
 }
 
-template <Activation act>
-GANKERN_INLINE Vec<float> finished(const ConvBFloat16Finish& finish, Vec<float> values, int64_t at, int64_t c,
-                                   __mmask16 lanes) {
-    if (finish.scale)
-        values = values * (Vec<float>)_mm512_maskz_loadu_ps(lanes, finish.scale + c) +
-                 (Vec<float>)_mm512_maskz_loadu_ps(lanes, finish.shift + c);
-    if (!finish.activated) return activate<float, act>(values, finish.negative_slope);
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, finish.activated + at));
-    auto activated = (Vec<float>)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    return activation_grad_by_output<float, act>(activated, values, finish.negative_slope);
-}
-
 // Up to 32 channels of up to 16 pixels.
 template <Activation act>
 void store_sums(const ConvBFloat16& a, const float* sums, const Pixels& pixels, int64_t first, int64_t lanes) {
@@ -206,8 +194,7 @@ void store_sums(const ConvBFloat16& a, const float* sums, const Pixels& pixels, 
         if (a.bias) bias = (Vec<float>)_mm512_maskz_loadu_ps(part, a.bias + c);
         for (int i = 0; i < pixels.count; ++i) {
             Vec<float> values = load(sums + j * kSide + i * kSide) + bias;
-            values = finished<act>(a.finish, values, pixels.to[i] + c, c, part);
-            _mm256_mask_storeu_epi16(a.result + pixels.to[i] + c, part, (__m256i)_mm512_cvtneps_pbh((__m512)values));
+            store_finished<act>(a.finish, values, a.result, pixels.to[i] + c, c, part);
         }
     }
 }
@@ -279,7 +266,10 @@ void convolve(const ImagePlan& p, const ConvBFloat16& a) {
 
 void conv_bfloat16_forward(const ConvBFloat16& a) { convolve(plan_forward(a.shape), a); }
 
-void conv_bfloat16_input_grad(const ConvBFloat16& a) { convolve(plan_input_grad(a.shape), a); }
+void conv_bfloat16_input_grad(const ConvBFloat16& a) {
+    if (has_few_channels(a.shape)) return conv_bfloat16_few(a);
+    convolve(plan_input_grad(a.shape), a);
+}
 
 }  // namespace GANKERN_ISA
 }  // namespace gankern

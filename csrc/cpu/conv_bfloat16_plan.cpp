@@ -11,6 +11,8 @@ constexpr int64_t kMostFactors = 1 << 20;      // values of a task's packed rows
 constexpr int64_t kTasksPerThread = 4;         // so that no thread waits long for the last
 constexpr int64_t kNarrow = 17;                // pixels of a row from which on tiles lie within rows
 constexpr int64_t kImages = 32;                // at most at once: few enough for the second cache
+constexpr int64_t kFewChannels = 8;            // of which all taps together fill tiles better than each by itself
+constexpr int64_t kFewProducts = 1 << 16;      // of a band: so that they stay in the second cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -110,6 +112,28 @@ ImagePlan plan_input_grad(const ConvShape& s) {
     return p;
 }
 
+bool has_few_channels(const ConvShape& s) { return s.channels <= kFewChannels; }
+
+FewPlan plan_few(const ConvShape& s) {
+    FewPlan p{};
+    p.blocks = ceil_div(s.kernel[0] * s.kernel[1] * s.channels, kBlock);
+    p.packed = ceil_div(s.out_channels, kStep) * p.blocks * 2 * kTile;
+    auto source_rows = [&](int64_t rows) {
+        int64_t reach = (s.kernel[0] - 1) * s.dilation[0];
+        return std::min(s.out_height, (rows - 1 + reach) / s.stride[0] + 1);
+    };
+    auto values = [&](int64_t rows) { return ceil_div(source_rows(rows) * s.out_width, kBlock) * kBlock * p.columns(); };
+    p.bands = std::min(s.height, ceil_div(kTasksPerThread * s.threads, std::max<int64_t>(s.n, 1)));
+    while (p.bands < s.height && values(ceil_div(s.height, p.bands)) > kFewProducts) ++p.bands;
+    p.products = values(ceil_div(s.height, p.bands));
+    int64_t wide = (s.out_width - 1) * s.stride[1] + (s.kernel[1] - 1) * s.dilation[1] + 1;
+    p.row = std::max(wide, s.width + s.padding[1]) * s.channels;
+    p.row = ceil_div(p.row, kSide) * kSide;
+    p.copies = kBlock * ceil_div(s.out_channels, kStep) * kStep / 2;
+    p.threads = s.threads;
+    return p;
+}
+
 WeightPlan plan_weight_grad(const ConvShape& s) {
     WeightPlan p{};
     int64_t pixels = s.n * s.out_height * s.out_width, taps = s.kernel[0] * s.kernel[1];
@@ -139,6 +163,10 @@ int64_t conv_bfloat16_forward_scratch(const ConvShape& shape) {
 }
 
 int64_t conv_bfloat16_input_grad_scratch(const ConvShape& shape) {
+    if (tiles::has_few_channels(shape)) {
+        tiles::FewPlan p = tiles::plan_few(shape);
+        return p.packed / 2 + p.threads * p.working();
+    }
     tiles::ImagePlan p = tiles::plan_input_grad(shape);
     return p.packed / 2 + p.threads * p.working();
 }

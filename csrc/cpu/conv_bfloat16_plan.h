@@ -82,6 +82,23 @@ class Walk {
 ImagePlan plan_forward(const ConvShape& shape);
 ImagePlan plan_input_grad(const ConvShape& shape);
 
+// An input gradient of few channels: all taps of a source pixel at once, added up by rows of the result.
+struct FewPlan {
+    int64_t blocks;    // of 32 columns, which are taps by channels
+    int64_t packed;    // values of the packed weight
+    int64_t bands;     // of rows of one image's result
+    int64_t products;  // float32 values of one band's source pixels times taps
+    int64_t row;       // values of a row of the result, with what falls outside
+    int64_t copies;    // float32 values of room for 32 source pixels
+    int threads;
+
+    int64_t columns() const { return blocks * kBlock; }
+    int64_t working() const { return products + (row > copies ? row : copies); }
+};
+
+bool has_few_channels(const ConvShape& shape);
+FewPlan plan_few(const ConvShape& shape);
+
 // The gradient of the weight: a product [out_channels, pixels] x [pixels, columns], columns being taps by channels.
 struct WeightPlan {
     int64_t rows;          // tiles of out_channels

@@ -58,6 +58,13 @@ struct SumTiles {
         if constexpr (M > 1) _tile_stored(2, sums + 2 * kSize, 64);
         if constexpr (M > 1 && N > 1) _tile_stored(3, sums + 3 * kSize, 64);
     }
+    // As rows of a matrix.
+    static GANKERN_INLINE void store_rows(float* to, int64_t row) {
+        _tile_stored(0, to, 4 * row);
+        if constexpr (N > 1) _tile_stored(1, to + tiles::kSide, 4 * row);
+        if constexpr (M > 1) _tile_stored(2, to + tiles::kSide * row, 4 * row);
+        if constexpr (M > 1 && N > 1) _tile_stored(3, to + tiles::kSide * (row + 1), 4 * row);
+    }
     // One step of 32 terms. The right side holds pairs of terms side by side.
     static GANKERN_INLINE void multiply(const BFloat16* a0, int64_t stride0, const BFloat16* a1, int64_t stride1,
                                         const BFloat16* b) {
