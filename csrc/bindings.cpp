@@ -211,8 +211,8 @@ void bind_conv_bfloat16(py::module_& m) {
                 py::gil_scoped_release release;
                 ConvBFloat16Finish finish{static_cast<Activation>(activation), negative_slope, halves(activated),
                                           floats(scale), floats(shift)};
-                (matrix_kernels()->*kernel)({shape, finish, halves(source), floats(weight), floats(bias),
-                                             halves(result), scratch.floats()});
+                (matrix_kernels()->*kernel)(
+                    {shape, finish, halves(source), floats(weight), floats(bias), halves(result), scratch.floats()});
             },
             "shape"_a, "source"_a, "weight"_a, "bias"_a, "result"_a, "activated"_a, "activation"_a, "negative_slope"_a,
             "scale"_a, "shift"_a);

@@ -89,7 +89,8 @@ void pack_weight(const ConvPlan& p, const float* weight, float* packed) {
     for (const Phase& phase : p.phases)
         for (size_t t = 0; t < phase.taps.size(); ++t)
             taps.push_back({phase.taps[t], {&phase, static_cast<int64_t>(t)}});
-    WeightColumns<Target> columns({p.result[2], p.source[2], p.weight_result, p.weight_source}, weight, std::move(taps));
+    WeightColumns<Target> columns({p.result[2], p.source[2], p.weight_result, p.weight_source}, weight,
+                                  std::move(taps));
     columns.run(p.threads, [&](const Target& to, int64_t channel, int64_t c, Vec<float> values) {
         int64_t first = channel / kWidth * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
         int64_t width = (lanes + kLane - 1) / kLane * kLane;

@@ -40,7 +40,8 @@ void pack_weight(const ImagePlan& p, const float* weight, BFloat16* packed) {
                 clear_values(2 * kTile, last);
             }
     }
-    WeightColumns<Target> columns({p.result[2], p.source[2], p.weight_result, p.weight_source}, weight, std::move(taps));
+    WeightColumns<Target> columns({p.result[2], p.source[2], p.weight_result, p.weight_source}, weight,
+                                  std::move(taps));
     // Pairs of channels stay in one share: even numbers of them.
     columns.run(p.threads, [&](const Target& target, int64_t first, int64_t channel, Vec<float> values) {
         int64_t term = target.tap * p.source[2] + channel, block = first / kBlock, tile = first % kBlock / kSide;

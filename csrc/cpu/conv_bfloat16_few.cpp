@@ -20,8 +20,7 @@ using namespace tiles;
 
 class Few {
  public:
-    explicit Few(const ConvBFloat16& args)
-        : a_(args), s_(args.shape), p_(plan_few(args.shape)), finish_(args.finish) {
+    explicit Few(const ConvBFloat16& args) : a_(args), s_(args.shape), p_(plan_few(args.shape)), finish_(args.finish) {
         if (a_.bias) bias_ = over_row(a_.bias);
         if (!finish_.scale) return;
         scale_ = over_row(finish_.scale), shift_ = over_row(finish_.shift);
@@ -54,8 +53,8 @@ class Few {
         std::vector<WeightTap<Target>> taps;
         for (int64_t i = 0; i < s_.kernel[0]; ++i)
             for (int64_t j = 0; j < s_.kernel[1]; ++j)
-                taps.push_back({i * s_.weight_strides[2] + j * s_.weight_strides[3],
-                                {(i * s_.kernel[1] + j) * s_.channels}});
+                taps.push_back(
+                    {i * s_.weight_strides[2] + j * s_.weight_strides[3], {(i * s_.kernel[1] + j) * s_.channels}});
         const WeightChannels channels{s_.channels, s_.out_channels, s_.weight_strides[1], s_.weight_strides[0]};
         WeightColumns<Target> columns(channels, a_.weight, std::move(taps));
         columns.run(1, [&](const Target& target, int64_t first, int64_t k, Vec<float> values) {
@@ -77,7 +76,9 @@ class Few {
         begin = (begin + s_.stride[0] - 1) / s_.stride[0];
         int64_t end = std::min(s_.out_height, (bottom - 1 + s_.padding[0]) / s_.stride[0] + 1);
         float *products = working, *row = products + p_.products;
-        if (begin < end) multiply((image * s_.out_height + begin) * s_.out_width, (end - begin) * s_.out_width, weight, products, row);
+        if (begin < end)
+            multiply((image * s_.out_height + begin) * s_.out_width, (end - begin) * s_.out_width, weight, products,
+                     row);
         for (int64_t y = top; y < bottom; ++y) {
             std::fill_n(row, p_.row, 0.0f);
             std::copy(bias_.begin(), bias_.end(), row + s_.padding[1] * s_.channels);
@@ -130,11 +131,11 @@ class Few {
             const float* from = products + j * s_.channels;
             for (int64_t v = 0; v < length; v += kSide) {
                 auto lanes = static_cast<__mmask16>(first_lanes(std::min(kSide, length - v)));
-                // What neighbours add falls on the same values: those are a few pixels apart that follow each other.
-                int64_t apart = (run + s_.stride[1] - 1) / s_.stride[1];
+                // Vectors of neighbours overlap, so that one would wait for the other's store: a few pixels apart.
+                int64_t step = s_.stride[1] * s_.channels, apart = (kSide + step - 1) / step;
                 for (int64_t start = 0; start < apart; ++start)
                     for (int64_t x = start; x < s_.out_width; x += apart) {
-                        float* at = to + x * s_.stride[1] * s_.channels + v;
+                        float* at = to + x * step + v;
                         __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, at),
                                                    _mm512_maskz_loadu_ps(lanes, from + x * p_.columns() + v));
                         _mm512_mask_storeu_ps(at, lanes, sum);

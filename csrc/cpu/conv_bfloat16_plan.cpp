@@ -6,13 +6,13 @@ namespace gankern {
 namespace tiles {
 namespace {
 
-constexpr int64_t kMostPixels = 256;           // of a task: their sums stay near while the weights stream by
-constexpr int64_t kMostFactors = 1 << 20;      // values of a task's packed rows
-constexpr int64_t kTasksPerThread = 4;         // so that no thread waits long for the last
-constexpr int64_t kNarrow = 17;                // pixels of a row from which on tiles lie within rows
-constexpr int64_t kImages = 32;                // at most at once: few enough for the second cache
-constexpr int64_t kFewChannels = 8;            // of which all taps together fill tiles better than each by itself
-constexpr int64_t kFewProducts = 1 << 16;      // of a band: so that they stay in the second cache
+constexpr int64_t kMostPixels = 256;       // of a task: their sums stay near while the weights stream by
+constexpr int64_t kMostFactors = 1 << 20;  // values of a task's packed rows
+constexpr int64_t kTasksPerThread = 4;     // so that no thread waits long for the last
+constexpr int64_t kNarrow = 17;            // pixels of a row from which on tiles lie within rows
+constexpr int64_t kImages = 32;            // at most at once: few enough for the second cache
+constexpr int64_t kFewChannels = 8;        // of which all taps together fill tiles better than each by itself
+constexpr int64_t kFewProducts = 1 << 16;  // of a band: so that they stay in the second cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -122,7 +122,9 @@ FewPlan plan_few(const ConvShape& s) {
         int64_t reach = (s.kernel[0] - 1) * s.dilation[0];
         return std::min(s.out_height, (rows - 1 + reach) / s.stride[0] + 1);
     };
-    auto values = [&](int64_t rows) { return ceil_div(source_rows(rows) * s.out_width, kBlock) * kBlock * p.columns(); };
+    auto values = [&](int64_t rows) {
+        return ceil_div(source_rows(rows) * s.out_width, kBlock) * kBlock * p.columns();
+    };
     p.bands = std::min(s.height, ceil_div(kTasksPerThread * s.threads, std::max<int64_t>(s.n, 1)));
     while (p.bands < s.height && values(ceil_div(s.height, p.bands)) > kFewProducts) ++p.bands;
     p.products = values(ceil_div(s.height, p.bands));

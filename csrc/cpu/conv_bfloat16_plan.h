@@ -9,12 +9,12 @@
 namespace gankern {
 namespace tiles {
 
-constexpr int64_t kSide = 16;                // rows of a tile, and its columns of sums
-constexpr int64_t kStep = 32;                // terms of a sum in one row
-constexpr int64_t kBlock = 2 * kSide;        // rows and columns of four tiles of sums
-constexpr int64_t kTile = kSide * kStep;     // values of a tile of factors
-constexpr int64_t kSums = kBlock * kBlock;   // values of four tiles of sums
-constexpr int64_t kStepsAtOnce = 16;         // steps whose weights fit in the nearest cache, for one block of columns
+constexpr int64_t kSide = 16;               // rows of a tile, and its columns of sums
+constexpr int64_t kStep = 32;               // terms of a sum in one row
+constexpr int64_t kBlock = 2 * kSide;       // rows and columns of four tiles of sums
+constexpr int64_t kTile = kSide * kStep;    // values of a tile of factors
+constexpr int64_t kSums = kBlock * kBlock;  // values of four tiles of sums
+constexpr int64_t kStepsAtOnce = 16;        // steps whose weights fit in the nearest cache, for one block of columns
 
 struct Tap {
     int64_t at[2];   // of the source's pixel, from the grid's
@@ -35,11 +35,11 @@ struct ImagePlan {
     int64_t weight_result, weight_source;
     int64_t source_step[2], result_step[2];
     std::vector<Phase> phases;
-    bool by_taps;        // whether steps hold channels of one tap; else all taps' channels lie side by side
-    int64_t images;      // of which the same pixel comes first, before the next pixel
-    int64_t pixels;      // of a phase in one task
-    int64_t shares;      // tasks that share these pixels, by blocks of channels
-    int64_t packed;      // values of the packed weights
+    bool by_taps;    // whether steps hold channels of one tap; else all taps' channels lie side by side
+    int64_t images;  // of which the same pixel comes first, before the next pixel
+    int64_t pixels;  // of a phase in one task
+    int64_t shares;  // tasks that share these pixels, by blocks of channels
+    int64_t packed;  // values of the packed weights
     int64_t tasks;
     int threads;
 
@@ -48,7 +48,7 @@ struct ImagePlan {
     }
     int64_t blocks() const { return (result[2] + kBlock - 1) / kBlock; }  // of channels of the result
     int64_t row(const Phase& phase) const;                                // values of a packed row of a tile's factors
-    int64_t working() const;                                              // float32 values of working space for one thread
+    int64_t working() const;  // float32 values of working space for one thread
 };
 
 // Walks through the pixels of a grid, `images` images at a time.
@@ -101,14 +101,14 @@ FewPlan plan_few(const ConvShape& shape);
 
 // The gradient of the weight: a product [out_channels, pixels] x [pixels, columns], columns being taps by channels.
 struct WeightPlan {
-    int64_t rows;          // tiles of out_channels
-    int64_t steps;         // of 32 pixels
-    int64_t parts;         // of the pixels, with sums of their own
-    int64_t blocks;        // of 32 columns, in one group
-    int64_t groups;        // of 32 channels by all taps
-    bool by_taps;          // whether a block holds channels of one tap; else all taps' channels lie side by side
-    int64_t images;        // as in ImagePlan
-    int64_t sums;          // float32 values of the sums of one group and part
+    int64_t rows;    // tiles of out_channels
+    int64_t steps;   // of 32 pixels
+    int64_t parts;   // of the pixels, with sums of their own
+    int64_t blocks;  // of 32 columns, in one group
+    int64_t groups;  // of 32 channels by all taps
+    bool by_taps;    // whether a block holds channels of one tap; else all taps' channels lie side by side
+    int64_t images;  // as in ImagePlan
+    int64_t sums;    // float32 values of the sums of one group and part
     int threads;
 
     int64_t working() const;  // float32 values of working space for one thread

@@ -71,8 +71,8 @@ void turn(const ConvShape& s, const BFloat16* grad_output, const Pixels& pixels,
     for (int i = 0; i < kSide; ++i) _mm512_storeu_ps(to + i * kStep, (__m512)rows[i]);
 }
 
-// Up to 32 columns of one step in pairs of pixels; `row` gives a pixel's values. Where there are two tiles, four columns
-// of the one are followed by four of the other: as they come from interleaving within quarters of vectors.
+// Up to 32 columns of one step in pairs of pixels; `row` gives a pixel's values. Where there are two tiles, four
+// columns of the one are followed by four of the other: as they come from interleaving within quarters of vectors.
 template <class Row>
 GANKERN_INLINE void pair_up(const Row& row, int64_t columns, BFloat16* to) {
     __mmask32 lanes = first_lanes(columns);
@@ -126,7 +126,8 @@ class WeightGrad {
     int64_t pairs() const { return (p_.rows + 1) / 2; }
 
     int64_t columns(int64_t group, int64_t block) const {
-        int64_t all = p_.by_taps ? s_.channels - group * kBlock : s_.kernel[0] * s_.kernel[1] * s_.channels - block * kBlock;
+        int64_t all =
+            p_.by_taps ? s_.channels - group * kBlock : s_.kernel[0] * s_.kernel[1] * s_.channels - block * kBlock;
         return std::min(kBlock, all);
     }
 
@@ -251,7 +252,8 @@ class WeightGrad {
                 for (int64_t t = 0; t < taps; t += kSide) {
                     int64_t count = std::min(kSide, taps - t);
                     Vec<float> values[kSide]{};
-                    for (int64_t i = 0; i < count; ++i) values[i] = sums_of(sums, t + i, k, half, columns(group, t + i));
+                    for (int64_t i = 0; i < count; ++i)
+                        values[i] = sums_of(sums, t + i, k, half, columns(group, t + i));
                     if (side_by_side && taps > 1) {
                         transpose(values);
                         for (int64_t l = 0; l < lanes; ++l)
