@@ -90,11 +90,23 @@ GANKERN_INLINE uint32_t inside(const ImagePlan& p, const Pixels& pixels, const T
     return found & ((1u << pixels.count) - 1);
 }
 
+// Taps that lie side by side in the image, too.
+struct Run {
+    int64_t offset, values, term;
+};
+
 // Left sides of the products of one task; copies are put at `copies`.
 class Factors {
  public:
     Factors(const ImagePlan& p, const Phase& phase, const BFloat16* source, BFloat16* copies)
-        : p_(p), phase_(phase), source_(source), copies_(copies), row_(p.row(phase)) {}
+        : p_(p), phase_(phase), source_(source), copies_(copies), row_(p.row(phase)) {
+        int64_t term = 0;
+        for (const Tap& tap : phase.taps) {
+            if (runs_.empty() || offset(tap) != runs_.back().offset + runs_.back().values)
+                runs_.push_back({offset(tap), 0, term});
+            runs_.back().values += p.source[2], term += p.source[2];
+        }
+    }
 
     void add(const Pixels& pixels, Rows* rows) {
         if (p_.by_taps) {
@@ -124,37 +136,18 @@ class Factors {
         return copied;
     }
 
+    // Rows behind the last pixel are left as they are: nothing of theirs is stored.
     Rows side_by_side(const Pixels& pixels) {
         int64_t channels = p_.source[2], terms = static_cast<int64_t>(phase_.taps.size()) * channels;
-        int64_t filled = p_.steps(phase_) * kStep;
-        BFloat16* to = copies_;
-        auto taps = static_cast<int64_t>(phase_.taps.size());
-        for (int64_t t = 0; t < taps;) {
-            // Taps that lie side by side in the image, too.
-            int64_t end = t + 1;
-            uint32_t seen = inside(p_, pixels, phase_.taps[t]), all = seen, any = seen;
-            for (; end < taps && offset(phase_.taps[end]) == offset(phase_.taps[end - 1]) + channels; ++end) {
-                uint32_t next = inside(p_, pixels, phase_.taps[end]);
-                all &= next, any |= next;
-            }
-            for (int i = 0; i < kSide; ++i) {
-                BFloat16* row = to + i * row_;
-                if (all >> i & 1)
-                    copy_values(source_ + pixels.from[i] + offset(phase_.taps[t]), (end - t) * channels,
-                                row + t * channels);
-                else
-                    for (int64_t j = t; j < end; ++j)
-                        if (inside(p_, pixels, phase_.taps[j]) >> i & 1)
-                            copy_values(source_ + pixels.from[i] + offset(phase_.taps[j]), channels,
-                                        row + j * channels);
-                        else
-                            clear_values(channels, row + j * channels);
-            }
-            t = end;
+        int64_t padding = p_.steps(phase_) * kStep - terms;
+        Rows copied{copies_, 2 * row_, kStep};
+        for (int i = 0; i < pixels.count; ++i, copies_ += row_) {
+            for (const Run& run : runs_)
+                copy_values(source_ + pixels.from[i] + run.offset, run.values, copies_ + run.term);
+            clear_values(padding, copies_ + terms);
         }
-        for (int i = 0; i < kSide; ++i) clear_values(filled - terms, to + i * row_ + terms);
-        copies_ += kSide * row_;
-        return {to, 2 * row_, kStep};
+        copies_ += (kSide - pixels.count) * row_;
+        return copied;
     }
 
     const ImagePlan& p_;
@@ -162,6 +155,7 @@ class Factors {
     const BFloat16* source_;
     BFloat16* copies_;
     int64_t row_;
+    std::vector<Run> runs_;
 };
 
 // Steps [begin, end) of one tap, or of all where they lie side by side.
@@ -200,7 +194,8 @@ void store_sums(const ConvBFloat16& a, const float* sums, const Pixels& pixels, 
     }
 }
 
-void task(const ImagePlan& p, const ConvBFloat16& a, const BFloat16* weight, int64_t index, float* working) {
+void task(const ImagePlan& p, const ConvBFloat16& a, const BFloat16* source, const BFloat16* weight, int64_t index,
+          float* working) {
     const Phase* phase = &p.phases.back();
     while (phase->first_task > index) --phase;
     int64_t piece = (index - phase->first_task) / p.shares, share = (index - phase->first_task) % p.shares;
@@ -209,7 +204,7 @@ void task(const ImagePlan& p, const ConvBFloat16& a, const BFloat16* weight, int
     std::vector<Pixels> pixels;
     int64_t taps = p.by_taps ? static_cast<int64_t>(phase->taps.size()) : 1;
     std::vector<Rows> rows(static_cast<size_t>((end - first + kSide - 1) / kSide * taps));
-    Factors factors(p, *phase, a.source, reinterpret_cast<BFloat16*>(working + p.pixels / kBlock * kSums));
+    Factors factors(p, *phase, source, reinterpret_cast<BFloat16*>(working + p.pixels / kBlock * kSums));
     for (int64_t at = first; at < end; at += kSide) {
         pixels.push_back(pixels_at(p, *phase, at, end));
         if (!phase->taps.empty()) factors.add(pixels.back(), rows.data() + (pixels.size() - 1) * taps);
@@ -256,10 +251,12 @@ void task(const ImagePlan& p, const ConvBFloat16& a, const BFloat16* weight, int
 
 void convolve(const ImagePlan& p, const ConvBFloat16& a) {
     if (p.tasks == 0) return;
-    auto* weight = reinterpret_cast<BFloat16*>(a.scratch);
+    const BFloat16* source = with_border(p.border, a.source, a.scratch, p.threads);
+    auto* weight = reinterpret_cast<BFloat16*>(a.scratch + p.border.room());
+    float* working = a.scratch + p.border.room() + p.packed / 2;
     pack_weight(p, a.weight, weight);
     parallel_for_each(p.tasks, p.threads, [&](int thread, int64_t index) {
-        task(p, a, weight, index, a.scratch + p.packed / 2 + thread * p.working());
+        task(p, a, source, weight, index, working + thread * p.working());
     });
 }
 

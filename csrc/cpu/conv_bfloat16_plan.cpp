@@ -46,6 +46,20 @@ void add_phase(ImagePlan& p, const ConvShape& s, int64_t y, int64_t x, bool forw
     p.phases.push_back(std::move(phase));
 }
 
+void surround(ImagePlan& p) {
+    for (int d = 0; d < 2; ++d) {
+        for (const Phase& phase : p.phases)
+            for (const Tap& tap : phase.taps) {
+                int64_t last = (phase.grid[d] - 1) * p.source_step[d] + tap.at[d];
+                p.border.before[d] = std::max(p.border.before[d], -tap.at[d]);
+                p.border.after[d] = std::max(p.border.after[d], last - p.source[d] + 1);
+            }
+        for (Phase& phase : p.phases)
+            for (Tap& tap : phase.taps) tap.at[d] += p.border.before[d];
+        p.source[d] = p.border.whole(d);
+    }
+}
+
 void cut(ImagePlan& p) {
     int64_t rows = 0, largest = 0;
     bool narrow = true;
@@ -54,7 +68,10 @@ void cut(ImagePlan& p) {
         largest = std::max(largest, p.n * phase.grid[0] * phase.grid[1]);
         narrow = narrow && phase.grid[1] < kNarrow;
     }
-    p.images = narrow && p.n >= kSide ? std::min(p.n, kImages) : 1;
+    p.images = p.by_taps && narrow && p.n >= kSide ? std::min(p.n, kImages) : 1;
+    // Where tiles hold one pixel of many images, taps outside are left out instead.
+    p.border = {p.n, {p.source[0], p.source[1]}, p.source[2], {}, {}};
+    if (p.images == 1) surround(p);
     int64_t most = std::min(kMostPixels, kMostFactors / std::max<int64_t>(rows, 1));
     int64_t wanted = kTasksPerThread * p.threads;
     int64_t fair = ceil_div(largest * static_cast<int64_t>(p.phases.size()), wanted);
@@ -138,13 +155,23 @@ FewPlan plan_few(const ConvShape& s) {
 
 WeightPlan plan_weight_grad(const ConvShape& s) {
     WeightPlan p{};
+    p.shape = s;
     int64_t pixels = s.n * s.out_height * s.out_width, taps = s.kernel[0] * s.kernel[1];
     p.rows = ceil_div(s.out_channels, kSide);
     p.steps = ceil_div(pixels, kStep);
     p.by_taps = s.channels >= kStep;
     p.blocks = p.by_taps ? taps : ceil_div(taps * s.channels, kBlock);
     p.groups = p.by_taps ? ceil_div(s.channels, kBlock) : 1;
-    p.images = s.out_width < 16 && s.n >= kStep ? kStep : 1;
+    p.images = p.by_taps && s.out_width < kSide && s.n >= kStep ? kStep : 1;
+    p.border = {s.n, {s.height, s.width}, s.channels, {}, {}};
+    const int64_t out[2] = {s.out_height, s.out_width};
+    for (int d = 0; d < 2 && p.images == 1; ++d) {
+        int64_t last = (out[d] - 1) * s.stride[d] - s.padding[d] + (s.kernel[d] - 1) * s.dilation[d];
+        p.border.before[d] = s.padding[d];
+        p.border.after[d] = std::max<int64_t>(0, last - p.border.size[d] + 1);
+        p.shape.padding[d] = 0;
+    }
+    p.shape.height = p.border.whole(0), p.shape.width = p.border.whole(1);
     p.sums = p.blocks * ceil_div(p.rows, 2) * kSums;
     int64_t at_once = std::max<int64_t>(ceil_div(p.steps, kWeightSteps), 1);
     p.parts = std::min(at_once, std::max<int64_t>(1, ceil_div(kTasksPerThread * s.threads, p.groups)));
@@ -161,7 +188,7 @@ int64_t WeightPlan::working() const {
 
 int64_t conv_bfloat16_forward_scratch(const ConvShape& shape) {
     tiles::ImagePlan p = tiles::plan_forward(shape);
-    return p.packed / 2 + p.threads * p.working();
+    return p.border.room() + p.packed / 2 + p.threads * p.working();
 }
 
 int64_t conv_bfloat16_input_grad_scratch(const ConvShape& shape) {
@@ -170,13 +197,13 @@ int64_t conv_bfloat16_input_grad_scratch(const ConvShape& shape) {
         return p.packed / 2 + p.threads * p.working();
     }
     tiles::ImagePlan p = tiles::plan_input_grad(shape);
-    return p.packed / 2 + p.threads * p.working();
+    return p.border.room() + p.packed / 2 + p.threads * p.working();
 }
 
 int64_t conv_bfloat16_weight_grad_scratch(const ConvShape& shape) {
     tiles::WeightPlan p = tiles::plan_weight_grad(shape);
     int64_t parts = p.parts > 1 ? p.parts * p.groups * p.sums : 0;
-    return p.rows * p.steps * tiles::kTile / 2 + parts + p.threads * p.working();
+    return p.border.room() + p.rows * p.steps * tiles::kTile / 2 + parts + p.threads * p.working();
 }
 
 }  // namespace gankern

@@ -16,6 +16,17 @@ constexpr int64_t kTile = kSide * kStep;    // values of a tile of factors
 constexpr int64_t kSums = kBlock * kBlock;  // values of four tiles of sums
 constexpr int64_t kStepsAtOnce = 16;        // steps whose weights fit in the nearest cache, for one block of columns
 
+// Zeros around images, so that no tap falls outside.
+struct Border {
+    int64_t n, size[2], channels;  // of the images without
+    int64_t before[2], after[2];   // rows and columns of zeros
+
+    bool any() const { return before[0] || before[1] || after[0] || after[1]; }
+    int64_t whole(int d) const { return before[d] + size[d] + after[d]; }
+    // Float32 values of room for the images with their borders, where they have any.
+    int64_t room() const { return any() ? (n * whole(0) * whole(1) * channels + 31) / 32 * 16 : 0; }
+};
+
 struct Tap {
     int64_t at[2];   // of the source's pixel, from the grid's
     int64_t weight;  // place in the weight of two channels
@@ -31,7 +42,8 @@ struct Phase {
 
 struct ImagePlan {
     int64_t n;
-    int64_t source[3], result[3];  // height, width, channels
+    int64_t source[3], result[3];  // height, width, channels; of the source with its border
+    Border border;
     int64_t weight_result, weight_source;
     int64_t source_step[2], result_step[2];
     std::vector<Phase> phases;
@@ -101,6 +113,8 @@ FewPlan plan_few(const ConvShape& shape);
 
 // The gradient of the weight: a product [out_channels, pixels] x [pixels, columns], columns being taps by channels.
 struct WeightPlan {
+    ConvShape shape;    // of the input with its border
+    Border border;
     int64_t rows;    // tiles of out_channels
     int64_t steps;   // of 32 pixels
     int64_t parts;   // of the pixels, with sums of their own

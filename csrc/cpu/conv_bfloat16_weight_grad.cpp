@@ -90,13 +90,15 @@ GANKERN_INLINE void pair_up(const Row& row, int64_t columns, BFloat16* to) {
 class WeightGrad {
  public:
     explicit WeightGrad(const ConvBFloat16WeightGrad& args)
-        : a_(args), s_(args.shape), p_(plan_weight_grad(args.shape)) {
-        turned_ = reinterpret_cast<BFloat16*>(a_.scratch);
-        parts_ = a_.scratch + p_.rows * p_.steps * kTile / 2;
+        : a_(args), p_(plan_weight_grad(args.shape)), s_(p_.shape) {
+        float* scratch = a_.scratch + p_.border.room();
+        turned_ = reinterpret_cast<BFloat16*>(scratch);
+        parts_ = scratch + p_.rows * p_.steps * kTile / 2;
         working_ = parts_ + (p_.parts > 1 ? p_.parts * p_.groups * p_.sums : 0);
     }
 
     void run() {
+        input_ = with_border(p_.border, a_.input, a_.scratch, p_.threads);
         parallel_for_each(p_.steps, p_.threads, [&](int, int64_t step) {
             Pixels pixels;
             place(s_, p_, step, &pixels);
@@ -175,7 +177,7 @@ class WeightGrad {
         for (int64_t step = 0; step < steps; ++step) {
             uint32_t seen = inside(s_, pixels[step], i, j);
             if (seen == 0) continue;
-            const BFloat16* from = a_.input + offset(i, j) + channel;
+            const BFloat16* from = input_ + offset(i, j) + channel;
             auto row = [&](int at) { return seen >> at & 1 ? from + pixels[step].at[at] : kZeros; };
             pair_up(row, s_.channels - channel, to + count * 2 * kTile);
             kept[count++] = step;
@@ -183,27 +185,23 @@ class WeightGrad {
         return count;
     }
 
-    // Pairs of pixels of all taps side by side.
+    // Pairs of pixels of all taps side by side; none falls outside.
     void gather(const Pixels* pixels, int64_t steps, BFloat16* to) const {
         int64_t width = p_.blocks * kBlock, filled = s_.kernel[0] * s_.kernel[1] * s_.channels;
+        int64_t run = (s_.dilation[1] == 1 ? s_.kernel[1] : 1) * s_.channels;
         BFloat16* rows = to + p_.blocks * kWeightSteps * 2 * kTile;
         for (int64_t step = 0; step < steps; ++step) {
             const Pixels& px = pixels[step];
-            for (int64_t i = 0; i < s_.kernel[0]; ++i) {
-                uint32_t all = ~0u, seen[64];
-                bool whole = s_.dilation[1] == 1 && s_.kernel[1] <= 64;
-                for (int64_t j = 0; whole && j < s_.kernel[1]; ++j) all &= seen[j] = inside(s_, px, i, j);
-                for (int at = 0; at < kStep; ++at) {
-                    BFloat16* row = rows + at * width + i * s_.kernel[1] * s_.channels;
-                    if (whole && (all >> at & 1)) {
-                        copy_values(a_.input + px.at[at] + offset(i, 0), s_.kernel[1] * s_.channels, row);
-                        continue;
-                    }
-                    for (int64_t j = 0; j < s_.kernel[1]; ++j, row += s_.channels)
-                        if ((whole ? seen[j] : inside(s_, px, i, j)) >> at & 1)
-                            copy_values(a_.input + px.at[at] + offset(i, j), s_.channels, row);
-                        else
-                            clear_values(s_.channels, row);
+            for (int at = 0; at < kStep; ++at) {
+                BFloat16* row = rows + at * width;
+                if (at >= px.count) {
+                    clear_values(filled, row);
+                    continue;
+                }
+                for (int64_t term = 0; term < filled; term += run) {
+                    int64_t tap = term / s_.channels;
+                    const BFloat16* from = input_ + px.at[at] + offset(tap / s_.kernel[1], tap % s_.kernel[1]);
+                    copy_values(from, run, row + term);
                 }
             }
             for (int64_t block = 0; block < p_.blocks; ++block) {
@@ -273,8 +271,9 @@ class WeightGrad {
     }
 
     const ConvBFloat16WeightGrad& a_;
-    const ConvShape& s_;
     const WeightPlan p_;
+    const ConvShape& s_;
+    const BFloat16* input_ = nullptr;
     BFloat16* turned_;
     float *parts_, *working_;
 };

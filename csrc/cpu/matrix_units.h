@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "conv_bfloat16_plan.h"
+#include "gankern/parallel.h"
 #include "vec.h"
 
 namespace gankern {
@@ -108,6 +109,24 @@ GANKERN_INLINE void copy_values(const BFloat16* from, int64_t count, BFloat16* t
 GANKERN_INLINE void clear_values(int64_t count, BFloat16* to) {
     for (int64_t i = 0; i < count; i += 32)
         _mm512_mask_storeu_epi16(to + i, first_lanes(count - i), _mm512_setzero_si512());
+}
+
+// The images with their borders, put at `room`; as they are where they have none.
+inline const BFloat16* with_border(const tiles::Border& b, const BFloat16* images, float* room, int threads) {
+    if (!b.any()) return images;
+    auto* to = reinterpret_cast<BFloat16*>(room);
+    int64_t row = b.whole(1) * b.channels, values = b.size[1] * b.channels, left = b.before[1] * b.channels;
+    parallel_for(b.n * b.whole(0), threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            int64_t y = i % b.whole(0) - b.before[0];
+            bool inside = y >= 0 && y < b.size[0];
+            clear_values(inside ? left : row, to + i * row);
+            if (!inside) continue;
+            copy_values(images + (i / b.whole(0) * b.size[0] + y) * values, values, to + i * row + left);
+            clear_values(row - left - values, to + i * row + left + values);
+        }
+    });
+    return to;
 }
 
 }  // namespace GANKERN_ISA
