@@ -184,13 +184,10 @@ template <Activation act>
 void store_sums(const ConvBFloat16& a, const float* sums, const Pixels& pixels, int64_t first, int64_t lanes) {
     for (int64_t j = 0; j < lanes; j += kSide) {
         auto part = static_cast<__mmask16>(first_lanes(std::min(kSide, lanes - j)));
-        int64_t c = first + j;
-        Vec<float> bias{};
-        if (a.bias) bias = (Vec<float>)_mm512_maskz_loadu_ps(part, a.bias + c);
-        for (int i = 0; i < pixels.count; ++i) {
-            Vec<float> values = load(sums + j * kSide + i * kSide) + bias;
-            store_finished<act>(a.finish, values, a.result, pixels.to[i] + c, c, part);
-        }
+        const Finish<act> finish(a.finish, a.bias, first + j, part);
+        const float* row = sums + j * kSide;
+        BFloat16* result = a.result;
+        for (int i = 0; i < pixels.count; ++i) finish.store(load(row + i * kSide), result, pixels.to[i] + first + j);
     }
 }
 

@@ -151,7 +151,7 @@ class Few {
             for (int64_t i = 0; i < values; i += kSide) {
                 auto lanes = static_cast<__mmask16>(first_lanes(std::min(kSide, values - i)));
                 auto sums = (Vec<float>)_mm512_maskz_loadu_ps(lanes, row + i);
-                store_finished<act>(finish_, sums, a_.result, to + i, i, lanes);
+                Finish<act>(finish_, nullptr, i, lanes).store(sums, a_.result, to + i);
             }
         });
     }

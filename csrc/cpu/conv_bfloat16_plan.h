@@ -113,7 +113,7 @@ FewPlan plan_few(const ConvShape& shape);
 
 // The gradient of the weight: a product [out_channels, pixels] x [pixels, columns], columns being taps by channels.
 struct WeightPlan {
-    ConvShape shape;    // of the input with its border
+    ConvShape shape;  // of the input with its border
     Border border;
     int64_t rows;    // tiles of out_channels
     int64_t steps;   // of 32 pixels

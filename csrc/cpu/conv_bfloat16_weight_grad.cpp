@@ -89,8 +89,7 @@ GANKERN_INLINE void pair_up(const Row& row, int64_t columns, BFloat16* to) {
 
 class WeightGrad {
  public:
-    explicit WeightGrad(const ConvBFloat16WeightGrad& args)
-        : a_(args), p_(plan_weight_grad(args.shape)), s_(p_.shape) {
+    explicit WeightGrad(const ConvBFloat16WeightGrad& args) : a_(args), p_(plan_weight_grad(args.shape)), s_(p_.shape) {
         float* scratch = a_.scratch + p_.border.room();
         turned_ = reinterpret_cast<BFloat16*>(scratch);
         parts_ = scratch + p_.rows * p_.steps * kTile / 2;

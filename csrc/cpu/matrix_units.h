@@ -100,10 +100,9 @@ GANKERN_INLINE __mmask32 first_lanes(int64_t count) {
 }
 
 GANKERN_INLINE void copy_values(const BFloat16* from, int64_t count, BFloat16* to) {
-    for (int64_t i = 0; i < count; i += 32) {
-        __mmask32 lanes = first_lanes(count - i);
-        _mm512_mask_storeu_epi16(to + i, lanes, _mm512_maskz_loadu_epi16(lanes, from + i));
-    }
+    for (; count > 32; count -= 32, from += 32, to += 32) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    __mmask32 lanes = _bzhi_u32(~0u, static_cast<uint32_t>(count));
+    _mm512_mask_storeu_epi16(to, lanes, _mm512_maskz_loadu_epi16(lanes, from));
 }
 
 GANKERN_INLINE void clear_values(int64_t count, BFloat16* to) {
