@@ -145,7 +145,7 @@ class _ConvActs(torch.autograd.Function):
         if torch.is_grad_enabled():
             given = [t for t, w in zip((input, *tensors), (want_input, *want), strict=True) if w]
             # Under autocast the parameters are wider than the images.
-            cast = [None if t is None else t.to(input.dtype) for t in tensors]
+            cast: list[Any] = [None if t is None else t.to(input.dtype) for t in tensors]
             layers = map(Layer, cast[::2], cast[1::2], _options(geometry), activations, negative_slopes)
             again = reference.conv2d_acts(input, list(layers))
             found = iter(torch.autograd.grad(again, given, grad_output, create_graph=True))

@@ -5,6 +5,7 @@ Images and their gradients are channels_last; results are, too, and lie in the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ from gankern.ops.conv_act.reference import ConvOptions
 
 # Up to so many input channels the vectors of the input's gradient run along the taps.
 _STEM = 4
+# In bfloat16: pixels of the result, or of the side without the stride for a weight, beyond which torch's convolutions
+# are faster where they have a stride of one, or where neither a tap's channels nor the result's are more than one step
+# of the matrix units; results of a few channels have a kernel of their own.
+_MANY_PIXELS = 1 << 12
+_STEP, _FEW = 32, 8
 # Channels that oneDNN sums up at a time with AVX-512.
 _SUM_BLOCK = 16
 
@@ -189,6 +195,24 @@ def _stem(input: Tensor, weight: Tensor, result: Tensor, options: ConvOptions) -
     )
 
 
+def _is_slower(geometry: _Geometry, kernel: Sequence[int], widens: bool) -> bool:
+    """Whether torch's bfloat16 convolution is faster than ours, for an image."""
+    source, result = (geometry.narrow, geometry.wide) if widens else (geometry.wide, geometry.narrow)
+    if result[0] * result[2] * result[3] <= _MANY_PIXELS or (widens and result[1] <= _FEW):
+        return False
+    small = source[1] < _STEP and result[1] <= _STEP
+    return small or (geometry.options.stride == (1, 1) and max(kernel) > 1)
+
+
+def _is_slower_weight(geometry: _Geometry, kernel: Sequence[int]) -> bool:
+    """The same for the gradient of a weight."""
+    n, channels, h, w = geometry.narrow
+    if n * h * w <= _MANY_PIXELS:
+        return False
+    small = geometry.wide[1] < _STEP and channels <= _STEP
+    return small or (geometry.options.stride == (1, 1) and max(kernel) > 1)
+
+
 def channels_last(tensor: Tensor) -> Tensor:
     """The tensor in channels_last, in which all passes of a 2-d convolution are nearer the peak."""
     if tensor.dim() != 4 or tensor.dtype not in (torch.float32, torch.bfloat16):
@@ -259,6 +283,8 @@ def _conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int, finish: Finish
 ) -> Tensor:
     geometry = _geometry(input, weight, bias, options)
+    if input.dtype == torch.bfloat16 and geometry and _is_slower(geometry, weight.shape[2:], options.transposed):
+        geometry = None
     if geometry is None:
         weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         return finish.apply(reference.conv(channels_last(input), channels_last(weight), bias, options))
@@ -285,6 +311,8 @@ def conv_input_grad(
     geometry = _geometry(input, weight, None, options)
     activated = None if activation == "none" else channels_last(input)
     finish = Finish(activation, negative_slope, activated)
+    if input.dtype == torch.bfloat16 and geometry and _is_slower(geometry, weight.shape[2:], not options.transposed):
+        geometry = None
     if geometry is None:
         weight = channels_last(weight.to(grad_output.dtype))
         return finish.apply(reference.conv_input_grad(grad_output, weight, input, options))
@@ -296,6 +324,8 @@ def conv_input_grad(
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
     geometry = _geometry(input, weight, None, options)
+    if input.dtype == torch.bfloat16 and geometry and _is_slower_weight(geometry, weight.shape[2:]):
+        geometry = None
     if geometry is None:
         like = channels_last(weight.to(input.dtype))
         return reference.conv_weight_grad(grad_output, input, like, options).to(weight.dtype)
