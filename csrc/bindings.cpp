@@ -22,6 +22,7 @@ using namespace gankern;
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 float* floats(uintptr_t address) { return static_cast<float*>(pointer(address)); }
+BFloat16* halves(uintptr_t address) { return static_cast<BFloat16*>(pointer(address)); }
 
 void bind_avg_pool(py::module_& m) {
     auto bind = [&m](const char* name, void (*KernelTable::*kernel)(const AvgPool&)) {
@@ -193,6 +194,38 @@ void bind_conv(py::module_& m) {
             py::gil_scoped_release release;
             kernels().conv_weight_grad(
                 {shape, floats(grad_output), floats(input), floats(grad_weight), scratch.floats()});
+        },
+        "shape"_a, "grad_output"_a, "input"_a, "grad_weight"_a);
+}
+
+void bind_conv_bfloat16(py::module_& m) {
+    m.def("has_matrix_units", [] { return matrix_kernels() != nullptr; }, "Whether conv_bfloat16_* run.");
+    auto bind = [&m](const char* name, int64_t (*size)(const ConvShape&),
+                     void (*MatrixKernels::*kernel)(const ConvBFloat16&)) {
+        m.def(
+            name,
+            [size, kernel](const ConvShape& shape, uintptr_t source, uintptr_t weight, uintptr_t bias, uintptr_t result,
+                           uintptr_t activated, int activation, float negative_slope, uintptr_t scale,
+                           uintptr_t shift) {
+                Lease scratch(size(shape) * sizeof(float));
+                py::gil_scoped_release release;
+                ConvBFloat16Finish finish{static_cast<Activation>(activation), negative_slope, halves(activated),
+                                          floats(scale), floats(shift)};
+                (matrix_kernels()->*kernel)(
+                    {shape, finish, halves(source), floats(weight), floats(bias), halves(result), scratch.floats()});
+            },
+            "shape"_a, "source"_a, "weight"_a, "bias"_a, "result"_a, "activated"_a, "activation"_a, "negative_slope"_a,
+            "scale"_a, "shift"_a);
+    };
+    bind("conv_bfloat16_forward", &conv_bfloat16_forward_scratch, &MatrixKernels::conv_bfloat16_forward);
+    bind("conv_bfloat16_input_grad", &conv_bfloat16_input_grad_scratch, &MatrixKernels::conv_bfloat16_input_grad);
+    m.def(
+        "conv_bfloat16_weight_grad",
+        [](const ConvShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t grad_weight) {
+            Lease scratch(conv_bfloat16_weight_grad_scratch(shape) * sizeof(float));
+            py::gil_scoped_release release;
+            matrix_kernels()->conv_bfloat16_weight_grad(
+                {shape, halves(grad_output), halves(input), floats(grad_weight), scratch.floats()});
         },
         "shape"_a, "grad_output"_a, "input"_a, "grad_weight"_a);
 }
@@ -436,6 +469,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     bind_batch_norm_act(m);
     bind_workspace(m);
     bind_conv(m);
+    bind_conv_bfloat16(m);
     bind_stem_input_grad(m);
     bind_gradient_penalty(m);
     bind_group_norm(m);

@@ -8,9 +8,9 @@
 
 #include "conv_plan.h"
 #include "conv_tile.h"
+#include "conv_weight.h"
 #include "gankern/parallel.h"
 #include "kernels.h"
-#include "transpose.h"
 #include "vec.h"
 #include "winograd.h"
 
@@ -80,83 +80,30 @@ Places place(const ConvPlan& p, const Phase& phase, const Zone& zone, int64_t im
 
 // The weight as convolve() reads it: [block of the result's channels][row][channels of the block], one phase after the
 // other; channels are filled up to vectors with zeros.
-class Packing {
- public:
-    Packing(const ConvPlan& plan, const float* weight, float* packed) : p_(plan), weight_(weight), packed_(packed) {
-        for (const Phase& phase : p_.phases)
-            for (size_t t = 0; t < phase.taps.size(); ++t)
-                taps_.push_back({phase.taps[t], &phase, static_cast<int64_t>(t)});
-        std::sort(taps_.begin(), taps_.end(), [](const Target& a, const Target& b) { return a.offset < b.offset; });
-        for (size_t t = 0; t < taps_.size(); ++t)
-            side_by_side_ = side_by_side_ && taps_[t].offset == taps_[0].offset + static_cast<int64_t>(t);
-        int64_t last = taps_.empty() ? 0 : taps_.back().offset;
-        end_ = weight + (p_.result[2] - 1) * p_.weight_result + (p_.source[2] - 1) * p_.weight_source + last + 1;
-    }
-
-    void run() const {
-        int64_t blocks = (p_.result[2] + kWidth - 1) / kWidth, shares = (p_.source[2] + kLane - 1) / kLane;
-        parallel_for(taps_.empty() ? 0 : blocks * shares, p_.threads, [&](int64_t begin, int64_t end) {
-            for (int64_t item = begin; item < end; ++item) pack(item / shares * kWidth, item % shares * kLane);
-        });
-    }
-
- private:
+void pack_weight(const ConvPlan& p, const float* weight, float* packed) {
     struct Target {
-        int64_t offset;
         const Phase* phase;
         int64_t tap;
     };
-
-    float* row(const Target& target, int64_t channel, int64_t first, int64_t width) const {
-        const Phase& phase = *target.phase;
-        return packed_ + phase.packed + first * phase.depth + p_.row(phase, target.tap, channel) * width;
-    }
-
-    // Up to a vector of the source's channels, for a block of the result's.
-    void pack(int64_t first, int64_t channel) const {
-        int64_t lanes = std::min<int64_t>(kWidth, p_.result[2] - first), width = (lanes + kLane - 1) / kLane * kLane;
-        int64_t channels = std::min<int64_t>(kLane, p_.source[2] - channel);
-        for (int64_t v = 0; v < width; v += kLane) {
-            int part = static_cast<int>(std::min<int64_t>(kLane, lanes - v));
-            const float* from = weight_ + (first + v) * p_.weight_result + channel * p_.weight_source;
-            auto put = [&](const Target& target, int64_t c, Vec<float> values) {
-                store(row(target, channel + c, first, width) + v, values);
-            };
-            // Along whatever lies side by side in the weight.
-            if (p_.weight_result == 1)
-                for (const Target& t : taps_)
-                    for (int64_t c = 0; c < channels; ++c)
-                        put(t, c, load(from + c * p_.weight_source + t.offset, part, 0.0f));
-            else if (side_by_side_ && taps_.size() > 1)
-                for (int64_t c = 0; c < channels; ++c)
-                    for_each_column(from + c * p_.weight_source + taps_[0].offset, p_.weight_result, part,
-                                    static_cast<int64_t>(taps_.size()), end_,
-                                    [&](int64_t t, Vec<float> values) { put(taps_[t], c, values); });
-            else if (p_.weight_source == 1)
-                for (const Target& t : taps_)
-                    for_each_column(from + t.offset, p_.weight_result, part, channels, end_,
-                                    [&](int64_t c, Vec<float> values) { put(t, c, values); });
-            else
-                for (const Target& t : taps_)
-                    for (int64_t c = 0; c < channels; ++c)
-                        for_each_column(from + c * p_.weight_source + t.offset, p_.weight_result, part, 1, end_,
-                                        [&](int64_t, Vec<float> values) { put(t, c, values); });
-        }
-    }
-
-    const ConvPlan& p_;
-    const float* weight_;
-    float* packed_;
-    std::vector<Target> taps_;
-    bool side_by_side_ = true;
-    const float* end_;
-};
+    std::vector<WeightTap<Target>> taps;
+    for (const Phase& phase : p.phases)
+        for (size_t t = 0; t < phase.taps.size(); ++t)
+            taps.push_back({phase.taps[t], {&phase, static_cast<int64_t>(t)}});
+    WeightColumns<Target> columns({p.result[2], p.source[2], p.weight_result, p.weight_source}, weight,
+                                  std::move(taps));
+    columns.run(p.threads, [&](const Target& to, int64_t channel, int64_t c, Vec<float> values) {
+        int64_t first = channel / kWidth * kWidth, lanes = std::min<int64_t>(kWidth, p.result[2] - first);
+        int64_t width = (lanes + kLane - 1) / kLane * kLane;
+        float* block = packed + to.phase->packed + first * to.phase->depth;
+        store(block + p.row(*to.phase, to.tap, c) * width + channel - first, values);
+    });
+}
 
 void convolve(const ConvPlan& p, const float* source, const float* weight, const float* bias, const ConvFinish& finish,
               float* result, float* scratch) {
     if (p.n == 0) return;
     float* packed = scratch;
-    Packing(p, weight, packed).run();
+    pack_weight(p, weight, packed);
     int64_t blocks = (p.result[2] + kWidth - 1) / kWidth, pieces = p.pieces(), bands = p.bands();
     // Few pieces: threads share one by its blocks of channels.
     int64_t shares = std::min(blocks, (p.threads + pieces - 1) / std::max<int64_t>(pieces, 1));

@@ -4,12 +4,26 @@
 
 #include "kernels.h"
 
+#ifdef GANKERN_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gankern {
 
 extern const KernelTable kTable_baseline;
 #ifdef GANKERN_X86
 extern const KernelTable kTable_avx2;
 extern const KernelTable kTable_avx512;
+#endif
+
+#ifdef GANKERN_AMX
+namespace amx {
+void conv_bfloat16_forward(const ConvBFloat16&);
+void conv_bfloat16_input_grad(const ConvBFloat16&);
+void conv_bfloat16_weight_grad(const ConvBFloat16WeightGrad&);
+}  // namespace amx
 #endif
 
 namespace {
@@ -47,7 +61,30 @@ const Isa& chosen() {
     return isa;
 }
 
+#ifdef GANKERN_AMX
+// Whether processor and system let this process use bfloat16 tiles; the system is asked for them.
+bool has_matrix_units() {
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned kTiles = 1u << 24, kBFloat16Tiles = 1u << 22, kBFloat16Vectors = 1u << 5;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kTiles) || !(edx & kBFloat16Tiles)) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & kBFloat16Vectors)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 }  // namespace
+
+const MatrixKernels* matrix_kernels() {
+#ifdef GANKERN_AMX
+    static const MatrixKernels table{&amx::conv_bfloat16_forward, &amx::conv_bfloat16_input_grad,
+                                     &amx::conv_bfloat16_weight_grad};
+    static const bool usable = chosen().name == std::string("avx512") && has_matrix_units();
+    return usable ? &table : nullptr;
+#else
+    return nullptr;
+#endif
+}
 
 const KernelTable& kernels() { return *chosen().table; }
 const char* cpu_isa() { return chosen().name; }

@@ -6,6 +6,7 @@
 #include "gankern/avg_pool.h"
 #include "gankern/batch_norm_act.h"
 #include "gankern/conv.h"
+#include "gankern/conv_bfloat16.h"
 #include "gankern/gradient_penalty.h"
 #include "gankern/group_norm.h"
 #include "gankern/layer_norm.h"
@@ -52,6 +53,15 @@ struct KernelTable {
 // The table for the instruction set in use: the best that the processor has, or the one that GANKERN_CPU_ISA names.
 const KernelTable& kernels();
 const char* cpu_isa();
+
+// Convolutions on the matrix units; null where the processor, the system, the build or GANKERN_CPU_ISA has none.
+struct MatrixKernels {
+    void (*conv_bfloat16_forward)(const ConvBFloat16&);
+    void (*conv_bfloat16_input_grad)(const ConvBFloat16&);
+    void (*conv_bfloat16_weight_grad)(const ConvBFloat16WeightGrad&);
+};
+
+const MatrixKernels* matrix_kernels();
 
 #ifdef GANKERN_ISA
 namespace GANKERN_ISA {

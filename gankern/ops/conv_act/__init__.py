@@ -35,7 +35,8 @@ def conv2d_act(
     Parameters
     ----------
     input : Tensor
-        Shape (N, C_in, H, W), any layout. The kernels take float32 on the CPU without groups; all else is torch's.
+        Shape (N, C_in, H, W), any layout. The kernels take float32 on the CPU without groups, and on processors with
+        matrix units (AMX) bfloat16, also by autocast; all else is torch's.
     weight : Tensor
         Shape (C_out, C_in // groups, kH, kW), of the input's dtype.
     bias : Tensor or None
@@ -128,8 +129,9 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
 def _fit(input: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether each layer takes what the one before makes."""
     shape: Sequence[int] = input.shape
+    casts = torch.is_autocast_enabled(input.device.type)
     for weight, _, options, *_ in layers:
-        same = weight.dtype == input.dtype and weight.device == input.device
+        same = (casts or weight.dtype == input.dtype) and weight.device == input.device
         channels = weight.size(0) if options.transposed else weight.size(1) * options.groups
         if not same or channels != shape[1]:
             return False

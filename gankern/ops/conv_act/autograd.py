@@ -89,7 +89,7 @@ def _backward(
         if want_weights[i]:
             grad_weights.append(cpu.conv_weight_grad(grad, inputs[i], weights[i], options[i]))
         if want_biases[i]:
-            grad_biases.append(grad.sum((0, 2, 3)))
+            grad_biases.append(grad.sum((0, 2, 3), dtype=weights[i].dtype))
         if not (want_input or any(want_weights[:i]) or any(want_biases[:i])):
             break
         before = (activations[i - 1], negative_slopes[i - 1]) if i > 0 else ()
@@ -104,7 +104,7 @@ def _backward_fake(
     return (
         torch.empty_like(input, memory_format=torch.channels_last) if want_input else input.new_empty(0),
         [torch.empty_like(w) for w, want in zip(weights, want_weights, strict=True) if want],
-        [y.new_empty(y.size(1)) for y, want in zip(outputs, want_biases, strict=True) if want],
+        [w.new_empty(y.size(1)) for y, w, want in zip(outputs, weights, want_biases, strict=True) if want],
     )
 
 
@@ -147,7 +147,9 @@ class _ConvActs(torch.autograd.Function):
         want_input, _, *want = ctx.needs_input_grad
         if torch.is_grad_enabled():
             given = [t for t, w in zip((input, *tensors), (want_input, *want), strict=True) if w]
-            layers = map(Layer, tensors[::2], tensors[1::2], _options(geometry), activations, negative_slopes)
+            # Under autocast the parameters are wider than the images.
+            cast: list[Any] = [None if t is None else t.to(input.dtype) for t in tensors]
+            layers = map(Layer, cast[::2], cast[1::2], _options(geometry), activations, negative_slopes)
             again = reference.conv2d_acts(input, list(layers))
             found = iter(torch.autograd.grad(again, given, grad_output, create_graph=True))
             return next(found) if want_input else None, None, *(next(found) if w else None for w in want)
@@ -164,7 +166,9 @@ def _refusal(layers: Sequence[Layer]) -> str | None:
             return f"needs one group; got {layer.options.groups}"
         if layer.negative_slope < 0:
             return f"needs a negative_slope of 0 or more; got {layer.negative_slope}"
-    return "needs autocast to be off" if torch.is_autocast_enabled("cpu") else None
+    if not torch.is_autocast_enabled("cpu") or cpu.takes_autocast():
+        return None
+    return "needs autocast to be off, or to bfloat16 on a processor with matrix units (AMX)"
 
 
 def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -178,5 +182,7 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
         if reason is not None and backends.requested() == "cpu":
             raise backends.BackendUnavailable(f"conv2d_act cannot run on the cpu backend: {reason}")
         return reference.conv2d_acts(input, layers)
+    if torch.is_autocast_enabled("cpu"):
+        input = input.to(torch.bfloat16)
     arguments = _geometry(layers), [layer.activation for layer in layers], [layer.negative_slope for layer in layers]
     return _ConvActs.apply(input, arguments, *(t for layer in layers for t in layer[:2]))

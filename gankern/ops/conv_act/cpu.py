@@ -1,10 +1,11 @@
-"""Adapter of csrc/cpu/conv.cpp and stem_input_grad.cpp; torch's convolutions where those do not apply.
+"""Adapter of csrc/cpu/conv*.cpp and stem_input_grad.cpp; torch's convolutions where those do not apply.
 
 Images and their gradients are channels_last; results are, too, and lie in the workspace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,15 +21,32 @@ from gankern.ops.conv_act.reference import ConvOptions
 
 # Up to so many input channels the vectors of the input's gradient run along the taps.
 _STEM = 4
+# In bfloat16: pixels of the result, or of the side without the stride for a weight, beyond which torch's convolutions
+# are faster where they have a stride of one, or where neither a tap's channels nor the result's are more than one step
+# of the matrix units; results of a few channels have a kernel of their own.
+_MANY_PIXELS = 1 << 12
+_STEP, _FEW = 32, 8
 # Channels that oneDNN sums up at a time with AVX-512.
 _SUM_BLOCK = 16
 
 
 def refuse(*tensors: Tensor) -> str | None:
+    known = (torch.float32, torch.bfloat16) if has_matrix_units() else (torch.float32,)
     for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            return f"needs float32; got {tensor.dtype}"
+        if tensor.dtype not in known:
+            names = "float32, or bfloat16 on a processor with matrix units (AMX)"
+            return f"needs {names}; got {tensor.dtype}"
     return _native.refuse(*tensors)
+
+
+def has_matrix_units() -> bool:
+    """Whether there are kernels for bfloat16."""
+    return kernels is not None and kernels.has_matrix_units()
+
+
+def takes_autocast() -> bool:
+    """Whether there are kernels for what autocast casts to."""
+    return has_matrix_units() and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def activate_(output: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -61,7 +79,10 @@ class _Geometry(NamedTuple):
 
 def _geometry(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions) -> _Geometry | None:
     """None where the kernels do not take it. What torch would refuse is left to it, too."""
-    if not input.dtype == weight.dtype == torch.float32 or (bias is not None and bias.dtype != torch.float32):
+    if input.dtype == torch.bfloat16:
+        if not has_matrix_units() or weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+    elif not input.dtype == weight.dtype == torch.float32 or (bias is not None and bias.dtype != torch.float32):
         return None
     return _fit(input.shape, weight.shape, None if bias is None else bias.shape, options)
 
@@ -126,12 +147,13 @@ def _narrow(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, sum_block: int, finish: Finish, name: str
 ) -> Tensor:
     """From the wide side to the narrow one: a convolution, or the gradient of a transposed one's input."""
-    input = channels_last(input)
+    input, weight = channels_last(input), weight.float()
     result = workspace.empty(geometry.narrow, input.dtype, torch.channels_last)
     shape = _shape_of(geometry, weight, sum_block)
     addresses = input.data_ptr(), weight.data_ptr(), address(bias), result.data_ptr()
+    run = kernels.conv_bfloat16_forward if input.dtype == torch.bfloat16 else kernels.conv_forward
     with span(name):
-        kernels.conv_forward(shape, *addresses, *finish.arguments())
+        run(shape, *addresses, *finish.arguments())
     return result
 
 
@@ -139,9 +161,10 @@ def _widen(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometry, finish: Finish, name: str
 ) -> Tensor:
     """From the narrow side to the wide one: a transposed convolution, or the gradient of a convolution's input."""
-    input = channels_last(input)
+    input, weight = channels_last(input), weight.float()
     result = workspace.empty(geometry.wide, input.dtype, torch.channels_last)
-    if geometry.wide[1] <= _STEM:
+    half = input.dtype == torch.bfloat16
+    if geometry.wide[1] <= _STEM and not half:
         with span(name):
             _stem(input, channels_last(weight), result, geometry.options)
         if bias is not None:
@@ -149,8 +172,9 @@ def _widen(
         return finish.apply(result)
     shape = _shape_of(geometry, weight)
     addresses = input.data_ptr(), weight.data_ptr(), address(bias), result.data_ptr()
+    run = kernels.conv_bfloat16_input_grad if half else kernels.conv_input_grad
     with span(name):
-        kernels.conv_input_grad(shape, *addresses, *finish.arguments())
+        run(shape, *addresses, *finish.arguments())
     return result
 
 
@@ -169,6 +193,24 @@ def _stem(input: Tensor, weight: Tensor, result: Tensor, options: ConvOptions) -
         scratch.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+def _is_slower(geometry: _Geometry, kernel: Sequence[int], widens: bool) -> bool:
+    """Whether torch's bfloat16 convolution is faster than ours, for an image."""
+    source, result = (geometry.narrow, geometry.wide) if widens else (geometry.wide, geometry.narrow)
+    if result[0] * result[2] * result[3] <= _MANY_PIXELS or (widens and result[1] <= _FEW):
+        return False
+    small = source[1] < _STEP and result[1] <= _STEP
+    return small or (geometry.options.stride == (1, 1) and max(kernel) > 1)
+
+
+def _is_slower_weight(geometry: _Geometry, kernel: Sequence[int]) -> bool:
+    """The same for the gradient of a weight."""
+    n, channels, h, w = geometry.narrow
+    if n * h * w <= _MANY_PIXELS:
+        return False
+    small = geometry.wide[1] < _STEP and channels <= _STEP
+    return small or (geometry.options.stride == (1, 1) and max(kernel) > 1)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -203,7 +245,9 @@ def conv_as_stock(
     activation: str = "none",
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """The convolution with the bits of torch's of contiguous images."""
+    """The convolution with the bits of torch's of contiguous images; in bfloat16, as :func:`conv`."""
+    if input.dtype == torch.bfloat16:
+        return conv(input, weight, bias, options, activation, negative_slope)
     if not options.transposed and _sums_in_blocks(input, weight, bias, options):
         return _conv(input, weight, bias, options, _SUM_BLOCK, Finish(activation, negative_slope))
     output = reference.conv(input.contiguous() if weight.is_contiguous() else input, weight, bias, options)
@@ -239,11 +283,15 @@ def _conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int, finish: Finish
 ) -> Tensor:
     geometry = _geometry(input, weight, bias, options)
+    if input.dtype == torch.bfloat16 and geometry and _is_slower(geometry, weight.shape[2:], options.transposed):
+        geometry = None
     if geometry is None:
+        weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         return finish.apply(reference.conv(channels_last(input), channels_last(weight), bias, options))
-    bias = None if bias is None else bias.contiguous()
-    # torch's tanh, since that is what its users compare with.
-    last, finish = (finish, finish._replace(activation="none")) if finish.activation == "tanh" else (None, finish)
+    bias = None if bias is None else bias.float().contiguous()
+    # torch's tanh, since that is what its users compare with; in bfloat16 rounding hides which it was.
+    apart = finish.activation == "tanh" and input.dtype == torch.float32
+    last, finish = (finish, finish._replace(activation="none")) if apart else (None, finish)
     if options.transposed:
         output = _widen(input, weight, bias, geometry, finish, "gankern::conv")
     else:
@@ -263,8 +311,11 @@ def conv_input_grad(
     geometry = _geometry(input, weight, None, options)
     activated = None if activation == "none" else channels_last(input)
     finish = Finish(activation, negative_slope, activated)
+    if input.dtype == torch.bfloat16 and geometry and _is_slower(geometry, weight.shape[2:], not options.transposed):
+        geometry = None
     if geometry is None:
-        return finish.apply(reference.conv_input_grad(grad_output, channels_last(weight), input, options))
+        weight = channels_last(weight.to(grad_output.dtype))
+        return finish.apply(reference.conv_input_grad(grad_output, weight, input, options))
     if options.transposed:
         return _narrow(grad_output, weight, None, geometry, 0, finish, "gankern::conv_input_grad")
     return _widen(grad_output, weight, None, geometry, finish, "gankern::conv_input_grad")
@@ -273,12 +324,17 @@ def conv_input_grad(
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
     geometry = _geometry(input, weight, None, options)
+    if input.dtype == torch.bfloat16 and geometry and _is_slower_weight(geometry, weight.shape[2:]):
+        geometry = None
     if geometry is None:
-        return reference.conv_weight_grad(grad_output, input, channels_last(weight), options)
+        like = channels_last(weight.to(input.dtype))
+        return reference.conv_weight_grad(grad_output, input, like, options).to(weight.dtype)
     wide, narrow = (grad_output, input) if options.transposed else (input, grad_output)
     wide, narrow, weight = channels_last(wide), channels_last(narrow), dense(weight)
-    grad_weight = workspace.like(weight)
+    # Sums are in float32, and stay so where the weight is.
+    grad_weight = workspace.like(weight.float())
     addresses = narrow.data_ptr(), wide.data_ptr(), grad_weight.data_ptr()
+    run = kernels.conv_bfloat16_weight_grad if input.dtype == torch.bfloat16 else kernels.conv_weight_grad
     with span("gankern::conv_weight_grad"):
-        kernels.conv_weight_grad(_shape_of(geometry, weight), *addresses)
-    return grad_weight
+        run(_shape_of(geometry, weight), *addresses)
+    return grad_weight.to(weight.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import autocast, like_layout, memory_format
-from gankern.ops.conv_act import conv2d_acts, cpu, product
+from gankern.ops.conv_act import conv2d_acts, cpu
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
@@ -30,8 +30,6 @@ class Convolution(NamedTuple):
         is_product = self.is_product(input)
         if self.is_plain(input, weight) and not is_product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
-        if not is_product and product.applies(input, weight, self.options):
-            return product.Product.apply(*autocast(input, weight, bias), self.options)
         if input.device.type == "cpu":
             # Once here, instead of inside the convolution and again in each of its gradients.
             weight = weight.contiguous(memory_format=memory_format(input))
@@ -49,8 +47,12 @@ class Convolution(NamedTuple):
 
     def is_plain(self, input: Tensor, weight: Tensor) -> bool:
         """Whether gankern's kernels may take it."""
-        plain = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type)
-        return plain and self.groups == 1
+        dtypes = {input.dtype, weight.dtype}
+        if self.groups != 1 or input.device.type != "cpu":
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            return cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}
+        return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and cpu.has_matrix_units())
 
     def is_product(self, input: Tensor) -> bool:
         """Whether it is a plain matrix product: the first block of a generator, which spreads one pixel an image."""
@@ -102,6 +104,7 @@ def normalised(
     """``activation(conv(input) * scale + shift)`` without gradients; on the way to memory where a kernel does it."""
     if conv.is_plain(input, weight) and backends.refusal("conv2d_act", "cpu", input, weight) is None:
         scale, shift = scale.float().contiguous(), shift.float().contiguous()
+        (input,) = autocast(input)
         output = cpu.conv(input, weight, None, conv.options, activation, slope, scale, shift)
         return like_layout(output, input)
     return conv_act(conv, input, *_fold(conv, weight, scale, shift), activation, slope)
