@@ -16,7 +16,7 @@ using A = Acc<T>;
 
 constexpr bool kSums = PASS != 1, kGrads = PASS != 0, kTangents = PASS == 2;
 constexpr int kDims = DIMS, kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kResident = sizeof(A) == 4 ? 4 : 2;  // blocks of a multiprocessor
+constexpr int kResident = sizeof(A) == 4 && WHOLE ? 4 : 2;  // blocks of a multiprocessor: more have too few registers
 constexpr int kRows = ROWS;
 constexpr int kBlockRows = kRows * kWarp;
 constexpr int kGroup = WHOLE ? 1 : 32 / sizeof(A);   // samples j of which a warp sums distances side by side
