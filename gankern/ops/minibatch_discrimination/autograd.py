@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _cuda, _library, backends
+from gankern import _cuda, _library, _triton, backends
 from gankern.ops.minibatch_discrimination import cpu, reference
 
 for _op in ("l1_distance", "minibatch_discrimination"):
@@ -19,6 +19,7 @@ for _op in ("l1_distance", "minibatch_discrimination"):
         _op,
         cpu=cpu,
         reference=reference,
+        triton=_triton.adapter("gankern.ops.minibatch_discrimination.triton"),
         cuda=_cuda.adapter("gankern.ops.minibatch_discrimination.cuda"),
     )
 
