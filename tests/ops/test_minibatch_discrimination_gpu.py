@@ -158,8 +158,8 @@ def test_every_run_has_the_same_bits(gpu: torch.device) -> None:
 def test_derivatives(gpu: torch.device, shape: tuple[int, int, int]) -> None:
     m = torch.randn(shape, dtype=torch.float64, device=gpu, requires_grad=True)
     for op in (ops.minibatch_discrimination, ops.l1_distance):
-        assert torch.autograd.gradcheck(op, m)
-        assert torch.autograd.gradgradcheck(op, m)
+        assert torch.autograd.gradcheck(op, m, fast_mode=slow(gpu))
+        assert torch.autograd.gradgradcheck(op, m, fast_mode=slow(gpu))
 
 
 def test_layouts(gpu: torch.device) -> None:
@@ -181,7 +181,7 @@ def test_empty(gpu: torch.device, shape: tuple[int, int, int]) -> None:
 
 
 def test_memory_is_linear_in_the_batch(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    n, b, c = 64, 2, 1
+    n, b, c = 40, 2, 1
     allocated = 0
     empty = torch.empty
 

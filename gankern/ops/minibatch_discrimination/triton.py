@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gankern import _triton
 from gankern._native import acc_dtype
@@ -65,23 +66,23 @@ def _features(
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Part `part` of the sums over j, for ROWS samples i of a feature; of its gradient DIMS kernel dims.
+    """A part of the sums over j, for ROWS samples i of a feature; of its gradient DIMS kernel dims.
 
-    `rows` is m as (b, c, n), as are `tangent_rows` and each part of `grads`; `grad_rows` and each part of `sums` are
-    (b, n).
+    c is a multiple of DIMS. `rows` is m as (b, c, n), as are `tangent_rows` and each part of `grads`; `grad_rows` and
+    each part of `sums` are (b, n).
     """
     tiles = tl.cdiv(n, ROWS)
     program = tl.program_id(0)
     i = program % tiles * ROWS + tl.arange(0, ROWS)
     feature = (program // tiles % b).to(tl.int64)
     part = (program // tiles // b % parts).to(tl.int64)
-    chunk = program // tiles // b // parts
-    own = chunk * DIMS + tl.arange(0, DIMS)
+    own = program // tiles // b // parts * DIMS
     begin = (part * size).to(tl.int32)
     end = tl.minimum(begin + size, n)
     inside = i < n
-    at = (feature * c + own)[:, None] * n + i[None, :]
-    mask = (own < c)[:, None] & inside[None, :]
+    mask = inside[None, :]
+    dim = tl.arange(0, DIMS)
+    at = (feature * c + own + dim[:, None]) * n + i[None, :]
 
     x = tl.load(rows + at, mask, 0.0).to(A)
     sample = m + (begin * b.to(tl.int64) + feature) * c
@@ -96,27 +97,25 @@ def _features(
     for j0 in range(begin, end, 32):
         tile = tl.zeros([ROWS], A)
         for j in range(j0, tl.minimum(j0 + 32, end)):
-            y = tl.load(sample + own, own < c, 0.0).to(A)
+            y = tl.load(sample + own + dim).to(A)
             if WHOLE:
                 d = x - y[:, None]
                 distance = tl.sum(tl.abs(d), 0)
                 if ORDER == 2:
-                    u = tl.load(tangent_sample + own, own < c, 0.0).to(A)
+                    u = tl.load(tangent_sample + dim).to(A)
                     change = tl.sum(sign(d) * (v - u[:, None]), 0)
             else:
                 distance = tl.zeros([ROWS], A)
                 change = tl.zeros([ROWS], A)
                 for c0 in range(0, c, DIMS):
-                    dim = c0 + tl.arange(0, DIMS)
-                    at_c0 = (feature * c + dim)[:, None] * n + i[None, :]
-                    mask_c0 = (dim < c)[:, None] & inside[None, :]
-                    y_c0 = tl.load(sample + dim, dim < c, 0.0).to(A)
-                    d = tl.load(rows + at_c0, mask_c0, 0.0).to(A) - y_c0[:, None]
+                    at_c0 = (feature * c + c0 + dim[:, None]) * n + i[None, :]
+                    y_c0 = tl.load(sample + c0 + dim).to(A)
+                    d = tl.load(rows + at_c0, mask, 0.0).to(A) - y_c0[:, None]
                     distance += tl.sum(tl.abs(d), 0)
                     if ORDER == 2:
-                        u = tl.load(tangent_sample + dim, dim < c, 0.0).to(A)
-                        change_c0 = tl.load(tangent_rows + at_c0, mask_c0, 0.0).to(A) - u[:, None]
-                        change += tl.sum(sign(d) * change_c0, 0)
+                        u = tl.load(tangent_sample + c0 + dim).to(A)
+                        v_c0 = tl.load(tangent_rows + at_c0, mask, 0.0).to(A)
+                        change += tl.sum(sign(d) * (v_c0 - u[:, None]), 0)
             e = tl.exp(-distance)
             if ORDER == 2:
                 e *= change
@@ -137,7 +136,7 @@ def _features(
     if ORDER == 2:
         total = -total
     if ORDER != 1:
-        tl.store(sums + (part * b + feature) * n + i, total.to(A), inside & (chunk == 0))
+        tl.store(sums + (part * b + feature) * n + i, total.to(A), inside & (own == 0))
     if ORDER > 0:
         if ORDER == 1:
             grad = -grad
@@ -146,13 +145,14 @@ def _features(
 
 _BLOCKS = 2112  # one-warp programs: sixteen for each multiprocessor of an H100
 _LEAST = 64  # samples of a part
-# Kernel dims in registers, and whether they are all.
-_DIMS = ((8, True), (16, True), (16, False))
 
 
-def _constants(order: int, dtype: torch.dtype, dims: int, whole: bool) -> dict[str, Any]:
-    """Values of the kernel's macros; as many samples of a program as fit into its registers."""
-    rows = 64 if dims * acc_dtype(dtype).itemsize * (order + 1) <= 64 else 32
+def _constants(order: int, dtype: torch.dtype, c: int) -> dict[str, Any]:
+    """Values of the kernel's macros for c kernel dims; as many samples of a program as fit into its registers."""
+    size = acc_dtype(dtype).itemsize
+    whole = c <= 16
+    dims = 8 if c <= 8 or (not whole and (order == 2 or size == 8)) else 16
+    rows = 64 if dims * size * (order + 1) <= 64 else 32
     return {"ORDER": order, "WHOLE": whole, "DIMS": dims, "ROWS": rows}
 
 
@@ -166,9 +166,9 @@ _SIGNATURE = {
 #: Every specialisation that may be launched: kernel, types of its arguments, constants.
 COMPILED = [
     *(
-        _triton.Compiled(_features, _SIGNATURE, _constants(order, dtype, dims, whole), dtype, _OPTIONS)
+        _triton.Compiled(_features, _SIGNATURE, _constants(order, dtype, c), dtype, _OPTIONS)
         for dtype in _triton.TYPES
-        for order, (dims, whole) in itertools.product(range(3), _DIMS)
+        for order, c in itertools.product(range(3), (8, 16, 17))
     ),
     *COMPILED_DISTANCE,
 ]
@@ -181,14 +181,17 @@ def _samples_innermost(tensor: Tensor) -> Tensor:
 def _run(order: int, m: Tensor, grad_output: Tensor, cotangent: Tensor, include_self: bool = False) -> list[Tensor]:
     """Sums, as (n, b), and gradient, as (n, b, c), in the type of the arithmetic; what an order has not is empty."""
     n, b, c = m.shape
-    dims, whole = next((d, w) for d, w in _DIMS if c <= d or not w)
-    constants = _constants(order, m.dtype, dims, whole)
-    chunks = 1 if whole or order == 0 else triton.cdiv(c, dims)
-    blocks = triton.cdiv(n, constants["ROWS"]) * b * chunks
+    constants = _constants(order, m.dtype, c)
+    dims = constants["DIMS"]
+    chunks = max(1, triton.cdiv(c, dims))
+    if c < chunks * dims:
+        m = pad(m, (0, chunks * dims - c))
+        cotangent = pad(cotangent, (0, chunks * dims - c)) if order == 2 else m
+    blocks = triton.cdiv(n, constants["ROWS"]) * b * (chunks if order > 0 else 1)
     count, size = cut(n, blocks, _BLOCKS, _LEAST)
     wide = acc_dtype(m.dtype)
     sums = torch.empty((count, b, n) if order != 1 else (count, 0), dtype=wide, device=m.device)
-    grads = torch.empty((count, b, c, n) if order > 0 else (count, 0), dtype=wide, device=m.device)
+    grads = torch.empty((count, b, chunks * dims, n) if order > 0 else (count, 0), dtype=wide, device=m.device)
     rows = _samples_innermost(m)
     _features[(blocks * count,)](
         m.contiguous(),
@@ -201,7 +204,7 @@ def _run(order: int, m: Tensor, grad_output: Tensor, cotangent: Tensor, include_
         grads,
         n,
         b,
-        c,
+        chunks * dims,
         count,
         size,
         int(include_self),
@@ -209,7 +212,8 @@ def _run(order: int, m: Tensor, grad_output: Tensor, cotangent: Tensor, include_
         **constants,
         **_OPTIONS,
     )
-    return [total(parts).movedim(-1, 0) for parts in (sums, grads)]
+    found = [total(parts).movedim(-1, 0) for parts in (sums, grads)]
+    return [found[0], found[1][..., :c]]
 
 
 def features(m: Tensor, include_self: bool) -> Tensor:

@@ -45,34 +45,36 @@ def _distance(
     T: tl.constexpr,
     A: tl.constexpr,
     TANGENT: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    tiles = tl.cdiv(n, TILE)
+    columns = tl.cdiv(n, COLUMNS)
+    rows = tl.cdiv(n, ROWS)
     program = tl.program_id(0)
-    i0 = program // tiles % tiles * TILE
-    j0 = program % tiles * TILE
-    if j0 < i0:  # written by the mirrored tile
+    i0 = program // columns % rows * ROWS
+    j0 = program % columns * COLUMNS
+    if j0 + COLUMNS <= i0:  # written by the mirrored tile
         return
-    i = (i0 + tl.arange(0, TILE)).to(tl.int64)[:, None, None]
-    j = (j0 + tl.arange(0, TILE)).to(tl.int64)[None, :, None]
-    feature = (program // tiles // tiles * LANES + tl.arange(0, LANES))[None, None, :]
-    mask_i = (i < n) & (feature < b)
-    mask_j = (j < n) & (feature < b)
-    at_i = i * c * b + feature
-    at_j = j * c * b + feature
-    total = tl.zeros([TILE, TILE, LANES], A)
+    i = (i0 + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    j = (j0 + tl.arange(0, COLUMNS)).to(tl.int64)[None, :, None]
+    feature = (program // columns // rows * LANES + tl.arange(0, LANES))[None, None, :]
+    # Samples beyond the last are others read again, and not written: masks cost registers.
+    at_i = tl.minimum(i, n - 1) * c * b + feature
+    at_j = tl.minimum(j, n - 1) * c * b + feature
+    inside = feature < b
+    total = tl.zeros([ROWS, COLUMNS, LANES], A)
     for _ in range(c):
-        d = tl.load(m + at_i, mask_i, 0.0).to(A) - tl.load(m + at_j, mask_j, 0.0).to(A)
+        d = tl.load(m + at_i, inside, 0.0).to(A) - tl.load(m + at_j, inside, 0.0).to(A)
         if TANGENT:
-            change = tl.load(tangent + at_i, mask_i, 0.0).to(A) - tl.load(tangent + at_j, mask_j, 0.0).to(A)
+            change = tl.load(tangent + at_i, inside, 0.0).to(A) - tl.load(tangent + at_j, inside, 0.0).to(A)
             total += sign(d) * change
         else:
             total += tl.abs(d)
         at_i += b
         at_j += b
     found = total.to(T)
-    pair = mask_i & mask_j & (i <= j)
+    pair = inside & (i <= j) & (j < n)
     tl.store(output + (i * n + j) * b + feature, found, pair)
     tl.store(output + (j * n + i) * b + feature, found, pair & (i < j))
 
@@ -102,27 +104,28 @@ def _distance_backward(
     part = program // chunks // features // tiles
     begin = part * size
     end = tl.minimum(begin + size, n)
-    row = (i < n) & (feature < b)
-    column = (dim < c) & (feature < b)
-    at = (i * c + dim) * b + feature
-    x = tl.load(m + at, row & column, 0.0).to(A)
-    grad = tl.zeros([DIMS, ROWS, LANES], A)
+    # As above, also for the kernel dims.
+    row = tl.minimum(i, n - 1)
+    column = tl.minimum(dim, c - 1).to(tl.int64) * b + feature
+    inside = feature < b
     n_b = b.to(tl.int64) * n
-    sample = m + begin * b.to(tl.int64) * c + dim.to(tl.int64) * b + feature
-    direct = grad_output + i * n_b + begin * b.to(tl.int64) + feature
-    mirrored = grad_output + begin * n_b + i * b + feature
+    x = tl.load(m + row * c * b + column, inside, 0.0).to(A)
+    grad = tl.zeros([DIMS, ROWS, LANES], A)
+    sample = m + begin * b.to(tl.int64) * c + column
+    direct = grad_output + row * n_b + begin * b.to(tl.int64) + feature
+    mirrored = grad_output + begin * n_b + row * b + feature
     for _ in range(begin, end):
-        weight = tl.load(direct, row, 0.0).to(A) + tl.load(mirrored, row, 0.0).to(A)
-        y = tl.load(sample, column, 0.0).to(A)
+        weight = tl.load(direct, inside, 0.0).to(A) + tl.load(mirrored, inside, 0.0).to(A)
+        y = tl.load(sample, inside, 0.0).to(A)
         grad += weight * sign(x - y)
         sample += b.to(tl.int64) * c
         direct += b
         mirrored += n_b
-    tl.store(grads + part * n_b * c + at, grad, row & column)
+    at = (i * c + dim) * b + feature
+    tl.store(grads + part * n_b * c + at, grad, inside & (i < n) & (dim < c))
 
 
 _LANES = 64 if torch.version.hip else 32
-_TILE = 8
 _DIMS = 8
 _BLOCKS = 2112  # one-warp programs: sixteen for each multiprocessor of an H100
 _LEAST = 64  # samples of a part
@@ -133,8 +136,8 @@ def _rows(dtype: torch.dtype) -> int:
     return 16 // acc_dtype(dtype).itemsize
 
 
-def _tile(dtype: torch.dtype, tangent: bool) -> int:
-    return _TILE // 2 if dtype == torch.float64 or tangent else _TILE
+def _tile(dtype: torch.dtype, tangent: bool) -> dict[str, int]:
+    return {"ROWS": 4 if dtype == torch.float64 or tangent else 8, "COLUMNS": 4}
 
 
 #: Every specialisation that may be launched.
@@ -145,7 +148,7 @@ COMPILED_DISTANCE = [
     for dtype in _triton.TYPES
     for kernel, signature, constants in [
         *(
-            (_distance, {"m": "T*", "tangent": "T*", "output": "T*"}, {"TANGENT": t, "TILE": _tile(dtype, t)})
+            (_distance, {"m": "T*", "tangent": "T*", "output": "T*"}, {"TANGENT": t, **_tile(dtype, t)})
             for t in (False, True)
         ),
         (
@@ -169,8 +172,8 @@ def _pairs(m: Tensor, tangent: Tensor | None) -> Tensor:
     values = _features_innermost(m)
     tangents = values if tangent is None else _features_innermost(tangent)
     tile = _tile(m.dtype, tangent is not None)
-    grid = (triton.cdiv(n, tile) ** 2 * triton.cdiv(b, _LANES),)
-    constants = _triton.types(m.dtype) | {"TANGENT": tangent is not None, "TILE": tile, "LANES": _LANES}
+    grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(n, tile["COLUMNS"]) * triton.cdiv(b, _LANES),)
+    constants = _triton.types(m.dtype) | {"TANGENT": tangent is not None, **tile, "LANES": _LANES}
     _distance[grid](values, tangents, output, n, b, c, **constants, num_warps=1)
     return output
 
