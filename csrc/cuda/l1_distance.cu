@@ -19,11 +19,6 @@ struct Problem {
     index_t n, b, c;
 };
 
-// Zero beyond the last sample, feature and dim.
-__device__ inline A value(const Problem& p, const T* tensor, index_t i, index_t b, index_t c) {
-    return i < p.n && b < p.b && c < p.c ? get(tensor + (i * p.b + b) * p.c + c) : A(0);
-}
-
 // -1, 0 or 1, also 0 for a NaN, as torch.abs has it.
 __device__ inline A sign(A d) { return copysign(d < 0 || d > 0 ? A(1) : A(0), d); }
 
@@ -37,14 +32,19 @@ constexpr int kPadded = kLine + 4;                             // no bank confli
 
 static_assert(kTileRows / kRows * (kTileColumns / (kColumns * kSamples)) == kWarps);
 
-// The tile's rows and then its columns, kDims dims from c0 on.
-__device__ inline void stage(const Problem& p, const T* tensor, index_t i0, index_t j0, index_t b0, index_t c0,
-                             A* shared) {
-    for (int k = threadIdx.x; k < kLine * kDims; k += kThreads) {
-        int c = k % kDims, at = k / kDims, feature = at % kFeatures, sample = at / kFeatures;
-        index_t i = sample < kTileRows ? i0 + sample : j0 + (sample - kTileRows);
-        shared[c * kPadded + at] = value(p, tensor, i, b0 + feature, c0 + c);
-    }
+static_assert(kThreads % (kDims * kFeatures) == 0);
+
+// Samples from i0 on, kDims dims from c0 on. A thread has one feature and dim of several samples.
+template <int samples>
+__device__ inline void stage(const Problem& p, const T* tensor, index_t i0, index_t b0, index_t c0, A* shared) {
+    constexpr int kAtOnce = kThreads / (kDims * kFeatures);
+    const int c = threadIdx.x % kDims, feature = threadIdx.x / kDims % kFeatures;
+    const bool has = b0 + feature < p.b && c0 + c < p.c;
+    const index_t step = p.b * p.c;
+    const int first = threadIdx.x / (kDims * kFeatures);
+    const T* from = tensor + (i0 + first) * step + (b0 + feature) * p.c + c0 + c;
+    for (int i = first; i < samples; i += kAtOnce, from += kAtOnce * step)
+        shared[c * kPadded + i * kFeatures + feature] = has && i0 + i < p.n ? get(from) : A(0);
 }
 
 __device__ inline void run(const Problem& p, const T* tangent, const T* m, T* output) {
@@ -65,8 +65,12 @@ __device__ inline void run(const Problem& p, const T* tangent, const T* m, T* ou
     A sum[kRows][kColumns] = {};
     for (index_t c0 = 0; c0 < p.c; c0 += kDims) {
         __syncthreads();
-        stage(p, m, i0, j0, b0, c0, values);
-        if (kTangent) stage(p, tangent, i0, j0, b0, c0, tangents);
+        stage<kTileRows>(p, m, i0, b0, c0, values);
+        stage<kTileColumns>(p, m, j0, b0, c0, values + kTileRows * kFeatures);
+        if (kTangent) {
+            stage<kTileRows>(p, tangent, i0, b0, c0, tangents);
+            stage<kTileColumns>(p, tangent, j0, b0, c0, tangents + kTileRows * kFeatures);
+        }
         __syncthreads();
         const int count = p.c - c0 < kDims ? static_cast<int>(p.c - c0) : kDims;
         for (int c = 0; c < count; ++c) {
@@ -115,6 +119,11 @@ __device__ constexpr int shared_values(int groups) {
 }
 
 static_assert(shared_values(1) >= shared_values(2) && shared_values(1) >= shared_values(kMaxGroups));
+
+// Zero beyond the last sample, feature and dim.
+__device__ inline A value(const Problem& p, const T* tensor, index_t i, index_t b, index_t c) {
+    return i < p.n && b < p.b && c < p.c ? get(tensor + (i * p.b + b) * p.c + c) : A(0);
+}
 
 // Warps are shared out to groups of kDims kernel dims and, in each, to rows. Part k sums over part_size samples.
 __device__ inline void run(const Problem& p, const T* g, const T* m, T* grad_m, A* parts, index_t part_size, int groups,

@@ -16,13 +16,17 @@ using A = Acc<T>;
 
 constexpr bool kSums = PASS != 1, kGrads = PASS != 0, kTangents = PASS == 2;
 constexpr int kDims = DIMS, kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kResident = sizeof(A) == 4 && WHOLE ? 4 : 2;  // blocks of a multiprocessor: more have too few registers
+// Blocks of a multiprocessor: more would have too few registers.
+constexpr int kResident = sizeof(A) == 4 && WHOLE ? (kGrads ? 4 : 6) : 2;
 constexpr int kRows = ROWS;
 constexpr int kBlockRows = kRows * kWarp;
-constexpr int kGroup = WHOLE ? 1 : 32 / sizeof(A);   // samples j of which a warp sums distances side by side
+// Samples j of which a warp sums distances side by side.
+constexpr int kGroup = WHOLE ? 1 : (kTangents ? 16 : 32) / sizeof(A);
 constexpr int kTile = WHOLE ? 64 : kGroup * kWarps;  // samples j in shared memory
 constexpr int kPack = 16 / sizeof(A);
-constexpr int kStride = (kDims + kPack - 1) / kPack * kPack;
+constexpr int kStride = kDims <= 8 ? 8 : 16;  // of a sample in shared memory
+
+static_assert(kDims <= kStride && kThreads % kStride == 0);
 
 constexpr int kTileValues = kTile * kStride * (kTangents ? 2 : 1) + kTile;
 constexpr int kSumValues = kWarps * kDims * (kWarp + 1);
@@ -88,12 +92,14 @@ struct Column {
     }
 };
 
-// Samples from j0 on, to shared memory; one feature's values are adjacent.
+// Samples from j0 on, to shared memory; one feature's values are adjacent. A thread has one dim of several samples.
 __device__ inline void stage(const Problem& p, const T* tensor, index_t b, index_t j0, index_t c0, A* tile) {
-    for (int k = threadIdx.x; k < kTile * kStride; k += blockDim.x) {
-        index_t c = c0 + k % kStride;
-        tile[k] = value(p, tensor, b, j0 + k / kStride, k % kStride < kDims ? c : p.c);
-    }
+    const int c = threadIdx.x % kStride, first = threadIdx.x / kStride;
+    const bool has = c < kDims && c0 + c < p.c;
+    const index_t step = p.b * p.c;
+    const T* from = tensor + (j0 + first) * step + b * p.c + c0 + c;
+    for (int j = first; j < kTile; j += kThreads / kStride, from += kThreads / kStride * step)
+        tile[j * kStride + c] = has && j0 + j < p.n ? get(from) : A(0);
 }
 
 // Adds the warps' values up. write(row, c, value) is called for kBlockRows rows of count values.

@@ -25,9 +25,9 @@ __all__ = [
 
 _WARP = 32
 _BLOCKS = 264  # two for each multiprocessor of an H100
-_LEAST = 64  # samples of a part
 
 _FEATURES_BLOCK = 128
+_FEATURES_LEAST = 64  # samples of a part
 _PASSES = ("features", "features_backward", "features_double_backward")
 # Kernel dims in registers, and whether they are all.
 _DIMS = ((5, True), (8, True), (16, True), (16, False))
@@ -47,7 +47,7 @@ def _run_features(order: int, inputs: list[Tensor], outputs: list[Tensor], *numb
     dims, whole = next((d, w) for d, w in _DIMS if c <= d or not w)
     kernel, rows = _features_kernel(order, m.dtype, dims, whole)
     blocks = -(-n // (rows * _WARP)) * b
-    count, size = cut(n, blocks, _BLOCKS, _LEAST)
+    count, size = cut(n, blocks, _BLOCKS, _FEATURES_LEAST)
     parts = [scratch(output, count) for output in outputs]
     chunks = 1 if whole or order == 0 else -(-c // dims)
     arguments: list[Any] = [*inputs, *(t for pair in zip(outputs, parts, strict=True) for t in pair)]
@@ -82,6 +82,7 @@ def features_double_backward(cotangent: Tensor, grad_output: Tensor, m: Tensor) 
 
 _DISTANCE_BLOCK = 256
 _DISTANCE_FEATURES, _DISTANCE_ROWS, _DISTANCE_COLUMNS = 16, 16, 32  # of a tile
+_BACKWARD_LEAST = 16  # samples of a part
 _BACKWARD_ROWS = 64  # of a block whose warps all have the same kernel dims
 
 
@@ -117,7 +118,7 @@ def distance_backward(grad_output: Tensor, m: Tensor) -> Tensor:
     groups = next((g for g in (1, 2) if c <= g * dims), 4)
     chunks = -(-c // (groups * dims))
     blocks = -(-n // (_BACKWARD_ROWS // groups)) * -(-b // _DISTANCE_FEATURES) * chunks
-    count, size = cut(n, blocks, _BLOCKS, _LEAST)
+    count, size = cut(n, blocks, _BLOCKS, _BACKWARD_LEAST)
     parts = scratch(grad_m, count)
     _cuda.launch(
         _distance_kernel(2, m.dtype),

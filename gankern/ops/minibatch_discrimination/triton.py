@@ -144,7 +144,7 @@ def _features(
 
 
 _BLOCKS = 2112  # one-warp programs: sixteen for each multiprocessor of an H100
-_LEAST = 64  # samples of a part
+_LEAST = 16  # samples of a part
 
 
 def _constants(order: int, dtype: torch.dtype, c: int) -> dict[str, Any]:

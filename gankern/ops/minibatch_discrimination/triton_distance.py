@@ -125,10 +125,10 @@ def _distance_backward(
     tl.store(grads + part * n_b * c + at, grad, inside & (i < n) & (dim < c))
 
 
-_LANES = 64 if torch.version.hip else 32
+_LANES = 32
 _DIMS = 8
 _BLOCKS = 2112  # one-warp programs: sixteen for each multiprocessor of an H100
-_LEAST = 64  # samples of a part
+_LEAST = 16  # samples of a part
 
 
 def _rows(dtype: torch.dtype) -> int:
@@ -143,7 +143,7 @@ def _tile(dtype: torch.dtype, tangent: bool) -> dict[str, int]:
 #: Every specialisation that may be launched.
 COMPILED_DISTANCE = [
     _triton.Compiled(
-        kernel, signature | {"n": "i32", "b": "i32", "c": "i32"}, constants | {"LANES": 32}, dtype, {"num_warps": 1}
+        kernel, signature | {"n": "i32", "b": "i32", "c": "i32"}, constants | {"LANES": _LANES}, dtype, {"num_warps": 1}
     )
     for dtype in _triton.TYPES
     for kernel, signature, constants in [
