@@ -23,7 +23,7 @@ def assert_as_accurate(ours: Tensor, stock: Tensor, exact: Tensor, what: str = "
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
     """The same values in every memory layout that a caller may hand over."""
-    wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.size(-1) + 1, dtype=tensor.dtype)
+    wide = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.size(-1) + 1)
     wide[..., 1::2] = tensor
     backward = tensor.permute(*range(tensor.dim() - 1, -1, -1)).contiguous()
     found = {

@@ -303,4 +303,7 @@ inline unsigned short float_to_half(float value) {
 }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+using std::copysign;
+using std::exp;
+using std::fabs;
 using std::sqrt;

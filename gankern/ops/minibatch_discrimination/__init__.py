@@ -19,8 +19,8 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
     Parameters
     ----------
     m : Tensor
-        Shape (N, B, C): N samples, B features of C kernel dims each (the paper's M); float32, float64 or bfloat16
-        (float16 by the reference); any layout, any sizes, 0 included.
+        Shape (N, B, C): N samples, B features of C kernel dims each (the paper's M); float32, float64, bfloat16
+        or float16 (on a CPU by the reference); any layout, any sizes, 0 included.
     include_self : bool, optional
         Whether to let j run over i too, which adds 1.
 
@@ -38,15 +38,15 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
     -----
     Differentiable to any order; where ``m[i, b, c] == m[j, b, c]`` the derivative of the absolute value is taken
     as 0, as ``torch.abs`` does. Forward, backward and double backward are kernels that compute each pair's distance
-    once and need memory O(N B C); higher orders are plain torch over (N, N, B, C). With e the exponentials, g the
-    gradient of o and v a cotangent on the gradient of m, over pairs i != j, ::
+    once (on a GPU, once for either sample) and need memory O(N B C); higher orders are plain torch over (N, N, B, C).
+    With e the exponentials, g the gradient of o and v a cotangent on the gradient of m, over pairs i != j, ::
 
         dL/dm[i] = -sum_j (g[i] + g[j]) e[i, j] sign(m[i] - m[j])
         t[i, j]  = sum_c (v[i] - v[j]) sign(m[i] - m[j])
         d<v, dL/dm>/dg[i] = -sum_j e[i, j] t[i, j]
         d<v, dL/dm>/dm[i] = sum_j (g[i] + g[j]) e[i, j] t[i, j] sign(m[i] - m[j])
 
-    bfloat16 is computed in float32, the sum o in float64. Results have the same bits on every run, for any number of
+    Half types are computed in float32, the sum o in float64. Results have the same bits on every run, for any number of
     threads.
 
     References
@@ -67,7 +67,8 @@ def l1_distance(m: Tensor) -> Tensor:
     Parameters
     ----------
     m : Tensor
-        Shape (N, B, C), float32, float64 or bfloat16 (float16 by the reference); any layout, any sizes, 0 included.
+        Shape (N, B, C), float32, float64, bfloat16 or float16 (on a CPU by the reference); any layout, any sizes, 0
+        included.
 
     Returns
     -------
@@ -84,7 +85,7 @@ def l1_distance(m: Tensor) -> Tensor:
     Differentiable to any order, all by kernels; the derivative of ``|x|`` at 0 is 0, as ``torch.abs`` has it. The
     gradient is ``dL/dm[i] = sum_j (g[i, j] + g[j, i]) sign(m[i] - m[j])``; it does not depend on m except at ties, so
     that the second derivative with respect to m is None. On the CPU, so few samples that calls cost more than the
-    arithmetic go to plain torch. bfloat16 is computed in float32. Results have the same bits
+    arithmetic go to plain torch. Half types are computed in float32. Results have the same bits
     on every run, for any number of threads.
 
     References

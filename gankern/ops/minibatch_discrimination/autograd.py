@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _library, backends
+from gankern import _cuda, _library, _triton, backends
 from gankern.ops.minibatch_discrimination import cpu, reference
 
-backends.register("l1_distance", cpu=cpu, reference=reference)
-backends.register("minibatch_discrimination", cpu=cpu, reference=reference)
+for _op in ("l1_distance", "minibatch_discrimination"):
+    backends.register(
+        _op,
+        cpu=cpu,
+        reference=reference,
+        triton=_triton.adapter("gankern.ops.minibatch_discrimination.triton"),
+        cuda=_cuda.adapter("gankern.ops.minibatch_discrimination.cuda"),
+    )
 
 
 def _kernel(op: str, name: str) -> Callable[..., Any]:
