@@ -207,3 +207,9 @@ def warm_up(kernels: Mapping[str, Sequence[Kernel]], arch: str) -> int:
     for each in wanted:
         cubin(each, arch)
     return len(wanted)
+
+
+def packed(size: int, *tensors: Tensor | None) -> bool:
+    """Whether kernels may read and write dense tensors' runs of so many values 16 bytes at a time."""
+    given = [t for t in tensors if t is not None]
+    return size * given[0].element_size() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in given)

@@ -15,12 +15,18 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from gankern import _library, backends, workspace
+from gankern import _cuda, _library, _triton, backends, workspace
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import cpu, reference
 
-backends.register("gradient_penalty", cpu=cpu, reference=reference)
+backends.register(
+    "gradient_penalty",
+    cpu=cpu,
+    reference=reference,
+    triton=_triton.adapter("gankern.ops.gradient_penalty.triton"),
+    cuda=_cuda.adapter("gankern.ops.gradient_penalty.cuda"),
+)
 
 Critic = Callable[..., Tensor]
 
