@@ -199,3 +199,9 @@ def _argument(value: Tensor | float | None) -> Any:
     if isinstance(value, Tensor):
         return np.uintp(value.data_ptr())
     return np.float64(value) if isinstance(value, float) else np.int64(value)
+
+
+def packed(size: int, *tensors: Tensor | None) -> bool:
+    """Whether kernels may read and write dense tensors' runs of so many values 16 bytes at a time."""
+    given = [t for t in tensors if t is not None]
+    return size * given[0].element_size() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in given)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -62,6 +64,13 @@ class Compiled(NamedTuple):
         return " ".join([self.kernel.__name__, *(f"{key}={value}" for key, value in values.items())])
 
 
+def compiled(kernel: Any, signature: dict[str, str], dtype: torch.dtype, **constants: Any) -> Compiled:
+    """A specialisation by the keywords that the kernel is started with: its constants and Triton's own options."""
+    names = kernel.arg_names
+    options = {k: v for k, v in constants.items() if k not in names}
+    return Compiled(kernel, signature, {k: v for k, v in constants.items() if k in names}, dtype, options)
+
+
 def types(dtype: torch.dtype) -> dict[str, Any]:
     """The constants T and A of a kernel: Triton's types that values are stored in and that arithmetic is done in."""
     import triton.language as tl
@@ -90,4 +99,19 @@ def compile_kernel(wanted: Compiled, target: Any) -> Any:
 
 
 def _pointed(kind: str, names: dict[str, str]) -> str:
+    # "A*" is a pointer to what arithmetic is done in.
     return "*" + names[kind[:-1]] if kind.endswith("*") else kind
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **constants: Any) -> None:
+    """Start a kernel on torch's current stream of the device; nothing where the grid is empty."""
+    if 0 in grid:
+        return
+    # Triton launches on the current device, whatever its arguments'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants)
+
+
+def bits(value: float) -> int:
+    """A number's float64 as an integer, since Triton would round it to float32; the kernel casts it back."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])

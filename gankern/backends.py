@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger("gankern")
@@ -81,6 +82,8 @@ _adapters: dict[str, dict[str, ModuleType | Later]] = {}
 _explainers: dict[str, Callable[..., Explanation]] = {}
 _default = "auto"
 _override: ContextVar[str | None] = ContextVar("gankern_backend", default=None)
+# Autograd's threads for a GPU have no context of Python's, but torch hands on to them what is kept here.
+_INHERITED = "gankern_backend"
 _announced: set[tuple[str, str]] = set()
 
 
@@ -136,16 +139,24 @@ def backend(name: str) -> Iterator[None]:
     ValueError
         If the name is none of the known ones.
     """
-    token = _override.set(_checked(name, "name"))
+    token, before = _override.set(_checked(name, "name")), _inherited()
+    torch._C._stash_obj_in_tls(_INHERITED, name)
     try:
         yield
     finally:
+        torch._C._stash_obj_in_tls(_INHERITED, before)
         _override.reset(token)
+
+
+def _inherited() -> str | None:
+    """The choice of the thread that called a backward pass, where autograd runs it in a thread of its own."""
+    found = torch._C._get_obj_in_tls(_INHERITED) if torch._C._is_key_in_tls(_INHERITED) else None
+    return found if isinstance(found, str) else None
 
 
 def requested() -> str:
     """Name in force: the innermost :func:`backend` block, else :func:`set_backend`, else ``GANKERN_BACKEND``."""
-    name = _override.get() or _default
+    name = _override.get() or _inherited() or _default
     if name == "auto":
         name = _checked(os.environ.get("GANKERN_BACKEND") or "auto", "GANKERN_BACKEND")
     return name

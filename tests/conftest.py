@@ -30,6 +30,17 @@ def _patch_with_index(tensor: Any, scope: Any) -> None:
 
 interpreter._patch_lang_tensor = _patch_with_index
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_index(tensor: Any, scope: Any) -> None:
+    """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_with_index
+
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -195,3 +196,35 @@ def test_every_public_name_has_a_docstring() -> None:
     for module in (gankern, ops, gankern.penalties, gankern.optim, gankern.nn):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
+
+
+def test_a_choice_reaches_the_threads_of_autograd() -> None:
+    """As those of a GPU: nested deeply enough, backward passes go on in another thread."""
+    seen = set()
+
+    class Deep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, depth: int) -> torch.Tensor:
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            seen.add((threading.get_ident(), backends.requested()))
+            if ctx.depth:
+                with torch.enable_grad():
+                    inner = Deep.apply(torch.ones(1, requires_grad=True), ctx.depth - 1)
+                inner.backward()
+            return grad, None
+
+    def run() -> set[str]:
+        seen.clear()
+        Deep.apply(torch.ones(1, requires_grad=True), 80).backward()
+        assert len({thread for thread, _ in seen}) == 2
+        return {name for _, name in seen}
+
+    with gankern.backend("reference"):
+        with gankern.backend("cpu"):
+            assert run() == {"cpu"}
+        assert run() == {"reference"}
+    assert run() == {"auto"}

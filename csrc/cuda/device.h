@@ -80,3 +80,25 @@ __device__ inline A block_sum(A value) {
     A lane = threadIdx.x % kWarp < blockDim.x / kWarp ? sums[threadIdx.x % kWarp] : A(0);
     return warp_sum(lane);
 }
+
+// Products and sums that the compiler does not contract: they have the bits of one operation after the other.
+__device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double add_rn(double a, double b) { return __dadd_rn(a, b); }
+
+// N neighbours in registers, read and written at once: where N is not 1 they are aligned to their size.
+template <class S, int N>
+struct Lanes {
+    Acc<S> at[N];
+    __device__ Lanes() {}
+    __device__ explicit Lanes(const S* p) {
+        auto packed = *reinterpret_cast<const Pack<S, N>*>(p);
+        for (int k = 0; k < N; ++k) at[k] = get(&packed.values[k]);
+    }
+    __device__ void store(S* p) const {
+        Pack<S, N> packed;
+        for (int k = 0; k < N; ++k) put(&packed.values[k], at[k]);
+        *reinterpret_cast<Pack<S, N>*>(p) = packed;
+    }
+};

@@ -307,3 +307,8 @@ using std::copysign;
 using std::exp;
 using std::fabs;
 using std::sqrt;
+// Compiled with -ffp-contract=off.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }

@@ -23,6 +23,7 @@ from gankern.ops.conv_act.cpu import (
 )
 
 __all__ = [
+    "TURNS",
     "add",
     "avg_pool2d",
     "avg_pool2d_backward",
@@ -43,6 +44,9 @@ __all__ = [
     "refuse",
     "room",
 ]
+
+#: All passes of a 2-d convolution are nearer the peak in channels_last.
+TURNS = True
 
 
 def _shape(input: Tensor) -> Any:

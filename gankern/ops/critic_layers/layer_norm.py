@@ -9,13 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gankern import backends
+from gankern import _cuda, _triton, backends
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import cpu, reference
 from gankern.ops.critic_layers.fork import Fork, large
 from gankern.ops.critic_layers.scope import Scope
 
-backends.register("critic_layers", cpu=cpu, reference=reference)
+backends.register(
+    "critic_layers",
+    cpu=cpu,
+    reference=reference,
+    triton=_triton.adapter("gankern.ops.critic_layers.triton"),
+    cuda=_cuda.adapter("gankern.ops.critic_layers.cuda"),
+)
 
 
 class Rows(NamedTuple):

@@ -54,7 +54,8 @@ class Conv(torch.autograd.Function):
         layers = _layers(values, weight)
         finish = () if after is None else (after.name, after.negative_slope)
         if scope.as_stock:
-            layers = layers if scope.turns else reference
+            # In channels_last stock has other bits than kernels that turn images.
+            layers = reference if layers.TURNS and not scope.turns else layers
             return layers.conv_as_stock(values, weight, bias, options, *finish)
         return layers.conv(values, weight, bias, options, *finish)
 

@@ -19,6 +19,7 @@ from gankern.ops.conv_act.reference import (
 )
 
 __all__ = [
+    "TURNS",
     "add",
     "avg_pool2d",
     "avg_pool2d_backward",
@@ -41,6 +42,9 @@ __all__ = [
     "room",
     "vjp",
 ]
+
+#: Whether the layers have images turned into channels_last that stock keeps contiguous.
+TURNS = False
 
 
 def refuse(*tensors: Tensor) -> str | None:

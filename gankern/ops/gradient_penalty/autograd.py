@@ -15,12 +15,18 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from gankern import _library, backends, workspace
+from gankern import _cuda, _library, _triton, backends, workspace
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import cpu, reference
 
-backends.register("gradient_penalty", cpu=cpu, reference=reference)
+backends.register(
+    "gradient_penalty",
+    cpu=cpu,
+    reference=reference,
+    triton=_triton.adapter("gankern.ops.gradient_penalty.triton"),
+    cuda=_cuda.adapter("gankern.ops.gradient_penalty.cuda"),
+)
 
 Critic = Callable[..., Tensor]
 
@@ -191,7 +197,7 @@ def _penalty(
         x = points.detach().requires_grad_()
         inputs = [t.detach().requires_grad_(want) for t, want in zip(inputs, want_inputs, strict=True)]
         args, kwargs = _fill(registered.template, inputs)
-        turns = memory_format(x) == torch.contiguous_format
+        turns = _turns(x) and memory_format(x) == torch.contiguous_format
         scope = Scope(None if want_points else x, not _has_norm(critic), turns, fuses=True)
         with CriticLayers(scope), mixed:
             scores = critic(x, *args, **kwargs)
@@ -212,6 +218,11 @@ def _penalty(
     # parameter's, as the fake promises.
     grads = _apart([_gradient_like(p, g) for p, g in zip(wanted, found, strict=True)])
     return loss, grads.pop() if want_points else points.new_empty(0), grads
+
+
+def _turns(points: Tensor) -> bool:
+    """Whether images are turned into channels_last: by the kernels of the CPU."""
+    return bool(backends.select("critic_layers", points).TURNS)
 
 
 def _has_norm(critic: Critic) -> bool:
@@ -260,8 +271,12 @@ _penalty_op = _library.define(
 
 
 def _times(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
-    if torch.compiler.is_compiling() or factor.device.type != "cpu":
+    if torch.compiler.is_compiling():
         return [g * factor for g in grads]
+    if factor.device.type != "cpu":
+        # One launch for all; the factor stays on the device.
+        same = all(g.dtype == factor.dtype for g in grads)
+        return list(torch._foreach_mul(grads, factor)) if grads and same else [g * factor for g in grads]
     large = [g.numel() * g.element_size() >= workspace.SMALLEST and g.dtype == factor.dtype for g in grads]
     small = [g for g, is_large in zip(grads, large, strict=True) if not is_large]
     rest = iter(torch._foreach_mul(small, factor) if small else ())
@@ -327,7 +342,7 @@ def differentiable_penalty(
     """The same with a graph of any order: through the critic layers, whose third derivatives are exact."""
 
     def scores(x: Tensor) -> Tensor:
-        with CriticLayers(Scope()):
+        with CriticLayers(Scope(turns=_turns(x))):
             return critic(x, *inputs, **kwargs)
 
     return reference.penalty_at(scores, points, **options)
@@ -351,7 +366,7 @@ def _interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
 
 
 def _interpolate_fake(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    return torch.empty_like(real, memory_format=torch.contiguous_format)
+    return torch.empty_like(real, memory_format=memory_format(real))
 
 
 _interpolate_op = _library.define(
