@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -91,3 +92,8 @@ def compile_kernel(wanted: Compiled, target: Any) -> Any:
 
 def _pointed(kind: str, names: dict[str, str]) -> str:
     return "*" + names[kind[:-1]] if kind.endswith("*") else kind
+
+
+def bits(value: float) -> int:
+    """A number as an argument: its float64, which Triton would round to float32, as an int64."""
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)

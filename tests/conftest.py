@@ -13,11 +13,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from cuda_on_cpu.launcher import Launcher
+from triton.runtime import interpreter
 
 from gankern import _cuda, backend, workspace
 from gankern.ops.gradient_penalty import autograd, small
 
 fuse = importlib.import_module("gankern.nn.fuse")
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_index(tensor: Any, scope: Any) -> None:
+    """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_with_index
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
