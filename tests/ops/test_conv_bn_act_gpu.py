@@ -41,11 +41,14 @@ def units(dtype: torch.dtype) -> float:
 def norm_inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Input, weight and bias; running mean and variance; gradient: in values that the dtype holds."""
+    """Input, weight and bias; running mean and variance; gradient: in values that the dtype holds.
+
+    The gradient's sums do not cancel: stock adds up float32 in float64 on the CPU, which on a GPU it does not.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, grad = (torch.randn(shape, dtype=torch.float64, device=device) for _ in range(2))
     vectors = [torch.randn(shape[1], dtype=torch.float64, device=device).to(wide) for _ in range(4)]
-    return [(x * 2 + 3).to(dtype), *vectors[:2]], [vectors[2], vectors[3].abs() + 0.5], grad.to(dtype)
+    return [(x * 2 + 3).to(dtype), *vectors[:2]], [vectors[2], vectors[3].abs() + 0.5], (grad + x + 1).to(dtype)
 
 
 def norm_act(function: Callable[..., Tensor], stats: list[Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -91,7 +94,7 @@ def test_statistics_survive_a_large_mean(
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-6, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, in Triton's interpreter
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")  # NumPy's, in Triton's interpreter
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_special_values_are_stocks(gpu: torch.device, activation: str) -> None:
     values = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-30, 30.0, -30.0, 0.3, -0.3, 0.7, -200.0]
@@ -116,7 +119,7 @@ def test_special_values_are_stocks(gpu: torch.device, activation: str) -> None:
 def test_same_bits_on_every_run(gpu: torch.device) -> None:
     def everything() -> list[Tensor]:
         found = []
-        for shape, memory_format in itertools.product([(9, 5, 11, 13), (9, 36, 8, 4)], FORMATS):
+        for shape, memory_format in zip([(5, 3, 20, 9), (9, 36, 8, 4)], FORMATS, strict=True):
             torch.manual_seed(1)
             inputs, stats, grad = norm_inputs(shape, torch.float32, gpu)
             inputs[0] = inputs[0].contiguous(memory_format=memory_format)
@@ -126,14 +129,13 @@ def test_same_bits_on_every_run(gpu: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_act_derivatives(gpu: torch.device, training: bool) -> None:
-    for activation in ("tanh", "leaky_relu"):
-        inputs, stats, _ = norm_inputs((3, 2, 2, 2), torch.float64, gpu)
-        inputs = [t.requires_grad_() for t in inputs]
-        function = norm_act(ops.batch_norm_act, stats, training=training, momentum=0.0, activation=activation)
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+@pytest.mark.parametrize(("training", "activation"), [(True, "tanh"), (False, "leaky_relu")])
+def test_batch_norm_act_derivatives(gpu: torch.device, training: bool, activation: str) -> None:
+    inputs, stats, _ = norm_inputs((2, 2, 2), torch.float64, gpu)
+    inputs = [t.requires_grad_() for t in inputs]
+    function = norm_act(ops.batch_norm_act, stats, training=training, momentum=0.0, activation=activation)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_without_affine_parameters_or_running_statistics(gpu: torch.device) -> None:
@@ -152,7 +154,10 @@ def test_without_affine_parameters_or_running_statistics(gpu: torch.device) -> N
 def test_every_layout_of_input_and_gradient(gpu: torch.device) -> None:
     (x, w, b), stats, grad = norm_inputs((3, 4, 3, 2), torch.float64, gpu)
     x, grad = x.cpu(), grad.cpu()
-    for (kind, value), (grad_kind, given) in itertools.product(layouts(x).items(), layouts(grad).items()):
+    pairs = itertools.product(layouts(x).items(), layouts(grad).items())
+    for (kind, value), (grad_kind, given) in pairs:
+        if "contiguous" not in (kind, grad_kind) and kind != grad_kind:
+            continue
         got, want = (
             run(
                 norm_act(f.batch_norm_act, [t.clone() for t in stats], training=True), [value.to(gpu), w, b], given.to(gpu)
@@ -195,10 +200,11 @@ def sums_of(x: Tensor, parts: int, shift: Tensor | None) -> Tensor:
     return torch.stack(cut).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 45])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "parts"), [(torch.float32, 1), (torch.float32, 2), (torch.float64, 2), (torch.float16, 45)], ids=str
+)
 def test_forward_from_given_sums(gpu: torch.device, dtype: torch.dtype, parts: int) -> None:
-    for shape, memory_format in itertools.product([(6, 40, 3, 5), (5, 8, 16, 8)], FORMATS):
+    for shape, memory_format in zip([(5, 3, 16, 8), (6, 40, 3, 5)], FORMATS, strict=True):
         (x, w, b), _, _ = norm_inputs(shape, dtype, gpu)
         x = x.contiguous(memory_format=memory_format)
         adapter = backends.select("batch_norm_act", x)
@@ -213,7 +219,7 @@ def test_forward_from_given_sums(gpu: torch.device, dtype: torch.dtype, parts: i
 
 
 def test_statistics_alone(gpu: torch.device) -> None:
-    for shape, memory_format in itertools.product([(6, 40, 3, 5), (5, 8, 16, 8)], FORMATS):
+    for shape, memory_format in zip([(5, 3, 16, 8), (6, 40, 3, 5)], FORMATS, strict=True):
         x = torch.randn(shape, device=gpu, dtype=torch.float64).contiguous(memory_format=memory_format)
         got = backends.select("batch_norm_act", x).statistics(x, 1e-3)
         for g, want in zip(got, reference.statistics(x, 1e-3), strict=True):
@@ -232,8 +238,9 @@ def test_convolution_blocks(
         stats = [torch.rand(4, device=gpu) + 0.5 for _ in range(2)]
         results = []
         for functions, kind in [(ops, dtype), (reference, dtype), (reference, torch.float64)]:
-            cast = [t.to(dtype).to(kind) if t.dim() > 1 else t.to(kind).float().to(kind) for t in tensors]
-            running = [t.to(torch.float64 if kind == torch.float64 else t.dtype, copy=True) for t in stats]
+            wide = torch.float64 if kind == torch.float64 else torch.float32
+            cast = [t.to(dtype).to(kind) if t.dim() > 1 else t.float().to(wide) for t in tensors]
+            running = [t.to(wide, copy=True) for t in stats]
 
             def call(x: Tensor, w: Tensor, bn_w: Tensor, bn_b: Tensor, f: Any = functions, s: Any = running) -> Tensor:
                 options: dict[str, Any] = {"training": training, "padding": pixels // 2}  # noqa: B023

@@ -14,6 +14,7 @@ from gankern.ops.conv_act import conv2d_acts, cpu, product
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
+_GPU = ("cuda", "triton")
 
 
 class Convolution(NamedTuple):
@@ -32,8 +33,9 @@ class Convolution(NamedTuple):
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
         if not is_product and product.applies(input, weight, self.options):
             return product.Product.apply(*autocast(input, weight, bias), self.options)
-        if input.device.type == "cpu":
-            # Once here, instead of inside the convolution and again in each of its gradients.
+        if input.device.type == "cpu" or memory_format(input) == torch.channels_last:
+            # Once here, instead of inside the convolution and again in each of its gradients. On GPUs contiguous images
+            # with a weight in channels_last come out in channels_last, as in stock.
             weight = weight.contiguous(memory_format=memory_format(input))
         if is_product:
             return _product(input, weight, bias)
@@ -50,7 +52,7 @@ class Convolution(NamedTuple):
     def is_plain(self, input: Tensor, weight: Tensor) -> bool:
         """Whether gankern's kernels may take it."""
         plain = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type)
-        return plain and self.groups == 1
+        return plain and self.groups == 1 and not _is_torchs(input, weight)
 
     def is_product(self, input: Tensor) -> bool:
         """Whether it is a plain matrix product: the first block of a generator, which spreads one pixel an image."""
@@ -70,12 +72,23 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
 
 
+def _is_torchs(input: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU's backend that was asked for by name has kernels for what follows the convolution only."""
+    name = backends.requested()
+    return name in _GPU and backends.refusal("conv2d_act", name, input, weight) is not None
+
+
 def folds(input: Tensor) -> bool:
-    """Whether inference may fold: not where the normalisation was asked of a backend that must run it or refuse."""
+    """Whether inference may fold: not where the normalisation was asked of a backend that must run it or refuse.
+
+    Nor where a GPU's kernel normalises in the one pass that activates, which costs no more than to activate alone.
+    """
     if torch.compiler.is_compiling():
         return False
     name = backends.requested()
-    return name == "auto" or (name == "cpu" and backends.refusal("batch_norm_act", name, input) is None)
+    if name == "auto":
+        return all(backends.refusal("batch_norm_act", gpu, input) is not None for gpu in _GPU)
+    return name == "cpu" and backends.refusal("batch_norm_act", name, input) is None
 
 
 def affine(

@@ -144,11 +144,10 @@ def sum_values(
     part, ch = _place(c, False, ROWS, W)
     # The mean of a few values all over the channel: the squares then lose hardly a digit, whatever its mean.
     pixels = 1 if ROWS else plane * W
-    center = tl.zeros([ch.shape[0]], A)
-    for s in tl.static_range(_SAMPLES):
-        image = (s * n // _SAMPLES).to(tl.int64)
-        value = tl.load(x + (image * c + ch) * pixels + s * pixels // _SAMPLES, ch < c, 0.0)
-        center += value.to(A) * (1.0 / _SAMPLES)
+    sample = tl.arange(0, _SAMPLES)[:, None].to(tl.int64)
+    row = (sample * n // _SAMPLES * c + ch[None, :]) * pixels
+    samples = tl.load(x + row + sample * pixels // _SAMPLES, (ch < c)[None, :], 0.0)
+    center = tl.sum(samples.to(A) * (1.0 / _SAMPLES), 0)
     first = tl.zeros([R, W], A)
     second = tl.zeros([R, W], A)
     for start in range(0, units, R):
