@@ -1,9 +1,10 @@
-// Batch norm + activation over [n, c, hw], hw > 1 ("planes"), or over rows [n, c] (channels_last, or one pixel an image).
-// Bound by bytes: forward reads x twice and writes y, backward reads x and dy twice and writes dx; a pass's sums cost
-// the next pass a look at at most a quarter as many bytes, mostly in L2.
+// Batch norm + activation over [n, c, hw], hw > 1 ("planes"), or over rows [n, c] (channels_last, or one pixel an
+// image). Bound by bytes: forward reads x twice and writes y, backward reads x and dy twice and writes dx; a pass's
+// sums cost the next pass a look at at most a quarter as many bytes, mostly in L2.
 //
 // A block takes one part of n * hw of a few channels: of one in planes, of `columns` threads' in rows. Each pass that
-// sums up leaves a partial result a part and channel in `sums`, which the blocks of the next pass add up in fixed order.
+// sums up leaves a partial result a part and channel in `sums`, which the blocks of the next pass add up in fixed
+// order.
 //
 // Compiled with -DSTORAGE=<type> -DPASS=<0..3, finish: 4> and but for that one -DROWS=0|1 -DVALUES=<values at once>: 16
 // bytes' where pointers, and c or hw, are multiples of it, else 1.
@@ -21,7 +22,7 @@ constexpr int kValues = VALUES;
 constexpr int kChannels = ROWS ? kValues : 1;  // of a thread
 constexpr int kMaxWarps = 16;                  // of a block
 constexpr int kMaxSums = 64;                   // columns * sums of a thread
-constexpr int kSamples = 8;
+constexpr int kAhead = 4;                      // packs that a thread reads before it looks at the first
 
 // As in gankern/_native.py.
 enum Activation { kNone, kRelu, kLeakyRelu, kTanh };
@@ -60,9 +61,10 @@ __device__ inline void with_activation(index_t act, const Body& body) {
     body(Kind<kNone>());
 }
 
-// Sizes of the tensor and how it is cut: parts of `units` packs (planes) or rows, by blocks of so many columns.
+// Sizes of the tensor and how it is cut: parts of `units` packs (planes) or rows, by `across` blocks beside each other
+// of `columns` threads beside each other.
 struct Shape {
-    index_t n, c, hw, units, columns;
+    index_t n, c, hw, units, across, columns;
 };
 
 // Where the sums of a part and channel lie: the first ones, and the second ones `kind` further.
@@ -70,41 +72,59 @@ struct Strides {
     index_t part, kind, channel;
 };
 
+using Raw = Pack<T, kValues>;
+
+struct Values {
+    A lanes[kValues];
+    __device__ explicit Values(const Raw& raw) {
+        for (int k = 0; k < kValues; ++k) lanes[k] = get(&raw.values[k]);
+    }
+    __device__ void store(T* p) const {
+        Raw raw;
+        for (int k = 0; k < kValues; ++k) put(&raw.values[k], lanes[k]);
+        store_pack(p, raw);
+    }
+};
+
 // What of the tensor a thread takes.
 struct Place {
     Shape shape;
-    index_t part, parts, first_channel, channel;
+    unsigned columns, part, parts;
+    index_t first_channel, channel;
     bool inside;  // the channel exists
 
-    __device__ explicit Place(const Shape& s, bool backwards = false) : shape(s) {
-        index_t of_block = ROWS ? s.columns * kChannels : 1, across = (s.c + of_block - 1) / of_block;
+    __device__ explicit Place(const Shape& s, bool backwards = false)
+        : shape(s), columns(static_cast<unsigned>(s.columns)) {
+        unsigned across = static_cast<unsigned>(s.across);
         parts = gridDim.x / across;
         part = blockIdx.x / across;
+        first_channel = static_cast<index_t>(blockIdx.x - part * across) * (ROWS ? columns * kChannels : 1);
         if (backwards) part = parts - 1 - part;  // what the pass before read last is still in L2
-        first_channel = blockIdx.x % across * of_block;
-        channel = first_channel + (ROWS ? threadIdx.x % s.columns * kChannels : 0);
+        channel = first_channel + (ROWS ? threadIdx.x % columns * kChannels : 0);
         inside = channel < s.c;
     }
 
-    // Calls body(offset) for each pack of the thread.
-    template <class Body>
-    __device__ void walk(const Body& body) const {
+    // Calls body(offset, packs) for each pack of the thread in each of the tensors, several of which are read ahead.
+    template <class... Tensor, class Body>
+    __device__ void walk(const Body& body, const Tensor*... tensors) const {
         if (!inside) return;
-        index_t begin = part * shape.units, end = begin + shape.units;
-        if (ROWS) {
-            if (end > shape.n) end = shape.n;
-            index_t step = blockDim.x / shape.columns;
-#pragma unroll 4
-            for (index_t row = begin + threadIdx.x / shape.columns; row < end; row += step)
-                body(row * shape.c + channel);
-        } else {
-            index_t plane = shape.hw / kValues, total = shape.n * plane, step = blockDim.x;
-            if (end > total) end = total;
-            index_t image = (begin + threadIdx.x) / plane, i = (begin + threadIdx.x) % plane;
-            index_t images = step / plane, rest = step % plane;
-#pragma unroll 4
-            for (index_t pack = begin + threadIdx.x; pack < end; pack += step) {
-                body((image * shape.c + channel) * shape.hw + i * kValues);
+        constexpr int ahead = kAhead / sizeof...(Tensor);
+        index_t plane = shape.hw / kValues, total = ROWS ? shape.n : shape.n * plane;
+        unsigned step = ROWS ? blockDim.x / columns : blockDim.x;
+        index_t unit = part * shape.units, end = unit + shape.units;
+        if (end > total) end = total;
+        unit += ROWS ? threadIdx.x / columns : threadIdx.x;
+        index_t image = 0, i = 0, images = 0, rest = 0;
+        if (!ROWS) {
+            image = unit / plane;
+            i = unit - image * plane;
+            images = step / plane;
+            rest = step - images * plane;
+        }
+        auto next = [&] {
+            index_t offset = ROWS ? unit * shape.c + channel : (image * shape.c + channel) * shape.hw + i * kValues;
+            unit += step;
+            if (!ROWS) {
                 image += images;
                 i += rest;
                 if (i >= plane) {
@@ -112,21 +132,25 @@ struct Place {
                     ++image;
                 }
             }
+            return offset;
+        };
+        while (unit + (ahead - 1) * step < end) {
+            index_t offsets[ahead];
+            Raw packs[ahead][sizeof...(Tensor)];
+#pragma unroll
+            for (int a = 0; a < ahead; ++a) {
+                offsets[a] = next();
+                int t = 0;
+                ((packs[a][t++] = load_pack<kValues>(tensors + offsets[a])), ...);
+            }
+#pragma unroll
+            for (int a = 0; a < ahead; ++a) body(offsets[a], packs[a]);
         }
-    }
-};
-
-struct Values {
-    A lanes[kValues];
-    __device__ explicit Values(const T* p) {
-        auto packed = *reinterpret_cast<const Pack<T, kValues>*>(p);
-        for (int k = 0; k < kValues; ++k) lanes[k] = get(&packed.values[k]);
-    }
-    __device__ Values() {}
-    __device__ void store(T* p) const {
-        Pack<T, kValues> packed;
-        for (int k = 0; k < kValues; ++k) put(&packed.values[k], lanes[k]);
-        *reinterpret_cast<Pack<T, kValues>*>(p) = packed;
+        while (unit < end) {
+            index_t offset = next();
+            Raw packs[] = {load_pack<kValues>(tensors + offset)...};
+            body(offset, packs);
+        }
     }
 };
 
@@ -154,18 +178,18 @@ constexpr __device__ int channel_of(int lane) { return ROWS ? lane : 0; }
 // Sums over those threads of the block that are equal modulo `columns`, a power of 2 up to a warp's lanes; values i of
 // column k come to place k * N + i of what is returned. Deterministic.
 template <class V, int N>
-__device__ V* column_sums(V (&values)[N], int columns) {
+__device__ V* column_sums(V (&values)[N], unsigned columns) {
     GANKERN_SHARED(V, sums, kMaxWarps * kMaxSums);
-    int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = columns * N;
+    unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = columns * N;
     for (int k = 0; k < N; ++k)
-        for (int other = kWarp / 2; other >= columns; other /= 2)
+        for (unsigned other = kWarp / 2; other >= columns; other /= 2)
             values[k] += __shfl_xor_sync(kAllLanes, values[k], other);
     if (lane < columns)
         for (int k = 0; k < N; ++k) sums[warp * width + lane * N + k] = values[k];
     __syncthreads();
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    for (unsigned i = threadIdx.x; i < width; i += blockDim.x) {
         V total = sums[i];
-        for (int w = 1; w < static_cast<int>(blockDim.x / kWarp); ++w) total += sums[w * width + i];
+        for (unsigned w = 1; w < blockDim.x / kWarp; ++w) total += sums[w * width + i];
         sums[i] = total;
     }
     __syncthreads();
@@ -180,8 +204,8 @@ __device__ inline void leave_sums(const Place& at, const A (&first)[kValues], co
         mine[channel_of(k)] += first[k];
         mine[kChannels + channel_of(k)] += second[k];
     }
-    A* total = column_sums(mine, at.shape.columns) + threadIdx.x * 2 * kChannels;
-    if (threadIdx.x >= at.shape.columns || !at.inside) return;
+    A* total = column_sums(mine, at.columns) + threadIdx.x * 2 * kChannels;
+    if (threadIdx.x >= at.columns || !at.inside) return;
     for (int k = 0; k < kChannels; ++k) {
         A* there = sums + at.part * strides.part + (at.channel + k) * strides.channel;
         there[0] = total[k];
@@ -196,16 +220,16 @@ __device__ inline void with_sums(const Place& at, const A* sums, index_t parts, 
                                  const Body& body) {
     double mine[2 * kChannels] = {};
     if (at.inside)
-        for (index_t p = threadIdx.x / at.shape.columns; p < parts; p += blockDim.x / at.shape.columns)
+        for (index_t p = threadIdx.x / at.columns; p < parts; p += blockDim.x / at.columns)
             for (int k = 0; k < kChannels; ++k) {
                 const A* there = sums + p * strides.part + (at.channel + k) * strides.channel;
                 mine[k] += there[0];
                 mine[kChannels + k] += there[strides.kind];
             }
-    double* total = column_sums(mine, at.shape.columns);
+    double* total = column_sums(mine, at.columns);
     int place = threadIdx.x;
     index_t channel = at.first_channel + place;
-    if (place >= at.shape.columns * kChannels || channel >= at.shape.c) return;
+    if (place >= static_cast<int>(at.columns) * kChannels || channel >= at.shape.c) return;
     total += place / kChannels * 2 * kChannels + place % kChannels;
     body(place, channel, total[0], total[kChannels]);
 }
@@ -223,29 +247,31 @@ struct Statistics {
 };
 
 #if PASS == 0
+constexpr int kSamples = 8;
+
 // The sums of x - shift and of its square, and the shift: the mean of a few values all over the channel, so that the
 // squares lose hardly a digit, whatever the mean.
 extern "C" __global__ void batch_norm_statistics(const T* __restrict__ x, A* __restrict__ sums, A* __restrict__ shift,
-                                                 index_t n, index_t c, index_t hw, index_t units, index_t columns,
-                                                 index_t part_stride, index_t kind_stride, index_t channel_stride) {
-    Place at({n, c, hw, units, columns});
+                                                 index_t n, index_t c, index_t hw, index_t units, index_t across,
+                                                 index_t columns, index_t part_stride, index_t kind_stride,
+                                                 index_t channel_stride) {
+    Place at({n, c, hw, units, across, columns});
     A center[kChannels] = {};
-    if (at.inside)
-        for (int s = 0; s < kSamples; ++s)
-            for (int k = 0; k < kChannels; ++k) {
-                index_t there = (s * n / kSamples * c + at.channel + k) * hw + s * hw / kSamples;
-                center[k] += get(x + there) * A(1.0 / kSamples);
-            }
+    for (int s = 0; s < kSamples && at.inside; ++s) {
+        auto sample = load_pack<kChannels>(x + (s * n / kSamples * c + at.channel) * hw + s * hw / kSamples);
+        for (int k = 0; k < kChannels; ++k) center[k] += get(&sample.values[k]) * A(1.0 / kSamples);
+    }
     A first[kValues] = {}, second[kValues] = {};
-    at.walk([&](index_t offset) {
-        Values v(x + offset);
+    auto add = [&](index_t, const Raw* packs) {
+        Values v(packs[0]);
         for (int k = 0; k < kValues; ++k) {
             A d = v.lanes[k] - center[channel_of(k)];
             first[k] += d;
             second[k] += d * d;
         }
-    });
-    if (at.part == 0 && threadIdx.x < columns && at.inside)
+    };
+    at.walk(add, x);
+    if (at.part == 0 && threadIdx.x < at.columns && at.inside)
         for (int k = 0; k < kChannels; ++k) shift[at.channel + k] = center[k];
     leave_sums(at, first, second, sums, {part_stride, kind_stride, channel_stride});
 }
@@ -255,9 +281,10 @@ extern "C" __global__ void batch_norm_statistics(const T* __restrict__ x, A* __r
 extern "C" __global__ void batch_norm_act_forward(const T* __restrict__ x, T* __restrict__ y, const A* weight,
                                                   const A* bias, A* mean, A* invstd, A* var, const A* sums,
                                                   const A* shift, index_t parts, double eps, double slope, index_t act,
-                                                  index_t n, index_t c, index_t hw, index_t units, index_t columns,
-                                                  index_t part_stride, index_t kind_stride, index_t channel_stride) {
-    Place at({n, c, hw, units, columns}, sums != nullptr);
+                                                  index_t n, index_t c, index_t hw, index_t units, index_t across,
+                                                  index_t columns, index_t part_stride, index_t kind_stride,
+                                                  index_t channel_stride) {
+    Place at({n, c, hw, units, across, columns}, sums != nullptr);
     Affine map;
     if (sums) {
         GANKERN_SHARED(A, means, kMaxSums);
@@ -281,12 +308,13 @@ extern "C" __global__ void batch_norm_act_forward(const T* __restrict__ x, T* __
         map = Affine(at, weight, bias, mean, invstd);
     }
     with_activation(act, [&](auto kind) {
-        at.walk([&](index_t offset) {
-            Values v(x + offset);
+        auto write = [&](index_t offset, const Raw* packs) {
+            Values v(packs[0]);
             for (int k = 0; k < kValues; ++k)
                 v.lanes[k] = activate<decltype(kind)::value>(map(v.lanes[k], channel_of(k)), static_cast<A>(slope));
             v.store(y + offset);
-        });
+        };
+        at.walk(write, x);
     });
 }
 
@@ -296,14 +324,15 @@ extern "C" __global__ void batch_norm_act_forward(const T* __restrict__ x, T* __
 extern "C" __global__ void batch_norm_act_grad_sums(const T* __restrict__ dy, const T* __restrict__ x,
                                                     T* __restrict__ dx, const A* weight, const A* bias, const A* mean,
                                                     const A* invstd, A* __restrict__ sums, double slope, index_t act,
-                                                    index_t n, index_t c, index_t hw, index_t units, index_t columns,
-                                                    index_t part_stride, index_t kind_stride, index_t channel_stride) {
-    Place at({n, c, hw, units, columns});
+                                                    index_t n, index_t c, index_t hw, index_t units, index_t across,
+                                                    index_t columns, index_t part_stride, index_t kind_stride,
+                                                    index_t channel_stride) {
+    Place at({n, c, hw, units, across, columns});
     Affine map(at, weight, bias, mean, invstd);
     A first[kValues] = {}, second[kValues] = {};
     with_activation(act, [&](auto kind) {
-        at.walk([&](index_t offset) {
-            Values v(x + offset), grad(dy + offset);
+        auto body = [&](index_t offset, const Raw* packs) {
+            Values v(packs[0]), grad(packs[1]);
             for (int k = 0; k < kValues; ++k) {
                 int channel = channel_of(k);
                 A dz = activation_grad<decltype(kind)::value>(map(v.lanes[k], channel), grad.lanes[k],
@@ -313,7 +342,8 @@ extern "C" __global__ void batch_norm_act_grad_sums(const T* __restrict__ dy, co
                 grad.lanes[k] = map.scale[channel] * dz;
             }
             if (dx) grad.store(dx + offset);
-        });
+        };
+        at.walk(body, x, dy);
     });
     leave_sums(at, first, second, sums, {part_stride, kind_stride, channel_stride});
 }
@@ -324,9 +354,9 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
                                                      T* __restrict__ dx, const A* weight, const A* bias, const A* mean,
                                                      const A* invstd, const A* sums, index_t parts, A* grad_weight,
                                                      A* grad_bias, double slope, index_t act, index_t n, index_t c,
-                                                     index_t hw, index_t units, index_t columns, index_t part_stride,
-                                                     index_t kind_stride, index_t channel_stride) {
-    Place at({n, c, hw, units, columns}, true);
+                                                     index_t hw, index_t units, index_t across, index_t columns,
+                                                     index_t part_stride, index_t kind_stride, index_t channel_stride) {
+    Place at({n, c, hw, units, across, columns}, true);
     Affine map(at, weight, bias, mean, invstd);
     GANKERN_SHARED(A, mean_dz, kMaxSums);
     GANKERN_SHARED(A, slope_dz, kMaxSums);
@@ -346,8 +376,8 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
         factor_dz[k] = slope_dz[at.channel - at.first_channel + k];
     }
     with_activation(act, [&](auto kind) {
-        at.walk([&](index_t offset) {
-            Values v(x + offset), grad(dy + offset);
+        auto body = [&](index_t offset, const Raw* packs) {
+            Values v(packs[0]), grad(packs[1]);
             for (int k = 0; k < kValues; ++k) {
                 int channel = channel_of(k);
                 A dz = activation_grad<decltype(kind)::value>(map(v.lanes[k], channel), grad.lanes[k],
@@ -356,7 +386,8 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
                 grad.lanes[k] = map.scale[channel] * (dz - offset_dz[channel] - centered * factor_dz[channel]);
             }
             grad.store(dx + offset);
-        });
+        };
+        at.walk(body, x, dy);
     });
 }
 
@@ -365,7 +396,7 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
 // and bias.
 extern "C" __global__ void batch_norm_finish(const A* sums, const A* shift, index_t parts, A* mean, A* invstd, A* var,
                                              A* grad_weight, A* grad_bias, double count, double eps, index_t c) {
-    Place at({1, c, 1, 1, kWarp});
+    Place at({1, c, 1, 1, gridDim.x, kWarp});
     with_sums(at, sums, parts, {2 * c, c, 1}, [&](int, index_t channel, double first, double second) {
         if (grad_bias) {
             grad_weight[channel] = static_cast<A>(second * invstd[channel]);

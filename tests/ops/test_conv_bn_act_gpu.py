@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # Planes and rows in packs and value by value, of one part and several, of one block of channels and several.
-SHAPES = [(3, 5, 7, 3), (5, 3, 16, 8), (2, 5, 24), (37, 7), (70, 40, 1, 1), (2, 2, 20, 33), (1, 17, 4, 4), (2, 3, 1, 3)]
+SHAPES = [(3, 5, 7, 3), (5, 3, 16, 8), (2, 5, 24), (37, 7), (70, 40, 1, 1), (2, 2, 10, 33), (1, 17, 4, 4), (2, 3, 1, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_special_values_are_stocks(gpu: torch.device, activation: str) -> None:
 def test_same_bits_on_every_run(gpu: torch.device) -> None:
     def everything() -> list[Tensor]:
         found = []
-        for shape, memory_format in zip([(5, 3, 20, 9), (9, 36, 8, 4)], FORMATS, strict=True):
+        for shape, memory_format in zip([(5, 2, 11, 9), (9, 20, 8, 4)], FORMATS, strict=True):
             torch.manual_seed(1)
             inputs, stats, grad = norm_inputs(shape, torch.float32, gpu)
             inputs[0] = inputs[0].contiguous(memory_format=memory_format)

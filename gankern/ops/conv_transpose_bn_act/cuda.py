@@ -59,7 +59,7 @@ class _Passes(passes.Passes):
     def _launch(self, number: int, *arguments: Any, strides: tuple[int, int, int] = (0, 0, 0)) -> None:
         s, (across, parts, units) = self.shape, self.cut
         kernel = _kernel(number, self.input.dtype, ROWS=s.rows, VALUES=s.values)
-        sizes, block = (s.n, s.c, s.hw, units, self.columns, *strides), _ROWS if s.rows else _PLANES
+        sizes, block = (s.n, s.c, s.hw, units, across, self.columns, *strides), _ROWS if s.rows else _PLANES
         _cuda.launch(kernel, across * parts, block, *arguments, *sizes, device=self.input.device)
 
     def sum_values(self, sums: Sums, shift: Tensor) -> None:
