@@ -19,7 +19,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "none")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # Planes and rows in packs and value by value, of one part and several, of one block of channels and several.
-SHAPES = [(3, 5, 7, 3), (5, 3, 16, 8), (2, 5, 24), (37, 7), (70, 40, 1, 1), (2, 2, 10, 33), (1, 17, 4, 4), (2, 3, 1, 3)]
+SHAPES = [(3, 5, 7, 3), (5, 3, 16, 8), (2, 5, 24), (37, 7), (35, 20, 1, 1)]
+MORE_SHAPES = [(2, 2, 10, 33), (1, 17, 4, 4), (2, 3, 1, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,11 @@ def norm_act(function: Callable[..., Tensor], stats: list[Tensor], **options: An
     return lambda x, w, b: function(x, *stats, w, b, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*itertools.product(SHAPES, DTYPES), *((shape, torch.float32) for shape in MORE_SHAPES)],
+    ids=str,
+)
 def test_batch_norm_act_is_as_accurate_as_stock(gpu: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     cases = [(activation, True) for activation in ACTIVATIONS] + [("leaky_relu", False), ("tanh", False)]
     if dtype != torch.float32:
@@ -106,7 +110,7 @@ def test_special_values_are_stocks(gpu: torch.device, activation: str) -> None:
         def call(x: Tensor, function: Any, stats: Any = stats) -> Tensor:
             return function(x, *stats, training=False, activation=activation, eps=0.0)
 
-        got, want = (run(lambda x, f=f: call(x, f.batch_norm_act), [x], grad) for f in (ops, reference))  # noqa: B023
+        got, want = (run(lambda x, f=f: call(x, f.batch_norm_act), [x], grad) for f in (ops, reference))
         tolerance = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(got[0], want[0], equal_nan=True, rtol=tolerance, atol=0)
         if activation == "none":
@@ -147,7 +151,7 @@ def test_without_affine_parameters_or_running_statistics(gpu: torch.device) -> N
                 def call(x: Tensor, function: Any, stats: Any = stats, given: Any = given) -> Tensor:
                     return function(x, *stats, *given, training=stats[0] is None, activation="leaky_relu")
 
-                got, want = (run(lambda x, f=f: call(x, f.batch_norm_act), [x], grad) for f in (ops, reference))  # noqa: B023
+                got, want = (run(lambda x, f=f: call(x, f.batch_norm_act), [x], grad) for f in (ops, reference))
                 torch.testing.assert_close(got, want)
 
 
@@ -160,7 +164,9 @@ def test_every_layout_of_input_and_gradient(gpu: torch.device) -> None:
             continue
         got, want = (
             run(
-                norm_act(f.batch_norm_act, [t.clone() for t in stats], training=True), [value.to(gpu), w, b], given.to(gpu)
+                norm_act(f.batch_norm_act, [t.clone() for t in stats], training=True),
+                [value.to(gpu), w, b],
+                given.to(gpu),
             )
             for f in (ops, reference)
         )
@@ -174,8 +180,7 @@ def test_memory_that_starts_between_packs(gpu: torch.device, shape: tuple[int, .
     size = torch.Size(shape).numel()
     x, grad = storage[3 : 3 + size].view(shape), storage[5 : 5 + size].view(shape)
     got, want = (
-        run(lambda x, f=f: f.batch_norm_act(x, None, None, training=True), [x], grad)  # noqa: B023
-        for f in (ops, reference)
+        run(lambda x, f=f: f.batch_norm_act(x, None, None, training=True), [x], grad) for f in (ops, reference)
     )
     torch.testing.assert_close(got, want)
 
@@ -233,7 +238,9 @@ def test_convolution_blocks(
     gpu: torch.device, name: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     for training, pixels in itertools.product((True, False), (1, 3)):
-        tensors = [torch.randn(s, dtype=torch.float64, device=gpu) for s in ((3, 4, pixels, pixels), (4, 4, 3, 3), 4, 4)]
+        tensors = [
+            torch.randn(s, dtype=torch.float64, device=gpu) for s in ((3, 4, pixels, pixels), (4, 4, 3, 3), 4, 4)
+        ]
         tensors[:2] = [t.contiguous(memory_format=memory_format) for t in tensors[:2]]
         stats = [torch.rand(4, device=gpu) + 0.5 for _ in range(2)]
         results = []

@@ -66,7 +66,14 @@ class _Passes(passes.Passes):
         self._launch(0, self.input, sums.values, shift, strides=sums.strides)
 
     def forward(
-        self, output: Tensor, affine: Affine, stats: Stats, sums: Sums, shift: Tensor | None, eps: float, act: Activation
+        self,
+        output: Tensor,
+        affine: Affine,
+        stats: Stats,
+        sums: Sums,
+        shift: Tensor | None,
+        eps: float,
+        act: Activation,
     ) -> None:
         arguments = (self.input, output, *affine, *stats, sums.values, shift, sums.parts, float(eps))
         self._launch(1, *arguments, *_numbers(act), strides=sums.strides)

@@ -12,8 +12,8 @@ from torch import Tensor
 from gankern._layout import like_layout, memory_format
 from gankern._native import acc_dtype
 
-# Threads that an H100 holds at a time: its 132 multiprocessors have 2048 each.
-_THREADS = 132 * 2048
+# Multiprocessors of an H100, and threads that each holds at a time.
+_PROCESSORS, _THREADS = 132, 2048
 # Blocks of a pass for each that runs at a time, so that none is waited for long.
 _WAVES = 4
 PACK_BYTES = 16
@@ -67,13 +67,16 @@ class Cut(NamedTuple):
 
 def cut(shape: Shape, itemsize: int, across: int, at_once: int, threads: int) -> Cut:
     """For blocks of so many threads, which take so many units at once."""
-    most = max(1, _WAVES * _THREADS // threads // across)
+    most = max(1, _WAVES * _PROCESSORS * _THREADS // threads // across)
     if shape.rows:
         # Each block of the next pass reads two sums a part and channel: a quarter of its own bytes at most.
-        most, least = min(most, max(1, math.isqrt(shape.n * itemsize // 32)), 128), at_once
+        most = min(most, max(1, math.isqrt(shape.n * itemsize // 32)), 128)
+        count = -(-shape.units // at_once)
     else:
-        most, least = min(most, 256), 4 * at_once
-    units = -(-shape.units // max(1, min(most, -(-shape.units // least))))
+        # Several packs for each thread, where there are enough for all processors.
+        most = min(most, 256)
+        count = max(-(-shape.units // (4 * at_once)), min(-(-shape.units // at_once), -(-_PROCESSORS // across)))
+    units = -(-shape.units // min(most, count))
     return Cut(across, -(-shape.units // units), units)
 
 
@@ -108,7 +111,14 @@ class Passes(ABC):
 
     @abstractmethod
     def forward(
-        self, output: Tensor, affine: Affine, stats: Stats, sums: Sums, shift: Tensor | None, eps: float, act: Activation
+        self,
+        output: Tensor,
+        affine: Affine,
+        stats: Stats,
+        sums: Sums,
+        shift: Tensor | None,
+        eps: float,
+        act: Activation,
     ) -> None:
         """Make statistics of the sums, then normalise and activate."""
 

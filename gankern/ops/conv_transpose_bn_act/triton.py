@@ -66,7 +66,14 @@ class _Passes(passes.Passes):
         self._launch(kernels.sum_values, self.input, sums.values, shift, strides=sums.strides)
 
     def forward(
-        self, output: Tensor, affine: Affine, stats: Stats, sums: Sums, shift: Tensor | None, eps: float, act: Activation
+        self,
+        output: Tensor,
+        affine: Affine,
+        stats: Stats,
+        sums: Sums,
+        shift: Tensor | None,
+        eps: float,
+        act: Activation,
     ) -> None:
         (weight, bias, offset), flags = _given(sums.values, *affine, shift)
         arguments = (self.input, output, weight, bias, *stats, sums.values, offset, sums.parts, bits(eps))
