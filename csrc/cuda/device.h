@@ -102,3 +102,24 @@ struct Lanes {
         *reinterpret_cast<Pack<S, N>*>(p) = packed;
     }
 };
+
+// One access for a whole pack of 16 bytes.
+template <int N, class S>
+__device__ inline Pack<S, N> load_pack(const S* p) {
+    return *reinterpret_cast<const Pack<S, N>*>(p);
+}
+template <int N, class S>
+__device__ inline void store_pack(S* p, const Pack<S, N>& pack) {
+#ifndef GANKERN_ON_CPU
+    if constexpr (sizeof pack == 16) {
+        // The compiler splits a struct's store into those of its members.
+        unsigned raw[4];
+        memcpy(raw, &pack, 16);
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw[0]), "r"(raw[1]), "r"(raw[2]),
+                     "r"(raw[3])
+                     : "memory");
+        return;
+    }
+#endif
+    *reinterpret_cast<Pack<S, N>*>(p) = pack;
+}

@@ -42,7 +42,8 @@ def batch_norm_act(
     Parameters
     ----------
     input : Tensor
-        Shape (N, C, *), float32, float64 or bfloat16 (float16 by the reference); any layout. channels_last stays so.
+        Shape (N, C, *), float32, float64, bfloat16 or float16 (on the CPU by the reference); any layout. channels_last
+        stays so.
     running_mean, running_var : Tensor or None
         Shape (C,). Updated in place when training as ``torch.nn.functional.batch_norm`` does (unbiased variance); used
         instead of the batch's statistics otherwise. With None the batch's statistics are used in either mode.
@@ -76,8 +77,8 @@ def batch_norm_act(
     Notes
     -----
     Differentiable to any order: first derivatives are kernels, higher ones plain torch. Statistics and reductions of
-    bfloat16 inputs are in float32; sums are shifted by a mean of the channel and carried in float64. Results have the
-    same bits on every run, for any number of threads. With a process group every derivative communicates, so all ranks
+    bfloat16 and float16 inputs are in float32; sums are shifted by a mean of the channel and carried in float64, on
+    GPUs from block to block. Results have the same bits on every run, for any number of threads. With a process group every derivative communicates, so all ranks
     have to take the same ones; torch.compile leaves the graph for it.
 
     References

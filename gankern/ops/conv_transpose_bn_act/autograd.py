@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _library, _native, backends
+from gankern import _cuda, _library, _native, _triton, backends
 from gankern._layout import dense, memory_format
 from gankern.ops.conv_transpose_bn_act import cpu, reference
 
 OPS = ("batch_norm_act", "conv_transpose2d_bn_act", "conv2d_bn_act")
 for _op in OPS:
-    backends.register(_op, cpu=cpu, reference=reference)
+    backends.register(
+        _op,
+        cpu=cpu,
+        reference=reference,
+        triton=_triton.adapter("gankern.ops.conv_transpose_bn_act.triton"),
+        cuda=_cuda.adapter("gankern.ops.conv_transpose_bn_act.cuda"),
+    )
 
 
 def _train(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from gankern.ops.conv_act import conv2d_acts, cpu
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
+_GPU = ("cuda", "triton")
 
 
 class Convolution(NamedTuple):
@@ -30,8 +31,9 @@ class Convolution(NamedTuple):
         is_product = self.is_product(input)
         if self.is_plain(input, weight) and not is_product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
-        if input.device.type == "cpu":
-            # Once here, instead of inside the convolution and again in each of its gradients.
+        if input.device.type == "cpu" or memory_format(input) == torch.channels_last:
+            # Once here, instead of inside the convolution and again in each of its gradients. On GPUs contiguous images
+            # with a weight in channels_last come out in channels_last, as in stock.
             weight = weight.contiguous(memory_format=memory_format(input))
         if is_product:
             return _product(input, weight, bias)
@@ -48,10 +50,10 @@ class Convolution(NamedTuple):
     def is_plain(self, input: Tensor, weight: Tensor) -> bool:
         """Whether gankern's kernels may take it."""
         dtypes = {input.dtype, weight.dtype}
-        if self.groups != 1 or input.device.type != "cpu":
+        if self.groups != 1 or _is_torchs(input, weight):
             return False
-        if torch.is_autocast_enabled("cpu"):
-            return cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}
+        if torch.is_autocast_enabled(input.device.type):
+            return input.device.type == "cpu" and cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}
         return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and cpu.has_matrix_units())
 
     def is_product(self, input: Tensor) -> bool:
@@ -72,12 +74,23 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
 
 
+def _is_torchs(input: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU's backend that was asked for by name has kernels for what follows the convolution only."""
+    name = backends.requested()
+    return name in _GPU and backends.refusal("conv2d_act", name, input, weight) is not None
+
+
 def folds(input: Tensor) -> bool:
-    """Whether inference may fold: not where the normalisation was asked of a backend that must run it or refuse."""
+    """Whether inference may fold: not where the normalisation was asked of a backend that must run it or refuse.
+
+    Nor where a GPU's kernel normalises in the one pass that activates, which costs no more than to activate alone.
+    """
     if torch.compiler.is_compiling():
         return False
     name = backends.requested()
-    return name == "auto" or (name == "cpu" and backends.refusal("batch_norm_act", name, input) is None)
+    if name == "auto":
+        return all(backends.refusal("batch_norm_act", gpu, input) is not None for gpu in _GPU)
+    return name == "cpu" and backends.refusal("batch_norm_act", name, input) is None
 
 
 def affine(

@@ -92,7 +92,8 @@ def _reduced(input: Tensor) -> list[int]:
 
 def statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, 1 / sqrt(var + eps) and biased variance of each channel."""
-    var, mean = torch.var_mean(input, _reduced(input), correction=0)
+    wide = input.double() if input.dtype == torch.float64 else input.float()
+    var, mean = torch.var_mean(wide, _reduced(input), correction=0)
     return mean, (var + eps).rsqrt(), var
 
 
