@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -55,11 +56,13 @@ class Compiled(NamedTuple):
     constants: dict[str, Any]
     dtype: torch.dtype
     options: Mapping[str, int] = MappingProxyType({})
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16, or pointers to such addresses
 
     @property
     def label(self) -> str:
         values = {"T": str(self.dtype).removeprefix("torch."), **self.constants, **self.options}
-        return " ".join([self.kernel.__name__, *(f"{key}={value}" for key, value in values.items())])
+        words = [self.kernel.__name__, *(f"{key}={value}" for key, value in values.items())]
+        return " ".join(words + [f"16|{name}" for name in self.divisible])
 
 
 def types(dtype: torch.dtype) -> dict[str, Any]:
@@ -85,9 +88,19 @@ def compile_kernel(wanted: Compiled, target: Any) -> Any:
     of = {"T": str(names["T"]), "A": str(names["A"])}
     signature = {k: _pointed(v, of) for k, v in wanted.signature.items()} | dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in wanted.kernel.arg_names}
-    source = ASTSource(fn=wanted.kernel, signature=ordered, constexprs=constants)
+    attributes = {(wanted.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in wanted.divisible}
+    source = ASTSource(fn=wanted.kernel, signature=ordered, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=dict(wanted.options))
 
 
 def _pointed(kind: str, names: dict[str, str]) -> str:
     return "*" + names[kind[:-1]] if kind.endswith("*") else kind
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **constants: Any) -> None:
+    """Start a kernel on torch's current stream of the device; nothing where the grid is empty."""
+    if 0 in grid:
+        return
+    # Triton launches on the current device, whatever its arguments'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,37 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from cuda_on_cpu.launcher import Launcher
+from triton import language as tl
+from triton.runtime import interpreter
 
 from gankern import _cuda, backend, workspace
 from gankern.ops.gradient_penalty import autograd, small
 
 fuse = importlib.import_module("gankern.nn.fuse")
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_index(tensor: Any, scope: Any) -> None:
+    """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_with_index
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot_of_bfloat16(self: Any, a: Any, b: Any, *args: Any) -> Any:
+    """Triton's own multiplies the bits, as integers."""
+    if str(a.dtype) == "bf16":
+        wide = [(x.data.astype(np.uint32) << 16).view(np.float32) for x in (a, b)]
+        a, b = (interpreter.TensorHandle(x, tl.float32) for x in wide)
+    return _create_dot(self, a, b, *args)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

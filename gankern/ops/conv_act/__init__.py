@@ -35,7 +35,8 @@ def conv2d_act(
     Parameters
     ----------
     input : Tensor
-        Shape (N, C_in, H, W), any layout. The kernels take float32 on the CPU without groups; all else is torch's.
+        Shape (N, C_in, H, W), any layout. The kernels take float32 on the CPU without groups; on a GPU they are asked
+        for by name, for any floating type. All else is torch's.
     weight : Tensor
         Shape (C_out, C_in // groups, kH, kW), of the input's dtype.
     bias : Tensor or None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import autocast, like_layout, memory_format
-from gankern.ops.conv_act import conv2d_acts, cpu, product
+from gankern.ops.conv_act import conv2d_acts, cpu, product, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
@@ -49,6 +49,8 @@ class Convolution(NamedTuple):
 
     def is_plain(self, input: Tensor, weight: Tensor) -> bool:
         """Whether gankern's kernels may take it."""
+        if not torch.compiler.is_compiling() and backends.requested() in ("cuda", "triton"):
+            return self.groups == 1
         plain = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type)
         return plain and self.groups == 1
 
@@ -75,7 +77,7 @@ def folds(input: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     name = backends.requested()
-    return name == "auto" or (name == "cpu" and backends.refusal("batch_norm_act", name, input) is None)
+    return name == "auto" or (name != "reference" and backends.refusal("batch_norm_act", name, input) is None)
 
 
 def affine(
@@ -100,9 +102,12 @@ def normalised(
     conv: Convolution, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, activation: str, slope: float
 ) -> Tensor:
     """``activation(conv(input) * scale + shift)`` without gradients; on the way to memory where a kernel does it."""
-    if conv.is_plain(input, weight) and backends.refusal("conv2d_act", "cpu", input, weight) is None:
-        scale, shift = scale.float().contiguous(), shift.float().contiguous()
-        output = cpu.conv(input, weight, None, conv.options, activation, slope, scale, shift)
+    kernels = backends.select("conv2d_act", input, weight) if conv.is_plain(input, weight) else reference
+    if kernels is not reference:
+        scale, shift = (t.to(_native.acc_dtype(input.dtype)).contiguous() for t in (scale, shift))
+        if kernels is not cpu:
+            input, weight = autocast(input, weight)
+        output = kernels.conv(input, weight, None, conv.options, activation, slope, scale, shift)
         return like_layout(output, input)
     return conv_act(conv, input, *_fold(conv, weight, scale, shift), activation, slope)
 
