@@ -22,7 +22,7 @@ backends.register(
     cpu=cpu,
     reference=reference,
     triton=_triton.adapter("gankern.ops.conv_act.triton"),
-    # cuda=_cuda.adapter("gankern.ops.conv_act.cuda"),
+    cuda=_cuda.adapter("gankern.ops.conv_act.cuda"),
 )
 
 

@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
     def numbers(self) -> tuple[int, ...]:
         """All in the order in which the kernels take them."""
-        return (self.images, *(n for pair in self[1:-1] for n in pair))  # type: ignore[attr-defined]
+        return (self.images, *(n for pair in self[1:-1] for n in pair))
 
     def grid(self) -> tuple[int, int]:
         """Number of phases, and of pixels of the largest one."""
@@ -100,9 +100,11 @@ def allows_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
 
 
-def parts(pixels: int, tiles: int) -> int:
-    """Parts of a sum over pixels that blocks of their own take, so that `tiles` of results fill the GPU."""
-    return max(1, min(-(-_BLOCKS // tiles), pixels // _LEAST_PIXELS))
+def parts(pixels: int, tiles: int, depth: int) -> tuple[int, int]:
+    """A sum over pixels, cut so that `tiles` of results fill the GPU: a part's pixels, in `depth`s, and the parts."""
+    count = max(1, min(-(-_BLOCKS // tiles), pixels // _LEAST_PIXELS))
+    share = -(-pixels // (count * depth)) * depth
+    return share, -(-pixels // share)
 
 
 class Kernels(NamedTuple):

@@ -135,9 +135,7 @@ def weight_grad(narrow: Tensor, wide: Tensor, grad_weight: Tensor, options: Conv
     packed = channels % 16 == wide_channels % 16 == 0
     constants, launch = _config(packed, narrow.dtype, "tf32" if gpu.allows_tf32(narrow.dtype) else "ieee")
     tiles = triton.cdiv(channels, constants["BM"]) * triton.cdiv(size // channels, constants["BN"])
-    count = gpu.parts(pixels, tiles)
-    share = triton.cdiv(triton.cdiv(pixels, count), constants["BK"]) * constants["BK"]
-    count = triton.cdiv(pixels, share)
+    share, count = gpu.parts(pixels, tiles, constants["BK"])
     types = _triton.types(narrow.dtype)
     result = grad_weight
     if count > 1:
