@@ -57,11 +57,13 @@ class Compiled(NamedTuple):
     constants: dict[str, Any]
     dtype: torch.dtype
     options: Mapping[str, int] = MappingProxyType({})
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16, or pointers to such addresses
 
     @property
     def label(self) -> str:
         values = {"T": str(self.dtype).removeprefix("torch."), **self.constants, **self.options}
-        return " ".join([self.kernel.__name__, *(f"{key}={value}" for key, value in values.items())])
+        words = [self.kernel.__name__, *(f"{key}={value}" for key, value in values.items())]
+        return " ".join(words + [f"16|{name}" for name in self.divisible])
 
 
 def compiled(kernel: Any, signature: dict[str, str], dtype: torch.dtype, **constants: Any) -> Compiled:
@@ -94,7 +96,8 @@ def compile_kernel(wanted: Compiled, target: Any) -> Any:
     of = {"T": str(names["T"]), "A": str(names["A"])}
     signature = {k: _pointed(v, of) for k, v in wanted.signature.items()} | dict.fromkeys(constants, "constexpr")
     ordered = {name: signature[name] for name in wanted.kernel.arg_names}
-    source = ASTSource(fn=wanted.kernel, signature=ordered, constexprs=constants)
+    attributes = {(wanted.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in wanted.divisible}
+    source = ASTSource(fn=wanted.kernel, signature=ordered, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=dict(wanted.options))
 
 

@@ -20,6 +20,9 @@ logger = logging.getLogger("gankern")
 #: Backends in the order in which ``auto`` tries them.
 NAMES = ("cuda", "triton", "cpu", "reference")
 
+#: Backends of an op that ``auto`` passes over until a GPU has measured them to be faster than what comes after them.
+NOT_BY_AUTO = {"conv2d_act": ("cuda", "triton")}
+
 
 class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run the call."""
@@ -183,7 +186,8 @@ def select(op: str, *tensors: Tensor) -> Any:
             raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
         return _adapters[op][name]
     for name in NAMES:
-        if name in _adapters[op] and _adapters[op][name].refuse(*tensors) is None:
+        known = name in _adapters[op] and name not in NOT_BY_AUTO.get(op, ())
+        if known and _adapters[op][name].refuse(*tensors) is None:
             if (op, name) not in _announced:
                 _announced.add((op, name))
                 logger.info("%s runs on backend %s", op, name)
@@ -199,6 +203,8 @@ def explain_call(op: str, *tensors: Tensor) -> Explanation:
         chosen = None if name in refused else name
         others = {n: f"backend {name!r} was asked for by name" for n in NAMES if n != name and n not in refused}
         return Explanation(op, chosen, refused | others)
+    passed_over = dict.fromkeys(NOT_BY_AUTO.get(op, ()), "not chosen by auto: not measured to be faster")
+    refused = passed_over | refused
     chosen = next(n for n in NAMES if n not in refused)
     others = {n: f"{chosen} comes first" for n in NAMES if n != chosen and n not in refused}
     return Explanation(op, chosen, refused | others)

@@ -11,51 +11,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import triton
 from cuda_on_cpu.launcher import Launcher
-from triton.runtime import interpreter
+from triton_interpreter import mend
 
 from gankern import _cuda, backend, workspace
 from gankern.nn import stretch
 from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.minibatch_discrimination import autograd as pairs
 
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_with_index(tensor: Any, scope: Any) -> None:
-    """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_with_index
-
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_with_index(tensor: Any, scope: Any) -> None:
-    """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_with_index
-
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_with_index(tensor: Any, scope: Any) -> None:
-    """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_with_index
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # Triton patches its language at each call of a helper, which takes most of the time: once is enough.
-    interpreter._patch_lang(triton.language.zeros.fn)
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    mend()
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -123,3 +123,40 @@ __device__ inline void store_pack(S* p, const Pack<S, N>& pack) {
 #endif
     *reinterpret_cast<Pack<S, N>*>(p) = pack;
 }
+
+// d += a * b on a warp's matrix units, 16 rows by 8 columns. With g = lane / 4 and t = lane % 4, a lane holds of d the
+// rows g (d[0], d[1]) and g + 8 (d[2], d[3]) of the columns 2t and 2t + 1; of a the rows g (a[0], a[2]) and g + 8
+// (a[1], a[3]); of b the column g. Of the reduction, words a[0], a[1] and b[0] hold 2t and 2t + 1 of 16, the others 8
+// more; with 32 bits a value, t of 8, and 4 more.
+#ifndef GANKERN_ON_CPU
+#define GANKERN_MATRIX_MULTIPLY(shape)                                                                   \
+    asm("mma.sync.aligned." shape ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+__device__ inline void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
+    GANKERN_MATRIX_MULTIPLY("m16n8k16.row.col.f32.bf16.bf16");
+}
+__device__ inline void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], half) {
+    GANKERN_MATRIX_MULTIPLY("m16n8k16.row.col.f32.f16.f16");
+}
+// tf32: values as round_to_tf32 makes them.
+__device__ inline void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], float) {
+    GANKERN_MATRIX_MULTIPLY("m16n8k8.row.col.f32.tf32.tf32");
+}
+__device__ inline unsigned round_to_tf32(float value) {
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+    return bits;
+}
+#else
+__device__ inline void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
+    cuda_on_cpu::matrix_multiply<2>(d, a, b, [](unsigned bits) { return __uint_as_float(bits << 16); });
+}
+__device__ inline void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], half) {
+    cuda_on_cpu::matrix_multiply<2>(d, a, b, [](unsigned bits) { return half_to_float(bits & 0xffffu); });
+}
+__device__ inline void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], float) {
+    cuda_on_cpu::matrix_multiply<1>(d, a, b, [](unsigned bits) { return __uint_as_float(bits); });
+}
+__device__ inline unsigned round_to_tf32(float value) { return (__float_as_uint(value) + 0x1000u) & ~0x1fffu; }
+#endif

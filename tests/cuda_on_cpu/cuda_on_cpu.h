@@ -55,6 +55,7 @@ struct Block {
     std::vector<Thread> threads;
     // Two buffers of one value a lane for each warp: a lane may be one shuffle ahead of those that still read.
     std::vector<std::array<std::array<unsigned long long, kWarpSize>, 2>> lanes;
+    std::vector<std::array<std::array<std::array<unsigned, 6>, kWarpSize>, 2>> words;  // the same for factors
     std::map<std::pair<const void*, int>, std::unique_ptr<char[]>> shared;
     std::vector<char> dynamic;
 };
@@ -133,6 +134,7 @@ inline void run_block(size_t dynamic_shared) {
     unsigned count = block_size.x * block_size.y * block_size.z;
     here.threads.resize(count);
     here.lanes.resize((count + kWarpSize - 1) / kWarpSize);
+    here.words.resize(here.lanes.size());
     while (stacks.size() < count) stacks.emplace_back(new char[kStack]);
     here.dynamic.assign(dynamic_shared, static_cast<char>(0xff));
     for (unsigned t = 0; t < count; ++t) {
@@ -244,6 +246,25 @@ V shuffle(unsigned mask, V value, unsigned (*source)(unsigned lane, unsigned ope
     unsigned from = source(lane, operand);
     if (from < kWarpSize && ((mask >> from) & 1u)) std::memcpy(&value, &buffer[from], sizeof value);
     return value;
+}
+
+// d += a * b as matrix units do it, by the layout that device.h tells: PER values of the reduction in a word.
+template <int PER, class Value>
+void matrix_multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Value value) {
+    unsigned number = thread_number(), lane = number % kWarpSize;
+    auto& words = block->words[number / kWarpSize][current->shuffles++ % 2];
+    std::copy(a, a + 4, words[lane].begin());
+    std::copy(b, b + 2, words[lane].begin() + 4);
+    wait(Thread::kAtWarpBarrier, 0xffffffffu);
+    for (unsigned i = 0; i < 4; ++i) {
+        unsigned row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 8 * PER; ++k) {
+            unsigned word = k / PER, shift = k % PER * 16;
+            unsigned left = words[row % 8 * 4 + word % 4][row / 8 + word / 4 * 2];
+            unsigned right = words[column * 4 + word % 4][4 + word / 4];
+            d[i] += value(left >> shift) * value(right >> shift);
+        }
+    }
 }
 
 }  // namespace cuda_on_cpu

@@ -36,7 +36,8 @@ def conv2d_act(
     ----------
     input : Tensor
         Shape (N, C_in, H, W), any layout. The kernels take float32 on the CPU without groups, and on processors with
-        matrix units (AMX) bfloat16, also by autocast; all else is torch's.
+        matrix units (AMX) bfloat16, also by autocast; on a GPU they are asked for by name, for any floating type. All
+        else is torch's.
     weight : Tensor
         Shape (C_out, C_in // groups, kH, kW), of the input's dtype.
     bias : Tensor or None

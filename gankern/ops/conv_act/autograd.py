@@ -12,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _library, backends
-from gankern._layout import memory_format
+from gankern import _cuda, _library, _triton, backends
+from gankern._layout import autocast, memory_format
 from gankern.ops.conv_act import cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
-backends.register("conv2d_act", cpu=cpu, reference=reference)
+backends.register(
+    "conv2d_act",
+    cpu=cpu,
+    reference=reference,
+    triton=_triton.adapter("gankern.ops.conv_act.triton"),
+    cuda=_cuda.adapter("gankern.ops.conv_act.cuda"),
+)
+
+
+def _kernels(input: Tensor) -> Any:
+    """The adapter that runs a call; usually found without asking each."""
+    usual = input.device.type == "cpu" and backends.requested() in ("auto", "cpu")
+    return cpu if usual else backends.select("conv2d_act", input)
 
 
 def _geometry(layers: Sequence[Layer]) -> list[int]:
@@ -43,12 +55,13 @@ def _forward(
     negative_slopes: Sequence[float],
 ) -> list[Tensor]:
     outputs = []
+    kernels = _kernels(input)
     layers = map(Layer, weights, biases, _options(geometry), activations, negative_slopes)
     for layer in layers:
         # There are no bits of stock's to keep in channels_last, where it sums up in an order of its own.
         stock = memory_format(layer.weight) == torch.contiguous_format and not layer.options.transposed
-        conv = cpu.conv_as_stock if stock else cpu.conv
-        input = cpu.channels_last(conv(input, *layer))
+        conv = kernels.conv_as_stock if stock else kernels.conv
+        input = kernels.channels_last(conv(input, *layer))
         outputs.append(input)
     return outputs
 
@@ -83,17 +96,19 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     grad_weights, grad_biases = [], []
     inputs = [input, *outputs[:-1]]
-    grad = cpu.activate_backward(cpu.channels_last(grad_output), outputs[-1], activations[-1], negative_slopes[-1])
+    kernels = _kernels(input)
+    last = activations[-1], negative_slopes[-1]
+    grad = kernels.activate_backward(kernels.channels_last(grad_output), outputs[-1], *last)
     options = _options(geometry)
     for i in reversed(range(len(weights))):
         if want_weights[i]:
-            grad_weights.append(cpu.conv_weight_grad(grad, inputs[i], weights[i], options[i]))
+            grad_weights.append(kernels.conv_weight_grad(grad, inputs[i], weights[i], options[i]))
         if want_biases[i]:
             grad_biases.append(grad.sum((0, 2, 3), dtype=weights[i].dtype))
         if not (want_input or any(want_weights[:i]) or any(want_biases[:i])):
             break
         before = (activations[i - 1], negative_slopes[i - 1]) if i > 0 else ()
-        grad = cpu.channels_last(cpu.conv_input_grad(grad, weights[i], inputs[i], options[i], *before))
+        grad = kernels.channels_last(kernels.conv_input_grad(grad, weights[i], inputs[i], options[i], *before))
     return grad if want_input else input.new_empty(0), grad_weights[::-1], grad_biases[::-1]
 
 
@@ -160,13 +175,13 @@ class _ConvActs(torch.autograd.Function):
         return grad_input if want_input else None, None, *(next(rest[i % 2]) if w else None for i, w in enumerate(want))
 
 
-def _refusal(layers: Sequence[Layer]) -> str | None:
+def _refusal(layers: Sequence[Layer], chosen: Any) -> str | None:
     for layer in layers:
         if layer.options.groups != 1:
             return f"needs one group; got {layer.options.groups}"
         if layer.negative_slope < 0:
             return f"needs a negative_slope of 0 or more; got {layer.negative_slope}"
-    if not torch.is_autocast_enabled("cpu") or cpu.takes_autocast():
+    if chosen is not cpu or not torch.is_autocast_enabled("cpu") or cpu.takes_autocast():
         return None
     return "needs autocast to be off, or to bfloat16 on a processor with matrix units (AMX)"
 
@@ -175,14 +190,18 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     """By the kernels, where they are chosen and take it; else by torch's autograd."""
     weights = [layer.weight for layer in layers]
     # In a compiled graph the operators below would hide the convolutions from the compiler.
-    if torch.compiler.is_compiling() or backends.select("conv2d_act", input, *weights) is not cpu:
+    chosen = reference if torch.compiler.is_compiling() else backends.select("conv2d_act", input, *weights)
+    if chosen is reference:
         return reference.conv2d_acts(input, layers)
-    reason = _refusal(layers)
+    reason = _refusal(layers, chosen)
     if reason is not None or input.numel() == 0:
-        if reason is not None and backends.requested() == "cpu":
-            raise backends.BackendUnavailable(f"conv2d_act cannot run on the cpu backend: {reason}")
+        if reason is not None and backends.requested() != "auto":
+            raise backends.BackendUnavailable(f"conv2d_act cannot run on the {backends.requested()} backend: {reason}")
         return reference.conv2d_acts(input, layers)
-    if torch.is_autocast_enabled("cpu"):
-        input = input.to(torch.bfloat16)
     arguments = _geometry(layers), [layer.activation for layer in layers], [layer.negative_slope for layer in layers]
-    return _ConvActs.apply(input, arguments, *(t for layer in layers for t in layer[:2]))
+    tensors = [t for layer in layers for t in layer[:2]]
+    if chosen is not cpu:
+        input, *tensors = autocast(input, *tensors)
+    elif torch.is_autocast_enabled("cpu"):
+        input = input.to(torch.bfloat16)
+    return _ConvActs.apply(input, arguments, *tensors)

@@ -78,8 +78,8 @@ def batch_norm_act(
     -----
     Differentiable to any order: first derivatives are kernels, higher ones plain torch. Statistics and reductions of
     bfloat16 and float16 inputs are in float32; sums are shifted by a mean of the channel and carried in float64, on
-    GPUs from block to block. Results have the same bits on every run, for any number of threads. With a process group every derivative communicates, so all ranks
-    have to take the same ones; torch.compile leaves the graph for it.
+    GPUs from block to block. Results have the same bits on every run, for any number of threads. With a process group
+    every derivative communicates, so all ranks have to take the same ones; torch.compile leaves the graph for it.
 
     References
     ----------

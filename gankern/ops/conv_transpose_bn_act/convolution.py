@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import autocast, like_layout, memory_format
-from gankern.ops.conv_act import conv2d_acts, cpu
+from gankern.ops.conv_act import conv2d_acts, cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
@@ -49,9 +49,11 @@ class Convolution(NamedTuple):
 
     def is_plain(self, input: Tensor, weight: Tensor) -> bool:
         """Whether gankern's kernels may take it."""
-        dtypes = {input.dtype, weight.dtype}
         if self.groups != 1 or _is_torchs(input, weight):
             return False
+        if not torch.compiler.is_compiling() and backends.requested() in _GPU:
+            return True
+        dtypes = {input.dtype, weight.dtype}
         if torch.is_autocast_enabled(input.device.type):
             return input.device.type == "cpu" and cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}
         return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and cpu.has_matrix_units())
@@ -90,7 +92,7 @@ def folds(input: Tensor) -> bool:
     name = backends.requested()
     if name == "auto":
         return all(backends.refusal("batch_norm_act", gpu, input) is not None for gpu in _GPU)
-    return name == "cpu" and backends.refusal("batch_norm_act", name, input) is None
+    return name != "reference" and backends.refusal("batch_norm_act", name, input) is None
 
 
 def affine(
@@ -115,10 +117,14 @@ def normalised(
     conv: Convolution, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, activation: str, slope: float
 ) -> Tensor:
     """``activation(conv(input) * scale + shift)`` without gradients; on the way to memory where a kernel does it."""
-    if conv.is_plain(input, weight) and backends.refusal("conv2d_act", "cpu", input, weight) is None:
-        scale, shift = scale.float().contiguous(), shift.float().contiguous()
-        (input,) = autocast(input)
-        output = cpu.conv(input, weight, None, conv.options, activation, slope, scale, shift)
+    kernels = backends.select("conv2d_act", input, weight) if conv.is_plain(input, weight) else reference
+    if kernels is not reference:
+        if kernels is cpu:
+            (input,) = autocast(input)
+        else:
+            input, weight = autocast(input, weight)
+        scale, shift = (t.to(_native.acc_dtype(input.dtype)).contiguous() for t in (scale, shift))
+        output = kernels.conv(input, weight, None, conv.options, activation, slope, scale, shift)
         return like_layout(output, input)
     return conv_act(conv, input, *_fold(conv, weight, scale, shift), activation, slope)
 
