@@ -30,9 +30,10 @@ struct Walk {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     conv(const T* source, const T* weight, T* result, const A* scale, const A* shift, const T* activated, A* sums_out,
-         double slope, index_t activation, index_t packed_source, index_t packed_result, GANKERN_PROBLEM) {
+         const A* centre, double slope, index_t activation, index_t packed_source, index_t packed_result,
+         GANKERN_PROBLEM) {
     const Problem p = GANKERN_THE_PROBLEM;
     // Neighbours share the images: channels vary fastest, then phases.
     int blocks = (p.result_c + kColumns - 1) / kColumns, phases = p.h.result_step * p.w.result_step;
@@ -138,8 +139,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 A z = staged[row * kStride + n + e];
                 if (scale) z *= scale[n0 + n + e];
                 if (shift) z += shift[n0 + n + e];
-                total[e] += z;
-                squares[e] += z * z;
+                A off = centre ? z - centre[n0 + n + e] : z;
+                total[e] += off;
+                squares[e] += off * off;
                 z = activated ? activate_backward(z, get(activated + to + e), int(activation), below)
                               : activate(z, int(activation), below);
                 put(&out.values[e], z);

@@ -10,7 +10,7 @@ constexpr int kFew = 4;
 constexpr int kChunk = 512;  // channels whose weights are in shared memory
 constexpr int kPack = 16 / sizeof(T);
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 5)
     conv_few(const T* source, const T* weight, T* result, const A* scale, const A* shift, const T* activated,
              double slope, index_t activation, index_t packed_source, index_t lanes, GANKERN_PROBLEM) {
     const Problem p = GANKERN_THE_PROBLEM;

@@ -75,7 +75,7 @@ def _convolve(what: Problem, source: Tensor, weight: Tensor, result: Tensor, fin
     kernel = _cuda.kernel("conv", "conv", dtype, TF32=gpu.allows_tf32(dtype), WIDENS=what.widens)
     blocks = tiles * -(-channels // _COLUMNS)
     packed_result = int(_is_packed(channels, result, weight))
-    arguments = (*tensors, sums, *options, packed_result, *what.numbers())
+    arguments = (*tensors, sums, finish.centre, *options, packed_result, *what.numbers())
     _cuda.launch(kernel, blocks, _THREADS, *arguments, device=device)
     return sums
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gankern import backends
 from gankern._layout import memory_format
 from gankern._native import acc_dtype
 from gankern.ops.conv_act import reference
@@ -18,6 +19,8 @@ Pair = tuple[int, int]
 
 # Blocks of a weight's gradient that fill a GPU; the same on every one, so that its bits are.
 _BLOCKS = 264
+# Pixels of one tile at most.
+_MOST_ROWS = 128
 # Pixels that one block sums up at least.
 _LEAST_PIXELS = 256
 
@@ -53,7 +56,7 @@ class Problem(NamedTuple):
 
 
 def problem(
-    source: Tensor, result: Sequence[int], kernel: Sequence[int], options: ConvOptions, widens: bool
+    source: Sequence[int], result: Sequence[int], kernel: Sequence[int], options: ConvOptions, widens: bool
 ) -> Problem:
     """Of images (N, C, H, W), from the side with the stride to that without one, or back (`widens`)."""
 
@@ -61,7 +64,7 @@ def problem(
         return shape[2], shape[3], shape[1]
 
     (s0, s1), (p0, p1), (d0, d1) = options.stride, options.padding, options.dilation
-    sizes = (source.size(0), last(source.shape), last(result), (kernel[0], kernel[1]))
+    sizes = (source[0], last(source), last(result), (kernel[0], kernel[1]))
     if not widens:
         return Problem(*sizes, (1, 1), (s0, s1), (-p0, -p1), (0, 0), (1, 1), (d0, d1), False)
     g0, g1 = gcd(s0, d0), gcd(s1, d1)
@@ -73,7 +76,7 @@ class Finish(NamedTuple):
     """What becomes of a sum on its way to memory: ``* scale + shift``, then an activation.
 
     With `activated`, an activation's output, it is multiplied by the activation's derivative there instead. Where
-    `statistics` are wanted, the kernel also sums up what each tile writes and its squares, before an activation.
+    `statistics` are wanted, the kernel also sums up, for each tile, ``x - centre`` and its squares.
     """
 
     scale: Tensor | None = None
@@ -82,12 +85,25 @@ class Finish(NamedTuple):
     negative_slope: float = 0.0
     activated: Tensor | None = None
     statistics: bool = False
+    centre: Tensor | None = None
 
 
-#: From images, the weight, the shape of the result and Finish to the result and, where wanted, (tiles, 2, C) sums.
+#: From images and a weight to a result and, where wanted, sums of shape (tiles, 2, C).
 Convolve = Callable[[Problem, Tensor, Tensor, Tensor, Finish], Tensor | None]
 #: Sums of the products of two sides' pixels into a channels_last weight.
 WeightGrad = Callable[[Tensor, Tensor, Tensor, ConvOptions], None]
+
+
+def _check(what: Problem) -> None:
+    """Refuse images beyond the 32 bits in which kernels count pixels, and offsets from a tile's first image."""
+    least = max(1, what.result[0] // what.result_step[0] * (what.result[1] // what.result_step[1]))
+    seen = min(what.images, _MOST_ROWS // least + 2)
+    pixels = max(what.images * h * w for h, w, _ in (what.source, what.result))
+    values = seen * max(h * w * c for h, w, c in (what.source, what.result))
+    weight = what.source[2] * what.result[2] * what.kernel[0] * what.kernel[1]
+    if max(pixels + _MOST_ROWS, values, weight) >= 1 << 31:
+        sizes = f"{what.images} images of {what.source} and {what.result}"
+        raise backends.BackendUnavailable(f"the GPU's convolutions need sizes that 32 bits can count; got {sizes}")
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -118,7 +134,8 @@ class Kernels(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         source, weight = channels_last(source), channels_last(weight)
         result = torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=torch.channels_last)
-        what = problem(source, shape, weight.shape[2:], options, widens)
+        what = problem(source.shape, shape, weight.shape[2:], options, widens)
+        _check(what)
         return result, self.convolve(what, source, weight, result, finish)
 
     def conv(
@@ -138,14 +155,18 @@ class Kernels(NamedTuple):
         return self._run(input, weight, shape, options, options.transposed, finish)[0]
 
     def conv_statistics(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, centre: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Convolution, and of each channel the sum and the sum of squares before rounding: (2, C) in float64."""
-        finish = Finish(*_affine(input.dtype, bias, None, None), statistics=True)
+        """Convolution, and what its statistics are made of: sums before rounding, of shape (parts, 2, C).
+
+        Of each part of the pixels they are those of ``x - centre`` and of its squares, in the type of the arithmetic.
+        """
+        centre = None if centre is None else centre.to(acc_dtype(input.dtype)).contiguous()
+        finish = Finish(*_affine(input.dtype, bias, None, None), statistics=True, centre=centre)
         shape = reference.conv_shape(input.shape, weight.shape, options)
         output, sums = self._run(input, weight, shape, options, options.transposed, finish)
         assert sums is not None
-        return output, sums.sum(0, dtype=torch.float64)
+        return output, sums
 
     def conv_input_grad(
         self,
@@ -164,6 +185,7 @@ class Kernels(NamedTuple):
     def conv_weight_grad(self, grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
         """As in cpu.py."""
         narrow, wide = (input, grad_output) if options.transposed else (grad_output, input)
+        _check(problem(wide.shape, narrow.shape, weight.shape[2:], options, False))
         grad_weight = torch.empty_like(weight, memory_format=memory_format(weight))
         last = grad_weight
         if not last.is_contiguous(memory_format=torch.channels_last):

@@ -73,6 +73,7 @@ def _conv(
     shift,
     activated,
     sums,
+    centre,
     slope: tl.float64,
     images: tl.int32,
     source_h: tl.int32,
@@ -178,7 +179,10 @@ def _conv(
     if flags & 2:
         acc = acc + tl.load(shift + n, n < result_c, 0.0)[None, :]
     if flags & 4:
-        kept = tl.where(inside[:, None], acc, 0.0)
+        kept = acc
+        if flags & 16:
+            kept = acc - tl.load(centre + n, n < result_c, 0.0)[None, :]
+        kept = tl.where(inside[:, None], kept, 0.0)
         part = sums + tile.to(tl.int64) * 2 * result_c + n
         tl.store(part, tl.sum(kept, 0), n < result_c)
         tl.store(part + result_c, tl.sum(kept * kept, 0), n < result_c)
@@ -225,14 +229,14 @@ def _config(kind: str, dtype: torch.dtype, precision: str) -> tuple[dict[str, An
     return constants | {"BM": m, "BN": 16 if kind == "few" else n, "BK": k}, {"num_warps": warps, "num_stages": stages}
 
 
-_INTEGERS = [name for name in _conv.arg_names[8:] if not name.isupper()]
+_INTEGERS = [name for name in _conv.arg_names[9:] if not name.isupper()]
 _SIGNATURE = {
     **dict.fromkeys(("source", "weight", "result", "activated"), "T*"),
-    **dict.fromkeys(("scale", "shift", "sums"), "A*"),
+    **dict.fromkeys(("scale", "shift", "sums", "centre"), "A*"),
     "slope": "fp64",
     **dict.fromkeys(_INTEGERS, "i32"),
 }
-_POINTERS = tuple(_conv.arg_names[:7])
+_POINTERS = tuple(_conv.arg_names[:8])
 
 #: Every specialisation that may be launched.
 COMPILED = [
@@ -260,7 +264,7 @@ def _convolve(what: Problem, source: Tensor, weight: Tensor, result: Tensor, fin
     sums = None
     if finish.statistics:
         sums = torch.empty(rows, 2, channels, dtype=nothing.dtype, device=source.device)
-    given = (finish.scale, finish.shift, sums, finish.activated)
+    given = (finish.scale, finish.shift, sums, finish.activated, finish.centre)
     _triton.start(
         _conv,
         (rows * triton.cdiv(channels, constants["BN"]),),
@@ -270,6 +274,7 @@ def _convolve(what: Problem, source: Tensor, weight: Tensor, result: Tensor, fin
         *(nothing if t is None else t for t in given[:2]),
         result if finish.activated is None else finish.activated,
         nothing if sums is None else sums,
+        nothing if finish.centre is None else finish.centre,
         finish.negative_slope,
         *what.numbers(),
         ACTIVATIONS[finish.activation],
