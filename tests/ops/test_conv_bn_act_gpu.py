@@ -261,7 +261,7 @@ def test_convolution_blocks(
             results.append([output, *run(call, cast, torch.ones_like(output)), *running])
         for ours, stock, exact in zip(*results, strict=True):
             assert_as_accurate(ours, stock, exact, f"{training} {pixels}", units=units(dtype))
-        if pixels > 1:
+        if pixels > 1 and memory_format == torch.channels_last:
             assert results[0][0].is_contiguous(memory_format=memory_format)
 
 
