@@ -36,6 +36,7 @@ def test_auto_picks_the_kernels_and_says_why_not_others() -> None:
 
 
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(2, 3)
     call = lambda x: ops.batch_norm_act(x, None, None, training=True)  # noqa: E731
     with gankern.backend("triton"), pytest.raises(gankern.BackendUnavailable, match=r"triton.*batch_norm_act"):
@@ -55,7 +56,8 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(call(x), reference)
 
 
-def test_a_named_backend_never_falls_back_in_inference() -> None:
+def test_a_named_backend_never_falls_back_in_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, w, stat = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.ones(4)
 
     def block() -> torch.Tensor:
