@@ -6,10 +6,13 @@ A program of its own: in a process whose kernels run in the interpreter none can
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +50,24 @@ def resources(compiled: Any, arch: str) -> dict[str, int]:
     return {"spilled": spilled, "registers": registers, "shared": compiled.metadata.shared}
 
 
+def compiled() -> list[_triton.Compiled]:
+    return [wanted for adapter in backends.adapters("triton") for wanted in adapter.COMPILED]
+
+
+def rows(number: int) -> list[dict[str, Any]]:
+    """What one specialisation takes of each architecture."""
+    wanted = compiled()[number]
+    return [
+        {"kernel": wanted.label, "arch": arch, **resources(_triton.compile_kernel(wanted, target), arch)}
+        for arch, target in TARGETS.items()
+    ]
+
+
 def main() -> None:
     assert gankern.__version__
-    found = []
-    for adapter in backends.adapters("triton"):
-        for wanted in adapter.COMPILED:
-            for arch, target in TARGETS.items():
-                compiled = _triton.compile_kernel(wanted, target)
-                row = {"kernel": wanted.label, "arch": arch, **resources(compiled, arch)}
-                found.append(row)
-                print(row, file=sys.stderr)
+    # Spawned: a forked process shares its parent's compiler threads.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = [row for some in pool.map(rows, range(len(compiled())), chunksize=4) for row in some]
     json.dump(found, sys.stdout)
 
 

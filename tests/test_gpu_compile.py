@@ -19,6 +19,7 @@ STATIC_SHARED = 48 << 10
 KERNELS = {k.label: k for adapter in backends.adapters("cuda") for k in adapter.KERNELS}
 
 
+@pytest.mark.timeout(1200)
 def test_triton() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_triton.py")
