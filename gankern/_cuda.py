@@ -64,6 +64,8 @@ def refuse(*tensors: Tensor) -> str | None:
             return f"needs float32, float64, bfloat16 or float16; got {tensor.dtype}"
     if launcher is not _launch:
         return None
+    if not tensors and not torch.cuda.is_available():
+        return "torch finds no GPU"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is built for ROCm"
     return missing()

@@ -41,6 +41,8 @@ def refuse(*tensors: Tensor) -> str | None:
             return f"needs tensors on a CUDA device; got {tensor.device}"
         if tensor.dtype not in TYPES:
             return f"needs float32, float64, bfloat16 or float16; got {tensor.dtype}"
+    if not tensors and "cpu" not in devices and not torch.cuda.is_available():
+        return "torch finds no GPU"
     return missing()
 
 
