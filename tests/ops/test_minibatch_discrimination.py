@@ -344,3 +344,5 @@ def test_few_samples_go_to_plain_torch() -> None:
     with gankern.backend("cpu"):
         assert type(ops.l1_distance(few).grad_fn).__name__ == "_DistanceBackward"
     torch.testing.assert_close(ops.l1_distance(few), reference.l1_distance(few))
+    compiled = torch.compile(ops.l1_distance, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(few), reference.l1_distance(few))

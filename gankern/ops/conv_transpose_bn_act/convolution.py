@@ -49,10 +49,11 @@ class Convolution(NamedTuple):
 
     def is_plain(self, input: Tensor, weight: Tensor) -> bool:
         """Whether gankern's kernels may take it."""
-        if self.groups != 1 or _is_torchs(input, weight):
+        if self.groups != 1:
             return False
-        if not torch.compiler.is_compiling() and backends.requested() in _GPU:
-            return True
+        if not torch.compiler.is_compiling() and (name := backends.requested()) in _GPU:
+            # By name, what follows the convolution may have a kernel where it has none.
+            return backends.refusal("conv2d_act", name, input, weight) is None
         dtypes = {input.dtype, weight.dtype}
         if torch.is_autocast_enabled(input.device.type):
             return input.device.type == "cpu" and cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}
@@ -74,12 +75,6 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return (output if bias is None else output + bias.to(output.dtype)).permute(0, 3, 1, 2)
     output = (pixels @ weight.flatten(1)).unflatten(1, weight.shape[1:])
     return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
-
-
-def _is_torchs(input: Tensor, weight: Tensor) -> bool:
-    """Whether a GPU's backend that was asked for by name has kernels for what follows the convolution only."""
-    name = backends.requested()
-    return name in _GPU and backends.refusal("conv2d_act", name, input, weight) is not None
 
 
 def folds(input: Tensor) -> bool:

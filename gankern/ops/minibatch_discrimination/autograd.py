@@ -164,8 +164,9 @@ _FEW_DIFFERENCES = 4000
 
 
 def _is_small(m: Tensor) -> bool:
-    few = m.numel() * m.size(0) < _FEW_DIFFERENCES and m.device.type == "cpu"
-    return few and backends.requested() == "auto" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or m.device.type != "cpu" or backends.requested() != "auto":
+        return False
+    return m.numel() * m.size(0) < _FEW_DIFFERENCES
 
 
 def l1_distance(m: Tensor) -> Tensor:
