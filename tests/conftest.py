@@ -16,8 +16,9 @@ from triton_interpreter import mend
 
 from gankern import _cuda, backend, workspace
 from gankern.nn import stretch
+from gankern.ops.conv_act import cpu as conv_cpu
 from gankern.ops.gradient_penalty import autograd, small
-from gankern.ops.minibatch_discrimination import autograd as pairs
+from gankern.ops.minibatch_discrimination import small as few_pairs
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     mend()
@@ -54,8 +55,9 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
-        monkeypatch.setattr(stretch, "_FEW_PRODUCTS", 0)
-        monkeypatch.setattr(pairs, "_FEW_DIFFERENCES", 0)
+        monkeypatch.setattr(stretch, "_FEW_PRODUCTS", (0, 0))
+        monkeypatch.setattr(few_pairs, "_FEW_DIFFERENCES", 0)
+        monkeypatch.setattr(conv_cpu, "_LEAVES_THIN", False)
 
 
 @pytest.fixture(params=[1, 2])

@@ -1,8 +1,8 @@
 // Batch norm + activation. Bound by bytes: forward reads x twice and writes y, backward reads x and dy twice and writes
 // dx; a pass's sums cost the next pass a look at at most a quarter as many bytes, mostly in L2.
 //
-// Compiled with -DSTORAGE=<type> -DPASS=<0..3, finish: 4> and but for that one -DROWS=0|1 -DVALUES=<values at once>: 16
-// bytes' where pointers, and c or hw, are multiples of it, else 1.
+// Compiled with -DSTORAGE=<type> -DPASS=<0..3, finish: 4>, for that one -DSUMS=<type>, for the others -DROWS=0|1
+// -DVALUES=<values at once>: 16 bytes' where pointers, and c or hw, are multiples of it, else 1.
 #include "batch_norm_act.h"
 
 #if PASS == 0
@@ -153,7 +153,7 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
 #else
 // Sums of many parts, [parts, 2, c], by themselves: to the statistics, or with their invstd to the gradients of weight
 // and bias.
-extern "C" __global__ void batch_norm_finish(const A* sums, const A* shift, index_t parts, A* mean, A* invstd, A* var,
+extern "C" __global__ void batch_norm_finish(const SUMS* sums, const A* shift, index_t parts, A* mean, A* invstd, A* var,
                                              A* grad_weight, A* grad_bias, double count, double eps, index_t c) {
     Place at({1, c, 1, 1, gridDim.x, kWarp});
     with_sums(at, sums, parts, {2 * c, c, 1}, [&](int, index_t channel, double first, double second) {

@@ -211,16 +211,16 @@ __device__ inline void leave_sums(const Place& at, const A (&first)[kValues], co
     }
 }
 
-// Adds up the sums of all parts and calls body(place in block, channel, first, second), by one thread for each of the
+// Adds up the sums of all parts, floats or doubles, and calls body(place in block, channel, first, second), by one thread for each of the
 // block's channels.
-template <class Body>
-__device__ inline void with_sums(const Place& at, const A* sums, index_t parts, const Strides& strides,
+template <class S, class Body>
+__device__ inline void with_sums(const Place& at, const S* sums, index_t parts, const Strides& strides,
                                  const Body& body) {
     double mine[2 * kChannels] = {};
     if (at.inside)
         for (index_t p = threadIdx.x / at.columns; p < parts; p += blockDim.x / at.columns)
             for (int k = 0; k < kChannels; ++k) {
-                const A* there = sums + p * strides.part + (at.channel + k) * strides.channel;
+                const S* there = sums + p * strides.part + (at.channel + k) * strides.channel;
                 mine[k] += there[0];
                 mine[kChannels + k] += there[strides.kind];
             }

@@ -31,8 +31,8 @@ struct Walk {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    conv(const T* source, const T* weight, T* result, const A* scale, const A* shift, const T* activated, A* sums_out,
-         const A* centre, double slope, index_t activation, index_t packed_source, index_t packed_result,
+    conv(const T* source, const T* weight, T* result, const A* scale, const A* shift, const T* activated,
+         double* sums_out, double slope, index_t activation, index_t packed_source, index_t packed_result,
          GANKERN_PROBLEM) {
     const Problem p = GANKERN_THE_PROBLEM;
     // Neighbours share the images: channels vary fastest, then phases.
@@ -115,6 +115,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 
     // Half of the rows at a time go through shared memory, so that packs of neighbours go to memory.
     A* staged = reinterpret_cast<A*>(memory);
+    // Sums of squares are of the difference to the tile's first row: they lose no digits to a large mean.
+    GANKERN_SHARED(A, base, kColumns);
     int n = threadIdx.x % kPacks * kPack, left = p.result_c - n0 - n;  // channels from the thread's first one on
     A below = static_cast<A>(slope), total[kPack] = {}, squares[kPack] = {};
     for (int first = 0; first < kRows; first += kStaged) {
@@ -124,8 +126,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             int row = sums.row(i) - first;
             if (row < 0 || row >= kStaged) continue;
 #pragma unroll
-            for (int j = 0; j < Sums<kUnits>::kThreadColumns; ++j)
+            for (int j = 0; j < Sums<kUnits>::kThreadColumns; ++j) {
                 staged[row * kStride + sums.column(j)] = sums.at(i, j);
+                if (first + row == 0) base[sums.column(j)] = sums.at(i, j);
+            }
         }
         __syncthreads();
 #pragma unroll 1
@@ -137,11 +141,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
             for (int e = 0; e < kPack; ++e) {
                 if (e >= left) continue;
                 A z = staged[row * kStride + n + e];
-                if (scale) z *= scale[n0 + n + e];
-                if (shift) z += shift[n0 + n + e];
-                A off = centre ? z - centre[n0 + n + e] : z;
+                A off = z - base[n + e];
                 total[e] += off;
                 squares[e] += off * off;
+                if (scale) z *= scale[n0 + n + e];
+                if (shift) z += shift[n0 + n + e];
                 z = activated ? activate_backward(z, get(activated + to + e), int(activation), below)
                               : activate(z, int(activation), below);
                 put(&out.values[e], z);
@@ -158,8 +162,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
         staged[(kGroups + threadIdx.x / kPacks) * kColumns + n + e] = squares[e];
     }
     __syncthreads();
-    int which = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
-    A sum = 0;
-    for (int group = 0; group < kGroups; ++group) sum += staged[(which * kGroups + group) * kColumns + column];
-    if (n0 + column < p.result_c) sums_out[(static_cast<index_t>(tile) * 2 + which) * p.result_c + n0 + column] = sum;
+    int column = threadIdx.x, channel = n0 + column;
+    if (column >= kColumns || channel >= p.result_c) return;
+    double first = 0, second = 0;
+    for (int group = 0; group < kGroups; ++group) {
+        first += staged[group * kColumns + column];
+        second += staged[(kGroups + group) * kColumns + column];
+    }
+    int rows = p.images * h.grid * w.grid - m0;
+    double count = rows < 0 ? 0 : rows < kRows ? rows : kRows;
+    double from_zero = static_cast<double>(base[column]) + (shift ? shift[channel] : A(0));
+    double* out = sums_out + static_cast<index_t>(tile) * 2 * p.result_c + channel;
+    out[0] = first + count * from_zero;
+    out[p.result_c] = second + from_zero * (2 * first + count * from_zero);
 }

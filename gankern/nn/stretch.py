@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -92,22 +94,27 @@ def _rows(stretches: list[Stretch]) -> list[list[Stretch]]:
     return rows
 
 
-# Products of a forward pass below which a batch norm costs more by calls from Python than it saves, as measured; what
-# one without a convolution saves is as much as that of so many products for each element.
-_FEW_PRODUCTS = 5e7
-_PRODUCTS_OF_AN_ELEMENT = 350
+# Products of a forward pass below which a stretch without, or with batch norm costs more by calls from Python than it
+# saves, as measured; a batch norm without a convolution saves as much as so many products for each element.
+_FEW_PRODUCTS = (3e7, 1e8)
+_PRODUCTS_OF_AN_ELEMENT = 700
+
+
+def _may_be_small(input: Tensor) -> bool:
+    """A backend that was asked for by name runs, whatever the size."""
+    return not torch.compiler.is_compiling() and input.device.type == "cpu" and backends.requested() == "auto"
 
 
 def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
-    """Whether stock modules are faster, by an estimate; a backend that was asked for by name runs all the same."""
-    if torch.compiler.is_compiling() or backends.requested() != "auto" or input.device.type != "cpu":
+    """Whether stock modules are faster, by an estimate."""
+    if not _may_be_small(input):
         return False
-    norms = [s.bn for s in stretches if s.bn is not None]
     # Stock's SyncBatchNorm does not run on the CPU.
-    if input.dim() != 4 or not norms or any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
+    if input.dim() != 4 or not stretches or any(isinstance(s.bn, nn.SyncBatchNorm) for s in stretches):
         return False
-    products, shape = 0, list(input.shape)
+    products, few, shape = 0, 0.0, list(input.shape)
     for stretch in stretches:
+        few += _FEW_PRODUCTS[stretch.bn is not None]
         if stretch.conv is not None:
             weight, _, options, *_ = block.layer(stretch.conv, *stretch.act)
             before, shape = shape, conv_shape(shape, weight.shape, options)
@@ -115,15 +122,23 @@ def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
             products += n * height * width * weight.numel()
         else:
             products += _PRODUCTS_OF_AN_ELEMENT * math.prod(shape)
-    return products < _FEW_PRODUCTS * len(norms)
+    return products < few
 
 
 def run_steps(steps: Sequence[Step], input: Tensor) -> Tensor:
     """Call the steps one after the other, stretches among them as fused ops."""
-    stretches = [s for s in find_stretches(steps) if s.refusal() is None]
+    stretches = _fusable(steps)
+    return _call(steps, input, False) if _is_small(stretches, input) else _run(steps, stretches, input)
+
+
+def _fusable(steps: Sequence[Step]) -> list[Stretch]:
+    return [s for s in find_stretches(steps) if s.refusal() is None]
+
+
+def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tensor:
     # The kernels know no vmap.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if not stretches or transformed or _is_small(stretches, input):
+    if not stretches or transformed:
         return _call(steps, input, False)
     # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
     turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
@@ -160,8 +175,23 @@ def _call(steps: Sequence[Step], input: Tensor, turns: bool) -> Tensor:
     return input
 
 
+# Sequentials that run stock, with the modules and the shape of the input for which they do.
+_small: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
 class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that runs stretches of convolution, batch norm and activation as fused ops."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_steps(list(self), input)
+        if not _may_be_small(input):
+            return run_steps(list(self), input)
+        # To find out what runs takes as long as a small module: once is enough.
+        key = [*self._modules.values(), input.shape]
+        if _small.get(self) == key:
+            return super().forward(input)
+        steps = list(self)
+        stretches = _fusable(steps)
+        if not _is_small(stretches, input):
+            return _run(steps, stretches, input)
+        _small[self] = key
+        return super().forward(input)

@@ -80,6 +80,27 @@ def test_kernels_are_as_accurate_as_stock(
         assert_as_accurate(got, same, exact, name)
 
 
+@pytest.mark.by_size
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_thin_gradients_are_torchs(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where channels do not fill a vector."""
+    shape, weight = (2, 8, 6, 6), torch.randn(16, 8, 4, 4).contiguous(memory_format=memory_format)
+    x, grad, option = torch.randn(shape), torch.randn(2, 16, 3, 3), options(((2, 2), (1, 1), (1, 1)))
+
+    def found() -> list[Tensor]:
+        return [cpu.conv_input_grad(grad, weight, x, option), cpu.conv_weight_grad(grad, x, weight, option)]
+
+    thin = found()
+    monkeypatch.setattr(cpu, "_LEAVES_THIN", False)
+    for got, want in zip(thin, found(), strict=True):
+        torch.testing.assert_close(got, want)
+        assert got.stride() == want.stride()
+    for name in ("conv_input_grad", "conv_weight_grad"):
+        monkeypatch.setattr(cpu.kernels, name, None)
+    monkeypatch.setattr(cpu, "_LEAVES_THIN", True)
+    found()
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("shape", "channels", "kernel", "geometry"), [s for s in SHAPES if s[0][1] <= 4])

@@ -401,8 +401,8 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def ours(n: int, channels: int, out_channels: int, kernel: int, stride: int) -> list[bool]:
         given = ConvOptions((stride, stride), (1, 1), (1, 1), False, (0, 0), 1)
         geometry = cpu._fit(torch.Size((n, channels, 32, 32)), (out_channels, channels, kernel, kernel), None, given)
-        taken = [not cpu._is_slower(geometry, (kernel, kernel), widens) for widens in (False, True)]
-        return [*taken, not cpu._is_slower_weight(geometry, (kernel, kernel))]
+        taken = [not cpu._is_slower(torch.bfloat16, geometry, (kernel, kernel), widens) for widens in (False, True)]
+        return [*taken, not cpu._is_slower_weight(torch.bfloat16, geometry, (kernel, kernel))]
 
     assert ours(64, 64, 64, 3, 1) == [False] * 3, "a stride of one"
     assert ours(4, 64, 64, 3, 1) == [True] * 3, "few pixels"

@@ -197,12 +197,10 @@ def test_empty_batch(gpu: torch.device) -> None:
     assert ops.batch_norm_act(x, None, None, training=True).shape == x.shape
 
 
-def sums_of(x: Tensor, parts: int, shift: Tensor | None) -> Tensor:
+def sums_of(x: Tensor, parts: int) -> Tensor:
     """As a kernel that makes x would leave them."""
-    wide = x.double() if shift is None else x.double() - shift.double().view(1, -1, *[1] * (x.dim() - 2))
-    rows = wide.movedim(1, -1).flatten(0, -2)
-    cut = [torch.stack([part.sum(0), part.square().sum(0)]) for part in rows.tensor_split(parts)]
-    return torch.stack(cut).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rows = x.double().movedim(1, -1).flatten(0, -2)
+    return torch.stack([torch.stack([part.sum(0), part.square().sum(0)]) for part in rows.tensor_split(parts)])
 
 
 @pytest.mark.parametrize(
@@ -214,13 +212,11 @@ def test_forward_from_given_sums(gpu: torch.device, dtype: torch.dtype, parts: i
         x = x.contiguous(memory_format=memory_format)
         adapter = backends.select("batch_norm_act", x)
         want = reference.forward_train(x.double(), w, b, 1e-3, "tanh", 0.0)
-        for shift in (None, torch.rand(shape[1], device=gpu, dtype=w.dtype) + 2.5):
-            sums = sums_of(x, parts, shift)
-            got = adapter.forward_train_from_sums(x, sums, shift, w, b, 1e-3, "tanh", 0.0)
-            assert got[0].dtype == dtype and got[0].is_contiguous(memory_format=memory_format)
-            tolerance = {torch.float16: 1e-3, torch.float32: 2e-5, torch.float64: 1e-11}[dtype]
-            for g, exact in zip(got, want, strict=True):
-                torch.testing.assert_close(g.double(), exact.double(), rtol=tolerance, atol=tolerance)
+        got = adapter.forward_train_from_sums(x, sums_of(x, parts), w, b, 1e-3, "tanh", 0.0)
+        assert got[0].dtype == dtype and got[0].is_contiguous(memory_format=memory_format)
+        tolerance = {torch.float16: 1e-3, torch.float32: 2e-5, torch.float64: 1e-11}[dtype]
+        for g, exact in zip(got, want, strict=True):
+            torch.testing.assert_close(g.double(), exact.double(), rtol=tolerance, atol=tolerance)
 
 
 def test_statistics_alone(gpu: torch.device) -> None:
@@ -270,6 +266,32 @@ def test_convolution_blocks(
             assert_as_accurate(ours, stock, exact, f"{training} {pixels}")
         if pixels > 1 and memory_format == torch.channels_last:
             assert results[0][0].is_contiguous(memory_format=memory_format)
+
+
+def test_statistics_of_a_block_come_with_its_convolution(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    def no_pass(*args: Any) -> None:
+        raise AssertionError("the convolution's result is read for its statistics")
+
+    monkeypatch.setattr(passes.Passes, "sums_of_values", no_pass)
+    x, w = torch.randn(3, 4, 5, 5, device=gpu), torch.randn(4, 6, 4, 4, device=gpu)
+    # Far from zero, with nothing known of it.
+    bias = torch.full((6,), 1e4, device=gpu)
+    x, w, bias = (t.requires_grad_() for t in (x, w, bias))
+    stats = torch.zeros(6, device=gpu), torch.ones(6, device=gpu)
+    wanted = [t.double() for t in stats]
+    options: dict[str, Any] = {"training": True, "stride": 2, "padding": 1, "activation": "leaky_relu"}
+    output = ops.conv_transpose2d_bn_act(x, w, bias, *stats, None, None, **options)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, bias)]
+    exact = reference.conv_transpose2d_bn_act(*wide, *wanted, None, None, **options)
+    # float32 rounds what lies next to 1e4 to 1e-3.
+    torch.testing.assert_close(output.double(), exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close([t.double() for t in stats], wanted, rtol=1e-4, atol=0)
+    grad = torch.randn_like(output)
+    grads = torch.autograd.grad(output, (x, w), grad)
+    for got, want in zip(grads, torch.autograd.grad(exact, wide[:2], grad.double()), strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm()
 
 
 def test_blocks_of_the_kernels_are_cut_to_fill_the_gpu() -> None:

@@ -337,12 +337,31 @@ def test_bad_include_self() -> None:
 
 
 @pytest.mark.by_size
-def test_few_samples_go_to_plain_torch() -> None:
-    few, many = (torch.randn(n, 5, 3, requires_grad=True) for n in (3, 40))
-    assert type(ops.l1_distance(few).grad_fn).__name__ != "_DistanceBackward"
-    assert type(ops.l1_distance(many).grad_fn).__name__ == "_DistanceBackward"
+@pytest.mark.parametrize("name", ["l1_distance", "minibatch_discrimination"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_few_samples_go_to_plain_torch(name: str, dtype: torch.dtype) -> None:
+    op, oracle = getattr(ops, name), getattr(reference, name)
+    options: list[dict[str, bool]] = [{}] if name == "l1_distance" else [{}, {"include_self": True}]
+
+    def kernels_run(m: Tensor) -> bool:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            op(m)
+        return any(e.key.startswith("gankern::") for e in profile.key_averages())
+
+    few, many = (torch.randn(n, 100, 16, dtype=dtype, requires_grad=True) for n in (3, 20))
+    assert kernels_run(many) and not kernels_run(few)
     with gankern.backend("cpu"):
-        assert type(ops.l1_distance(few).grad_fn).__name__ == "_DistanceBackward"
-    torch.testing.assert_close(ops.l1_distance(few), reference.l1_distance(few))
-    compiled = torch.compile(ops.l1_distance, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(few), reference.l1_distance(few))
+        assert kernels_run(few)
+    few.data[1, :50] = few.data[0, :50]  # ties
+    for option in options:
+        got, want = op(few, **option), oracle(few.double(), **option)
+        assert_as_accurate(got, oracle(few, **option), want, "output")
+        grad = torch.randn_like(got)
+        grads = [torch.autograd.grad(o, few, g, create_graph=True)[0] for o, g in ((got, grad), (want, grad.double()))]
+        torch.testing.assert_close(grads[0], grads[1].to(dtype))
+        first = torch.autograd.grad(op(few, **option), few, grad)[0]
+        torch.testing.assert_close(first, grads[1].to(dtype))
+    if name == "minibatch_discrimination":
+        torch.testing.assert_close(*(torch.autograd.grad(g.square().sum(), few)[0] for g in grads))
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(few), oracle(few))

@@ -127,6 +127,15 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     return input
 
 
+def conv2d_statistics(input: Tensor, layer: Layer) -> tuple[Tensor, Tensor] | None:
+    """A layer's convolution without activation, and what the statistics of its output are made of.
+
+    The sums of each channel's values and of their squares, (parts, 2, C_out) in float64; None where what runs the
+    convolution leaves none.
+    """
+    return autograd.conv2d_statistics(input, layer) if _fit(input, [layer]) else None
+
+
 def _fit(input: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether each layer takes what the one before makes."""
     shape: Sequence[int] = input.shape

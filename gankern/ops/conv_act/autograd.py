@@ -123,6 +123,19 @@ def _backward_fake(
     )
 
 
+def _statistics(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> tuple[Tensor, Tensor]:
+    output, sums = _kernels(input).conv_statistics(input, weight, bias, _options(geometry)[0])
+    return output, sums
+
+
+def _statistics_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    (output,) = _forward_fake(input, [weight], [bias], geometry, ["none"], [0.0])
+    parts = torch.library.get_ctx().new_dynamic_size()
+    return output, torch.empty(parts, 2, output.size(1), dtype=torch.float64, device=input.device)
+
+
 _forward_op = _library.define(
     "conv2d_acts(Tensor input, Tensor[] weights, Tensor?[] biases, int[] geometry, str[] activations,"
     " float[] negative_slopes) -> Tensor[]",
@@ -135,6 +148,13 @@ _backward_op = _library.define(
     " -> (Tensor grad_input, Tensor[] grad_weights, Tensor[] grad_biases)",
     _backward,
     _backward_fake,
+)
+
+
+_statistics_op = _library.define(
+    "conv2d_statistics(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> (Tensor output, Tensor sums)",
+    _statistics,
+    _statistics_fake,
 )
 
 
@@ -175,6 +195,24 @@ class _ConvActs(torch.autograd.Function):
         return grad_input if want_input else None, None, *(next(rest[i % 2]) if w else None for i, w in enumerate(want))
 
 
+class _ConvStatistics(torch.autograd.Function):
+    """A convolution and the sums of its values and squares, which carry no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, geometry: list[int], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output, sums = _statistics_op(input, weight, bias, geometry)
+        ctx.save_for_backward(input, weight, bias)
+        ctx.mark_non_differentiable(sums)
+        ctx.arguments = geometry, ["none"], [0.0]
+        return output, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _ConvActs.backward(ctx, grad_output)
+
+
 def _refusal(layers: Sequence[Layer], chosen: Any) -> str | None:
     for layer in layers:
         if layer.options.groups != 1:
@@ -205,3 +243,15 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     elif torch.is_autocast_enabled("cpu"):
         input = input.to(torch.bfloat16)
     return _ConvActs.apply(input, arguments, *tensors)
+
+
+def conv2d_statistics(input: Tensor, layer: Layer) -> tuple[Tensor, Tensor] | None:
+    """A layer's convolution, and the sums of its values and squares; None where what runs it makes no sums."""
+    if torch.compiler.is_compiling() or input.numel() == 0:
+        return None
+    chosen = backends.select("conv2d_act", input, layer.weight)
+    if not hasattr(chosen, "conv_statistics") or _refusal([layer], chosen) is not None:
+        return None
+    input, weight, bias = autocast(input, layer.weight, layer.bias)
+    output, sums = _ConvStatistics.apply(input, _geometry([layer]), weight, bias)
+    return output, sums

@@ -26,6 +26,9 @@ _STEM = 4
 # of the matrix units; results of a few channels have a kernel of their own.
 _MANY_PIXELS = 1 << 12
 _STEP, _FEW = 32, 8
+# In float32 torch's are faster where channels do not fill the vectors that run along them, of so many values.
+_VECTOR = 16
+_LEAVES_THIN = True
 # Channels that oneDNN sums up at a time with AVX-512.
 _SUM_BLOCK = 16
 
@@ -195,18 +198,22 @@ def _stem(input: Tensor, weight: Tensor, result: Tensor, options: ConvOptions) -
     )
 
 
-def _is_slower(geometry: _Geometry, kernel: Sequence[int], widens: bool) -> bool:
-    """Whether torch's bfloat16 convolution is faster than ours, for an image."""
+def _is_slower(dtype: torch.dtype, geometry: _Geometry, kernel: Sequence[int], widens: bool) -> bool:
+    """Whether torch's convolution is faster than ours, for an image."""
     source, result = (geometry.narrow, geometry.wide) if widens else (geometry.wide, geometry.narrow)
+    if dtype == torch.float32:
+        return _LEAVES_THIN and (_STEM < result[1] < _VECTOR if widens else source[1] <= _STEM)
     if result[0] * result[2] * result[3] <= _MANY_PIXELS or (widens and result[1] <= _FEW):
         return False
     small = source[1] < _STEP and result[1] <= _STEP
     return small or (geometry.options.stride == (1, 1) and max(kernel) > 1)
 
 
-def _is_slower_weight(geometry: _Geometry, kernel: Sequence[int]) -> bool:
+def _is_slower_weight(dtype: torch.dtype, geometry: _Geometry, kernel: Sequence[int]) -> bool:
     """The same for the gradient of a weight."""
     n, channels, h, w = geometry.narrow
+    if dtype == torch.float32:
+        return _LEAVES_THIN and geometry.wide[1] < 2 * _VECTOR
     if n * h * w <= _MANY_PIXELS:
         return False
     small = geometry.wide[1] < _STEP and channels <= _STEP
@@ -283,7 +290,8 @@ def _conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, sum_block: int, finish: Finish
 ) -> Tensor:
     geometry = _geometry(input, weight, bias, options)
-    if input.dtype == torch.bfloat16 and geometry and _is_slower(geometry, weight.shape[2:], options.transposed):
+    # Sums in torch's order are asked for where its bits are.
+    if geometry and not sum_block and _is_slower(input.dtype, geometry, weight.shape[2:], options.transposed):
         geometry = None
     if geometry is None:
         weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
@@ -311,7 +319,7 @@ def conv_input_grad(
     geometry = _geometry(input, weight, None, options)
     activated = None if activation == "none" else channels_last(input)
     finish = Finish(activation, negative_slope, activated)
-    if input.dtype == torch.bfloat16 and geometry and _is_slower(geometry, weight.shape[2:], not options.transposed):
+    if geometry and _is_slower(input.dtype, geometry, weight.shape[2:], not options.transposed):
         geometry = None
     if geometry is None:
         weight = channels_last(weight.to(grad_output.dtype))
@@ -324,11 +332,11 @@ def conv_input_grad(
 def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Gradient of the weight, of which only the shape, dtype and layout are used."""
     geometry = _geometry(input, weight, None, options)
-    if input.dtype == torch.bfloat16 and geometry and _is_slower_weight(geometry, weight.shape[2:]):
+    if geometry and _is_slower_weight(input.dtype, geometry, weight.shape[2:]):
         geometry = None
     if geometry is None:
         like = channels_last(weight.to(input.dtype))
-        return reference.conv_weight_grad(grad_output, input, like, options).to(weight.dtype)
+        return like_layout(reference.conv_weight_grad(grad_output, input, like, options).to(weight.dtype), weight)
     wide, narrow = (grad_output, input) if options.transposed else (input, grad_output)
     wide, narrow, weight = channels_last(wide), channels_last(narrow), dense(weight)
     # Sums are in float32, and stay so where the weight is.

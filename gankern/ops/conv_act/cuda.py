@@ -71,11 +71,11 @@ def _convolve(what: Problem, source: Tensor, weight: Tensor, result: Tensor, fin
         _cuda.launch(kernel, blocks, _THREADS, *tensors, *options, lanes, *what.numbers(), device=device)
         return None
     tiles = phases * -(-pixels // _rows(dtype))
-    sums = torch.empty(tiles, 2, channels, dtype=acc_dtype(dtype), device=device) if finish.statistics else None
+    sums = torch.empty(tiles, 2, channels, dtype=torch.float64, device=device) if finish.statistics else None
     kernel = _cuda.kernel("conv", "conv", dtype, TF32=gpu.allows_tf32(dtype), WIDENS=what.widens)
     blocks = tiles * -(-channels // _COLUMNS)
     packed_result = int(_is_packed(channels, result, weight))
-    arguments = (*tensors, sums, finish.centre, *options, packed_result, *what.numbers())
+    arguments = (*tensors, sums, *options, packed_result, *what.numbers())
     _cuda.launch(kernel, blocks, _THREADS, *arguments, device=device)
     return sums
 

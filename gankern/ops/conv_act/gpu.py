@@ -76,7 +76,7 @@ class Finish(NamedTuple):
     """What becomes of a sum on its way to memory: ``* scale + shift``, then an activation.
 
     With `activated`, an activation's output, it is multiplied by the activation's derivative there instead. Where
-    `statistics` are wanted, the kernel also sums up, for each tile, ``x - centre`` and its squares.
+    `statistics` are wanted, the kernel also sums up, for each tile, the results and their squares.
     """
 
     scale: Tensor | None = None
@@ -85,10 +85,9 @@ class Finish(NamedTuple):
     negative_slope: float = 0.0
     activated: Tensor | None = None
     statistics: bool = False
-    centre: Tensor | None = None
 
 
-#: From images and a weight to a result and, where wanted, sums of shape (tiles, 2, C).
+#: From images and a weight to a result and, where wanted, sums: float64, of shape (tiles, 2, C).
 Convolve = Callable[[Problem, Tensor, Tensor, Tensor, Finish], Tensor | None]
 #: Sums of the products of two sides' pixels into a channels_last weight.
 WeightGrad = Callable[[Tensor, Tensor, Tensor, ConvOptions], None]
@@ -155,14 +154,14 @@ class Kernels(NamedTuple):
         return self._run(input, weight, shape, options, options.transposed, finish)[0]
 
     def conv_statistics(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions, centre: Tensor | None = None
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvOptions
     ) -> tuple[Tensor, Tensor]:
-        """Convolution, and what its statistics are made of: sums before rounding, of shape (parts, 2, C).
+        """Convolution, and the sums of its values and of their squares before rounding.
 
-        Of each part of the pixels they are those of ``x - centre`` and of its squares, in the type of the arithmetic.
+        Shape (parts, 2, C), float64: each part of the pixels adds up differences to one of them in the type of the
+        arithmetic, so that the variance loses no digits of float32 to a large mean.
         """
-        centre = None if centre is None else centre.to(acc_dtype(input.dtype)).contiguous()
-        finish = Finish(*_affine(input.dtype, bias, None, None), statistics=True, centre=centre)
+        finish = Finish(*_affine(input.dtype, bias, None, None), statistics=True)
         shape = reference.conv_shape(input.shape, weight.shape, options)
         output, sums = self._run(input, weight, shape, options, options.transposed, finish)
         assert sums is not None

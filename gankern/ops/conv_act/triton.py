@@ -73,7 +73,6 @@ def _conv(
     shift,
     activated,
     sums,
-    centre,
     slope: tl.float64,
     images: tl.int32,
     source_h: tl.int32,
@@ -179,13 +178,17 @@ def _conv(
     if flags & 2:
         acc = acc + tl.load(shift + n, n < result_c, 0.0)[None, :]
     if flags & 4:
-        kept = acc
-        if flags & 16:
-            kept = acc - tl.load(centre + n, n < result_c, 0.0)[None, :]
-        kept = tl.where(inside[:, None], kept, 0.0)
+        # Squares are of the difference to the tile's mean: they lose no digits to a large one.
+        count = tl.sum(inside.to(A), 0)
+        mean = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / tl.maximum(count, 1)
+        off = tl.where(inside[:, None], acc - mean[None, :], 0.0)
+        rest = tl.sum(off, 0).to(tl.float64)
+        squares = tl.sum(off * off, 0).to(tl.float64)
+        mean = mean.to(tl.float64)
+        total = count.to(tl.float64) * mean
         part = sums + tile.to(tl.int64) * 2 * result_c + n
-        tl.store(part, tl.sum(kept, 0), n < result_c)
-        tl.store(part + result_c, tl.sum(kept * kept, 0), n < result_c)
+        tl.store(part, rest + total, n < result_c)
+        tl.store(part + result_c, squares + mean * (2 * rest + total), n < result_c)
     result += first.to(tl.int64) * result_h * result_w * result_c
     activated += first.to(tl.int64) * result_h * result_w * result_c
     to = ((image - first) * result_h + origin_h + row * result_step_h) * result_w + origin_w + column * result_step_w
@@ -229,14 +232,15 @@ def _config(kind: str, dtype: torch.dtype, precision: str) -> tuple[dict[str, An
     return constants | {"BM": m, "BN": 16 if kind == "few" else n, "BK": k}, {"num_warps": warps, "num_stages": stages}
 
 
-_INTEGERS = [name for name in _conv.arg_names[9:] if not name.isupper()]
+_INTEGERS = [name for name in _conv.arg_names[8:] if not name.isupper()]
 _SIGNATURE = {
     **dict.fromkeys(("source", "weight", "result", "activated"), "T*"),
-    **dict.fromkeys(("scale", "shift", "sums", "centre"), "A*"),
+    **dict.fromkeys(("scale", "shift"), "A*"),
+    "sums": "*fp64",
     "slope": "fp64",
     **dict.fromkeys(_INTEGERS, "i32"),
 }
-_POINTERS = tuple(_conv.arg_names[:8])
+_POINTERS = tuple(_conv.arg_names[:7])
 
 #: Every specialisation that may be launched.
 COMPILED = [
@@ -263,8 +267,8 @@ def _convolve(what: Problem, source: Tensor, weight: Tensor, result: Tensor, fin
     nothing = torch.empty(0, dtype=acc_dtype(source.dtype), device=source.device)
     sums = None
     if finish.statistics:
-        sums = torch.empty(rows, 2, channels, dtype=nothing.dtype, device=source.device)
-    given = (finish.scale, finish.shift, sums, finish.activated, finish.centre)
+        sums = torch.empty(rows, 2, channels, dtype=torch.float64, device=source.device)
+    given = (finish.scale, finish.shift, sums, finish.activated)
     _triton.start(
         _conv,
         (rows * triton.cdiv(channels, constants["BN"]),),
@@ -273,8 +277,7 @@ def _convolve(what: Problem, source: Tensor, weight: Tensor, result: Tensor, fin
         result,
         *(nothing if t is None else t for t in given[:2]),
         result if finish.activated is None else finish.activated,
-        nothing if sums is None else sums,
-        nothing if finish.centre is None else finish.centre,
+        nothing.double() if sums is None else sums,
         finish.negative_slope,
         *what.numbers(),
         ACTIVATIONS[finish.activation],

@@ -306,19 +306,12 @@ def _block(
         assert running_mean is not None and running_var is not None
         scale, shift = affine(bias, running_mean, running_var, bn_weight, bn_bias, eps)
         return normalised(conv, input, weight, scale, shift, activation, negative_slope)
-    return _norm(
-        conv(input, weight, bias),
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        training,
-        momentum,
-        eps,
-        activation,
-        negative_slope,
-        group,
-    )
+    statistics, sums = (running_mean, running_var, bn_weight, bn_bias), None
+    if group is None and (training or running_mean is None):
+        output, sums = conv.with_statistics(input, weight, bias)
+    else:
+        output = conv(input, weight, bias)
+    return _norm(output, *statistics, training, momentum, eps, activation, negative_slope, group, sums)
 
 
 def _norm(
@@ -333,10 +326,11 @@ def _norm(
     activation: str,
     negative_slope: float,
     group: Any,
+    sums: Tensor | None = None,
 ) -> Tensor:
     tensors = (input, running_mean, running_var, weight, bias)
     if group is None:
-        return autograd.batch_norm_act(*tensors, training, momentum, eps, activation, negative_slope)
+        return autograd.batch_norm_act(*tensors, training, momentum, eps, activation, negative_slope, sums)
     return distributed.batch_norm_act(*tensors, momentum, eps, activation, negative_slope, group)
 
 

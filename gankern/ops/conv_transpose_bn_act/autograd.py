@@ -35,6 +35,14 @@ def _train_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     return output, stat, torch.empty_like(stat), torch.empty_like(stat)
 
 
+def _train_from_sums(input: Tensor, sums: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.select("batch_norm_act", input).forward_train_from_sums(input, sums, *args)
+
+
+def _train_from_sums_fake(input: Tensor, sums: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _train_fake(input, *args)
+
+
 def _eval(input: Tensor, *args: Any) -> Tensor:
     return backends.select("batch_norm_act", input).forward_eval(input, *args)
 
@@ -59,6 +67,12 @@ _train_op = _library.define(
     " -> (Tensor output, Tensor mean, Tensor invstd, Tensor var)",
     _train,
     _train_fake,
+)
+_train_from_sums_op = _library.define(
+    "batch_norm_act_train_from_sums(Tensor input, Tensor sums, Tensor? weight, Tensor? bias, float eps, str activation,"
+    " float negative_slope) -> (Tensor output, Tensor mean, Tensor invstd, Tensor var)",
+    _train_from_sums,
+    _train_from_sums_fake,
 )
 _eval_op = _library.define(
     "batch_norm_act_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, str activation,"
@@ -85,8 +99,13 @@ class _Train(torch.autograd.Function):
         eps: float,
         activation: str,
         negative_slope: float,
+        sums: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, invstd, var = _train_op(input, weight, bias, eps, activation, negative_slope)
+        arguments = weight, bias, eps, activation, negative_slope
+        if sums is None:
+            output, mean, invstd, var = _train_op(input, *arguments)
+        else:
+            output, mean, invstd, var = _train_from_sums_op(input, sums, *arguments)
         ctx.save_for_backward(input, weight, bias, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
         ctx.args = eps, activation, negative_slope
@@ -102,7 +121,7 @@ class _Train(torch.autograd.Function):
             grads = reference.backward(grad_output, input, weight, bias, mean, invstd, True, activation, negative_slope)
         else:
             grads = _backward_op(grad_output, input, weight, bias, mean, invstd, True, activation, negative_slope)
-        return (*_wanted(grads, weight, bias), None, None, None)
+        return (*_wanted(grads, weight, bias), None, None, None, None)
 
 
 class _Eval(torch.autograd.Function):
@@ -147,13 +166,15 @@ def batch_norm_act(
     eps: float,
     activation: str,
     negative_slope: float,
+    sums: Tensor | None = None,
 ) -> Tensor:
+    """`sums` are what the batch's statistics are made of, where the input's maker has left them."""
     input = dense(input)
     acc = _native.acc_dtype(input.dtype)
     weight = None if weight is None else weight.to(acc).contiguous()
     bias = None if bias is None else bias.to(acc).contiguous()
     if training or running_mean is None or running_var is None:
-        output, mean, var = _Train.apply(input, weight, bias, eps, activation, negative_slope)
+        output, mean, var = _Train.apply(input, weight, bias, eps, activation, negative_slope, sums)
         if running_mean is not None and running_var is not None:
             count = input.numel() // input.size(1)
             with torch.no_grad():

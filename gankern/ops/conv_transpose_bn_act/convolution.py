@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import autocast, like_layout, memory_format
-from gankern.ops.conv_act import conv2d_acts, cpu, reference
+from gankern.ops.conv_act import conv2d_acts, conv2d_statistics, cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
 Pair = tuple[int, int]
@@ -42,6 +42,16 @@ class Convolution(NamedTuple):
                 input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
             )
         return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def with_statistics(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The convolution, and the sums that its output's statistics are made of where a kernel leaves them."""
+        compiling = torch.compiler.is_compiling()
+        on_gpu = not compiling and (input.device.type != "cpu" or backends.requested() in _GPU)
+        if on_gpu and self.is_plain(input, weight) and not self.is_product(input):
+            found = conv2d_statistics(input, Layer(weight, bias, self.options, "none", 0.0))
+            if found is not None:
+                return found
+        return self(input, weight, bias), None
 
     @property
     def options(self) -> ConvOptions:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gankern import _cuda
 from gankern._cuda import refuse
-from gankern._native import ACTIVATIONS
+from gankern._native import ACTIVATIONS, acc_dtype
 from gankern.ops.conv_transpose_bn_act import passes
 from gankern.ops.conv_transpose_bn_act.passes import PACK_BYTES, Activation, Affine, Cut, Stats, Sums
 
@@ -35,6 +35,10 @@ def _kernel(number: int, dtype: torch.dtype, **defines: Any) -> _cuda.Kernel:
     return _cuda.kernel("batch_norm_act", _NAMES[number], dtype, PASS=number, **defines)
 
 
+def _finish(dtype: torch.dtype, sums: torch.dtype) -> _cuda.Kernel:
+    return _kernel(4, dtype, SUMS=_cuda.TYPES[sums])
+
+
 #: Every specialisation that may be launched.
 KERNELS = [
     *(
@@ -42,7 +46,7 @@ KERNELS = [
         for dtype, rows, number in itertools.product(_cuda.TYPES, (0, 1), range(4))
         for values in (1, PACK_BYTES // dtype.itemsize)
     ),
-    *(_kernel(4, dtype) for dtype in (torch.float32, torch.float64)),
+    *(_finish(*dtypes) for dtypes in itertools.combinations_with_replacement((torch.float32, torch.float64), 2)),
 ]
 
 
@@ -115,7 +119,7 @@ class _Passes(passes.Passes):
         self._finish(sums, None, (None, invstd, None), grads, 0.0)
 
     def _finish(self, sums: Sums, shift: Tensor | None, stats: Any, grads: Any, eps: float) -> None:
-        s, kernel = self.shape, _kernel(4, sums.values.dtype)
+        s, kernel = self.shape, _finish(acc_dtype(self.input.dtype), sums.values.dtype)
         arguments = (sums.values, shift, sums.parts, *stats, *grads, float(s.n * s.hw), eps, s.c)
         _cuda.launch(kernel, -(-s.c // _ROW_VALUES), _ROWS, *arguments, device=self.input.device)
 

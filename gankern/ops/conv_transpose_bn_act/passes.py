@@ -221,7 +221,6 @@ def forward_train_from_sums(
     kind: type[Passes],
     input: Tensor,
     sums: Tensor,
-    shift: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -235,12 +234,8 @@ def forward_train_from_sums(
     input : Tensor
         Contiguous or channels_last.
     sums : Tensor
-        Shape (parts, 2, C), contiguous, float32 (float64 for a float64 input). For each part, however the input is cut
-        into them, and each channel: ``[:, 0]`` the sum of ``x - shift``, ``[:, 1]`` the sum of ``(x - shift) ** 2``.
-        Over all parts each value is in one of them.
-    shift : Tensor or None
-        Shape (C,), of the sums' type: near the mean, as far as it is known, or None for zero. The variance loses the
-        digits by which ``(mean - shift) ** 2`` is larger than it is.
+        Shape (parts, 2, C), contiguous, float64. For each part, however the input is cut into them, and each channel:
+        ``[:, 0]`` the sum of its values, ``[:, 1]`` that of their squares.
     weight, bias, eps, activation, negative_slope
         As in :func:`forward_train`.
     """
@@ -248,13 +243,8 @@ def forward_train_from_sums(
     if input.numel() == 0:
         return output, *_no_stats(input)
     passes, stats, act = kind(input, output), _stats(input), (activation, negative_slope)
-    table = Sums.table(sums)
-    if table.parts <= passes.cut.parts:
-        passes.forward(output, (weight, bias), stats, table, shift, eps, act)
-    else:
-        # Every block would read them all.
-        passes.finish_stats(table, shift, stats, eps)
-        passes.forward_constant(output, (weight, bias), stats[0], stats[1], act)
+    passes.finish_stats(Sums.table(sums), None, stats, eps)
+    passes.forward_constant(output, (weight, bias), stats[0], stats[1], act)
     return output, *stats
 
 

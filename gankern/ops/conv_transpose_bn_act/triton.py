@@ -29,10 +29,12 @@ def _tiles(dtype: torch.dtype, rows: bool, values: int) -> dict[str, Any]:
     return {"ROWS": rows, "R": size // width, "W": width}
 
 
-def _compiled(kernel: Any, dtype: torch.dtype, **constants: Any) -> _triton.Compiled:
+def _compiled(
+    kernel: Any, dtype: torch.dtype, pointers: tuple[tuple[str, str], ...] = (), **constants: Any
+) -> _triton.Compiled:
     storage = dict.fromkeys(("x", "y", "dy", "dx"), "T*")
     integers = dict.fromkeys((*kernels.INTEGERS, "c"), "i64") | dict.fromkeys(("parts", "flags", "act"), "i32")
-    signature = {name: (storage | integers).get(name, "A*") for name in kernel.arg_names}
+    signature = {name: (storage | integers | dict(pointers)).get(name, "A*") for name in kernel.arg_names}
     return _triton.Compiled(kernel, signature, constants, dtype, {"num_warps": _WARPS})
 
 
@@ -45,6 +47,7 @@ COMPILED = [
         for kernel in (kernels.sum_values, kernels.forward, kernels.sum_grads, kernels.input_grad)
     ),
     *(_compiled(kernels.finish, dtype) for dtype in (torch.float32, torch.float64)),
+    _compiled(kernels.finish, torch.float32, (("sums", "*fp64"),)),
 ]
 
 
@@ -116,7 +119,7 @@ class _Passes(passes.Passes):
         self._launch(kernels.input_grad, *arguments, *_numbers(act), strides=sums.strides)
 
     def finish_stats(self, sums: Sums, shift: Tensor | None, stats: Stats, eps: float) -> None:
-        (offset,), _ = _given(sums.values, shift)
+        (offset,), _ = _given(stats[0], shift)
         flags = kernels.SUMS.value | (0 if shift is None else kernels.SHIFT.value)
         self._finish(sums, offset, stats, (stats[0], stats[0]), eps, flags)
 
@@ -126,7 +129,7 @@ class _Passes(passes.Passes):
     def _finish(
         self, sums: Sums, shift: Tensor, stats: Stats, grads: tuple[Tensor, Tensor], eps: float, flags: int
     ) -> None:
-        s, accumulated = self.shape, _triton.types(sums.values.dtype)["A"]
+        s, accumulated = self.shape, _triton.types(self.input.dtype)["A"]
         arguments = (sums.values, shift, sums.parts, *stats, *grads, s.n * s.hw, bits(eps), flags, s.c, accumulated)
         kernels.finish[(-(-s.c // kernels.COLUMNS.value),)](*arguments, num_warps=_WARPS)
 

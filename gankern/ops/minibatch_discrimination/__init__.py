@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gankern.ops import _check
-from gankern.ops.minibatch_discrimination import autograd
+from gankern.ops.minibatch_discrimination import autograd, small
 
 __all__ = ["l1_distance", "minibatch_discrimination"]
 
@@ -56,6 +56,8 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
     """
     _check_m(m)
     _check.boolean("include_self", include_self)
+    if small.is_small(m):
+        return small.Features.apply(m, include_self)
     return autograd.minibatch_discrimination(m, include_self)
 
 
@@ -94,7 +96,7 @@ def l1_distance(m: Tensor) -> Tensor:
     section 3.2.
     """
     _check_m(m)
-    return autograd.l1_distance(m)
+    return small.Distance.apply(m) if small.is_small(m) else autograd.l1_distance(m)
 
 
 def _check_m(m: Tensor) -> None:

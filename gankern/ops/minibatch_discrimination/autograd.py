@@ -78,11 +78,11 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        run = _FeaturesBackward.apply if torch.is_grad_enabled() else _features_backward_op
+        run = FeaturesBackward.apply if torch.is_grad_enabled() else _features_backward_op
         return run(grad_output, *ctx.saved_tensors), None
 
 
-class _FeaturesBackward(torch.autograd.Function):
+class FeaturesBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(grad_output, m)
@@ -125,11 +125,11 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        run = _DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
+        run = DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
         return run(grad_output, *ctx.saved_tensors)
 
 
-class _DistanceBackward(torch.autograd.Function):
+class DistanceBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(m)
@@ -149,7 +149,7 @@ class _DistanceTangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        run = _DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
+        run = DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
         return run(grad_output, *ctx.saved_tensors), None
 
 
@@ -159,17 +159,5 @@ def minibatch_discrimination(m: Tensor, include_self: bool) -> Tensor:
     return _features_op(m, include_self)
 
 
-# Differences of all pairs below which plain torch is faster, as measured: the kernels' calls take longer than they do.
-_FEW_DIFFERENCES = 4000
-
-
-def _is_small(m: Tensor) -> bool:
-    if torch.compiler.is_compiling() or m.device.type != "cpu" or backends.requested() != "auto":
-        return False
-    return m.numel() * m.size(0) < _FEW_DIFFERENCES
-
-
 def l1_distance(m: Tensor) -> Tensor:
-    if _is_small(m):
-        return reference.distance(m)
     return _Distance.apply(m) if torch.is_grad_enabled() and m.requires_grad else _distance_op(m)
