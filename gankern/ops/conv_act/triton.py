@@ -221,7 +221,7 @@ def _config(kind: str, dtype: torch.dtype, precision: str) -> tuple[dict[str, An
     """Constants, and options of the launch, with which no register spills."""
     constants = {"FLAT": kind == "flat", "PRECISION": precision}
     if dtype == torch.float64:
-        blocks, warps, stages = (32, 32, 16), 8, 2
+        blocks, warps, stages = (32, 32, 16), 4 if kind == "few" else 8, 2
     elif precision == "ieee" and dtype == torch.float32:
         blocks, warps, stages = (128, 64, 16) if kind == "packed" else (64, 32, 16), 8, 2
     elif kind == "packed":
