@@ -130,13 +130,13 @@ def cubin(wanted: Kernel, arch: str) -> bytes:
     except OSError:
         code, _ = compile_kernel(wanted, arch)
     try:
-        _write(path, code)
+        write_whole(path, code)
     except OSError:
         backends.logger.warning("compiled kernels cannot be kept in %s", path.parent)
     return code
 
 
-def _write(path: Path, code: bytes) -> None:
+def write_whole(path: Path, code: bytes) -> None:
     """Whole or not at all, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)

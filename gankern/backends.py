@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ logger = logging.getLogger("gankern")
 #: Backends in the order in which ``auto`` tries them.
 NAMES = ("cuda", "triton", "cpu", "reference")
 
-#: Backends of an op that ``auto`` passes over until a GPU has measured them to be faster than what comes after them.
+#: Backends of an op that ``auto`` passes over but where the GPU has measured them to be the fastest: see dispatch.py.
 NOT_BY_AUTO = {"conv2d_act": ("cuda", "triton")}
 
 
@@ -185,14 +186,29 @@ def select(op: str, *tensors: Tensor) -> Any:
         if reason is not None:
             raise BackendUnavailable(f"backend {name!r} cannot run {op}: {reason}")
         return _adapters[op][name]
-    for name in NAMES:
-        known = name in _adapters[op] and name not in NOT_BY_AUTO.get(op, ())
-        if known and _adapters[op][name].refuse(*tensors) is None:
+    for name in _in_order(op, tensors):
+        if _adapters[op][name].refuse(*tensors) is None:
             if (op, name) not in _announced:
                 _announced.add((op, name))
                 logger.info("%s runs on backend %s", op, name)
             return _adapters[op][name]
     raise BackendUnavailable(f"no backend can run {op}")
+
+
+def _in_order(op: str, tensors: Sequence[Tensor]) -> Sequence[str]:
+    """The backends that ``auto`` tries, one after the other."""
+    by_default = _by_default(op)
+    if not tensors or tensors[0].device.type != "cuda":
+        return by_default
+    from gankern import dispatch
+
+    measured = dispatch.fastest(op, *tensors)
+    return by_default if measured not in _adapters[op] else [measured, *(n for n in by_default if n != measured)]
+
+
+@cache
+def _by_default(op: str) -> tuple[str, ...]:
+    return tuple(n for n in NAMES if n in _adapters[op] and n not in NOT_BY_AUTO.get(op, ()))
 
 
 def explain_call(op: str, *tensors: Tensor) -> Explanation:
@@ -203,10 +219,10 @@ def explain_call(op: str, *tensors: Tensor) -> Explanation:
         chosen = None if name in refused else name
         others = {n: f"backend {name!r} was asked for by name" for n in NAMES if n != name and n not in refused}
         return Explanation(op, chosen, refused | others)
-    passed_over = dict.fromkeys(NOT_BY_AUTO.get(op, ()), "not chosen by auto: not measured to be faster")
-    refused = passed_over | refused
-    chosen = next(n for n in NAMES if n not in refused)
+    order = _in_order(op, tensors)
+    chosen = next(n for n in order if n not in refused)
     others = {n: f"{chosen} comes first" for n in NAMES if n != chosen and n not in refused}
+    others |= {n: "not chosen by auto: not measured to be faster" for n in others if n not in order}
     return Explanation(op, chosen, refused | others)
 
 

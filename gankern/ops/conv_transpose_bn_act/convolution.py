@@ -61,9 +61,13 @@ class Convolution(NamedTuple):
         """Whether gankern's kernels may take it."""
         if self.groups != 1:
             return False
-        if not torch.compiler.is_compiling() and (name := backends.requested()) in _GPU:
-            # By name, what follows the convolution may have a kernel where it has none.
-            return backends.refusal("conv2d_act", name, input, weight) is None
+        if not torch.compiler.is_compiling():
+            name = backends.requested()
+            if name in _GPU:
+                # By name, what follows the convolution may have a kernel where it has none.
+                return backends.refusal("conv2d_act", name, input, weight) is None
+            if input.device.type != "cpu":
+                return backends.select("conv2d_act", input, weight) is not reference
         dtypes = {input.dtype, weight.dtype}
         if torch.is_autocast_enabled(input.device.type):
             return input.device.type == "cpu" and cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}

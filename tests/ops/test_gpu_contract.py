@@ -1,0 +1,158 @@
+"""What every op promises on a GPU, whatever runs it: opcheck, torch.compile, streams and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from critics import Residual
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import gankern
+from gankern import ops
+
+Op = Callable[..., Tensor]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.batch_norm_act(x, None, None, weight, bias, training=True)
+
+
+def up(x: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.conv_transpose2d_bn_act(x, kernel, None, None, None, weight, bias, training=True, stride=2, padding=1)
+
+
+def down(x: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.conv2d_bn_act(
+        x, kernel, None, None, None, weight, bias, training=True, stride=2, padding=1, activation="leaky_relu"
+    )
+
+
+def plain(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    return ops.conv2d_act(x, kernel, bias, stride=2, padding=1)
+
+
+# Each with the shapes of its inputs.
+OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
+    "batch_norm_act": (norm, [(3, 4, 5, 5), (4,), (4,)]),
+    "conv_transpose2d_bn_act": (up, [(3, 4, 5, 5), (4, 6, 4, 4), (6,), (6,)]),
+    "conv2d_bn_act": (down, [(3, 4, 6, 6), (6, 4, 4, 4), (6,), (6,)]),
+    "conv2d_act": (plain, [(3, 4, 6, 6), (6, 4, 4, 4), (6,)]),
+    "l1_distance": (ops.l1_distance, [(5, 3, 7)]),
+    "minibatch_discrimination": (ops.minibatch_discrimination, [(5, 3, 7)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A compiled graph leaves convolutions to torch, which knows no tf32 on the CPU.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=OPS)
+def case(request: pytest.FixtureRequest, gpu: torch.device) -> tuple[Op, list[Tensor]]:
+    op, shapes = OPS[request.param]
+    return op, [torch.randn(shape, device=gpu, requires_grad=True) for shape in shapes]
+
+
+def step(op: Op, inputs: list[Tensor]) -> list[Tensor]:
+    """Forward and backward."""
+    output = op(*inputs)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), inputs)]
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the calls of gankern's operators, as they were before the operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gankern" and func not in [f for f, _ in self.found]:
+            self.found.append((func, tree_map_only(Tensor, torch.clone, args)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_pass_opcheck(case: tuple[Op, list[Tensor]]) -> None:
+    with Calls() as calls:
+        step(*case)
+    assert len(calls.found) >= 2
+    for operator, args in calls.found:
+        torch.library.opcheck(operator, args)
+
+
+def test_in_place_operators_pass_opcheck(gpu: torch.device) -> None:
+    parameter = torch.randn(70, device=gpu, requires_grad=True)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = gankern.optim.RMSprop([parameter], lr=1e-2, clip=0.1)
+    with Calls() as calls:
+        optimizer.step()
+        gankern.clip_weights_([parameter], 0.05)
+    assert len(calls.found) == 2
+    for operator, args in calls.found:
+        torch.library.opcheck(operator, args)
+
+
+def test_compiles_to_one_graph(case: tuple[Op, list[Tensor]]) -> None:
+    op, inputs = case
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=False)
+    for got, want in zip(step(compiled, inputs), step(op, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_runs_on_the_current_stream(case: tuple[Op, list[Tensor]]) -> None:
+    op, inputs = case
+    want = step(op, inputs)
+    late = [torch.empty_like(t).fill_(float("nan")).requires_grad_() for t in inputs]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        # A kernel on another stream would not wait for the inputs.
+        torch.cuda._sleep(10_000_000)
+        with torch.no_grad():
+            [t.copy_(x) for t, x in zip(late, inputs, strict=True)]
+        got = step(op, late)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replays_in_a_graph(case: tuple[Op, list[Tensor]]) -> None:
+    op, inputs = case
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(op, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = step(op, inputs)
+    for _ in range(2):
+        with torch.no_grad():
+            [t.normal_() for t in inputs]
+        graph.replay()
+        torch.testing.assert_close(found, step(op, inputs))
+
+
+def test_the_penalty_compiles_to_one_graph(gpu: torch.device) -> None:
+    critic = Residual().to(gpu)
+    real, fake = torch.randn(2, 4, 3, 8, 8, device=gpu)
+    alpha = torch.rand(4, 1, 1, 1, device=gpu)
+
+    def loss() -> Tensor:
+        return critic(fake).mean() - critic(real).mean() + gankern.gradient_penalty(critic, real, fake, alpha=alpha)
+
+    def gradients(run: Callable[[], Tensor]) -> list[Tensor]:
+        return list(torch.autograd.grad(run(), list(critic.parameters())))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled), gradients(loss), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

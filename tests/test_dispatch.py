@@ -1,0 +1,83 @@
+"""What a GPU has measured decides what auto runs there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gankern import backends, dispatch
+
+
+class OnGpu:
+    """What the choice looks at of a tensor on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype, self._size = dtype, size
+
+    def numel(self) -> int:
+        return self._size
+
+
+class Takes:
+    """An adapter that takes all tensors."""
+
+    def refuse(self, *tensors: Any) -> None:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GANKERN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU / 80 GB")
+    monkeypatch.setattr(dispatch, "key", lambda *tensors: ("float32", tensors[0].numel().bit_length() - 1))
+    taking = {name: Takes() for name in backends.NAMES}
+    monkeypatch.setattr(backends, "_adapters", {"conv2d_act": taking, "l1_distance": taking})
+    dispatch._of_device.cache_clear()
+    backends._by_default.cache_clear()
+    yield
+    dispatch._of_device.cache_clear()
+    backends._by_default.cache_clear()
+
+
+def chosen(op: str, size: int) -> str:
+    found = backends.select(op, OnGpu(size))  # type: ignore[arg-type]
+    explained = backends.explain_call(op, OnGpu(size))  # type: ignore[arg-type]
+    assert explained.chosen is not None
+    assert backends._adapters[op][explained.chosen] is found
+    return explained.chosen
+
+
+def test_the_nearest_size_that_was_measured_decides() -> None:
+    assert chosen("l1_distance", 1 << 10) == "cuda"
+    assert chosen("conv2d_act", 1 << 10) == "cpu"  # passed over unless measured
+    dispatch.save("A GPU / 80 GB", {"l1_distance": {"float32": {10: "reference", 20: "triton"}}})
+    assert [chosen("l1_distance", 1 << k) for k in (4, 12, 17, 30)] == ["reference", "reference", "triton", "triton"]
+    assert chosen("conv2d_act", 1 << 10) == "cpu"
+    dispatch.save("A GPU / 80 GB", {"conv2d_act": {"float32": {10: "cuda"}}})
+    assert chosen("conv2d_act", 1 << 10) == "cuda"
+    assert chosen("l1_distance", 1 << 4) == "reference"
+    assert "not measured" in backends.explain_call("conv2d_act", torch.ones(2)).refused["cuda"]
+
+
+def test_another_gpu_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.save("A GPU / 80 GB", {"l1_distance": {"float32": {10: "reference"}}})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Another")
+    dispatch._of_device.cache_clear()
+    assert chosen("l1_distance", 1 << 10) == "cuda"
+
+
+def test_a_file_that_cannot_be_read_is_no_table() -> None:
+    dispatch.path("A GPU / 80 GB").write_text("[1, 2")
+    assert chosen("l1_distance", 1 << 10) == "cuda"
+
+
+def test_calls_are_told_apart_by_the_largest_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert dispatch.key(torch.empty(3), torch.empty(60, 1000, dtype=torch.bfloat16)) == ("bfloat16", 16)
+    assert dispatch.key(torch.empty(0)) == ("float32", 0)
