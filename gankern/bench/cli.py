@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gankern.bench import gpu
+from gankern.bench import ceilings
 from gankern.bench import report as reports
 from gankern.bench.cases import CASES, Case, select
 from gankern.bench.measure import run_case
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     report = Report(command=shlex.join(["gankern", *sys.argv[1:]]), machine=gankern.info())
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        report.machine["ceilings"] = gpu.ceilings(device)
+        report.machine["ceilings"] = ceilings.measure(device)
     interrupted = False
     try:
         with _progress() as progress:
