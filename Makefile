@@ -34,8 +34,9 @@ test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalt
 bench: $(STAMP)  ## Train and time the reference GANs and the ops against stock PyTorch, into out/bench
 	gankern bench --main $(ARGS)
 
-scaling: $(STAMP)  ## Time and memory against size, a table and plots, into out/scaling
-	python benchmarks/scaling.py $(ARGS)
+scaling: $(STAMP)  ## Time and memory against size, tables and plots, into out/scaling
+	gankern bench minibatch_discrimination.training generator_step.dcgan --sweep --sizes width=8,16,32,64 \
+		--out out/scaling $(ARGS)
 
 lint: $(STAMP)  ## Check style and types
 	ruff check

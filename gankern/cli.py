@@ -20,6 +20,18 @@ TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out 
 SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
 
 
+class Completion(argparse.Action):
+    """Print a shell's completion script."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("argument --print-completion: needs shtab: pip install 'gankern[completion]'")
+        print(shtab.complete(build_parser(with_bench=True), args[1]))
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -41,21 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 on failure, 2 on bad usage, 130 after Ctrl-C. Bad usage that argparse finds ends in SystemExit.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser(with_bench=argv[:1] == ["bench"]).parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = args.run
+    command = argv[0] if argv else ""
     try:
+        args = build_parser(with_bench=command == "bench").parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
+    except ModuleNotFoundError as error:
+        extra = {"bench": "bench", "train": "train", "sample": "train"}.get(command)
+        if extra is None:
+            raise
+        return _fail(command, f"needs {error.name}: pip install 'gankern[{extra}]'", 1)
     except KeyboardInterrupt:
-        return _fail(args.command, "interrupted", 130)
+        return _fail(command, "interrupted", 130)
     except UsageError as error:
-        return _fail(args.command, str(error), 2)
+        return _fail(command, str(error), 2)
     except OSError as error:
-        return _fail(args.command, str(error), 1)
+        return _fail(command, str(error), 1)
     except ValueError as error:
         from gankern.data import DataError
         from gankern.train import CheckpointError
 
-        return _fail(args.command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
+        return _fail(command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
 def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
@@ -64,6 +82,12 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
         prog="gankern",
         description="Kernel-accelerated GANs for PyTorch.",
         epilog=TRAIN_EXAMPLE,
+    )
+    parser.add_argument(
+        "--print-completion",
+        action=Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a completion script: eval \"$(gankern --print-completion bash)\"",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
