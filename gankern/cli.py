@@ -87,7 +87,7 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
         "--print-completion",
         action=Completion,
         choices=("bash", "zsh", "tcsh"),
-        help="print a completion script: eval \"$(gankern --print-completion bash)\"",
+        help='print a completion script: eval "$(gankern --print-completion bash)"',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -36,11 +36,11 @@ _TEXTS = """() => {
     .map(e => {
       const style = getComputedStyle(e), drawn = e instanceof SVGElement;
       const a = luminance(drawn ? style.fill : style.color), b = luminance(behind(e));
-      const scale = drawn ? e.getScreenCTM().a : 1;
+      const matrix = drawn ? e.getScreenCTM() : { a: 1, b: 0 };
       return {
         text: e.textContent.trim(), drawn,
         contrast: (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05),
-        pixels: parseFloat(style.fontSize) * scale,
+        pixels: parseFloat(style.fontSize) * Math.hypot(matrix.a, matrix.b),
       };
     });
 }"""

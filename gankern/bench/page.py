@@ -43,8 +43,9 @@ def _sections(report: Report) -> Iterator[Section]:
         yield Section("Training on digits", [_training(report)])
     if any(case.sides for case in report.cases):
         yield Section("Every side", [_sides(report.cases)])
-    for heading, notes in report.notes.items():
-        yield Section(heading, [html.code("\n".join(notes))])
+    if report.notes:
+        blocks = [(html.paragraph(heading), html.code("\n".join(lines))) for heading, lines in report.notes.items()]
+        yield Section("What runs on gankern", [block for pair in blocks for block in pair])
     left_out = _left_out(report)
     if left_out:
         yield Section("Left out or without a time", [html.table(("case", "what", "why"), left_out)])

@@ -104,6 +104,7 @@ def show(report: Report, console: Console) -> None:
 
     def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
         console.print(_table(title, columns, rows, wide))
+        console.print()
 
     if report.cases:
         table("Against the fastest stock variant", CASE_COLUMNS, map(case_row, report.cases))

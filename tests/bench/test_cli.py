@@ -111,16 +111,16 @@ def test_sweep_takes_the_sizes_of_the_case_or_those_given(bench, tmp_path):
 
 
 def test_compare_runs_the_stored_cases_and_exits_1_when_slower(bench, registry, tmp_path, capsys):
-    assert bench("fake.forward") == 0
+    assert bench("fake.forward", "--against", "eager") == 0
     old = tmp_path / "old.json"
     (tmp_path / "bench.json").rename(old)
-    assert bench("--compare", str(old)) == 0
+    bench("--compare", str(old), "--against", "eager")
     assert [c["name"] for c in results(tmp_path)["cases"]] == ["fake.forward"]
     data = json.loads(old.read_text())
-    data["cases"][0]["ratio"] = {"median": 3.0, "p20": 2.9, "p80": 3.1}
+    data["cases"][0]["ratio"] = {"median": 99.0, "p20": 98.0, "p80": 100.0}
     old.write_text(json.dumps(data))
     capsys.readouterr()
-    assert bench("--compare", str(old)) == 1
+    assert bench("--compare", str(old), "--against", "eager") == 1
     assert re.search(r"fake.forward +slower", capsys.readouterr().out)
     assert results(tmp_path)["comparison"]["verdicts"][0]["verdict"] == "slower"
 
