@@ -12,10 +12,11 @@ from gankern.bench import plots, roofline
 from gankern.bench.report import machine_line, results
 from gankern.bench.results import OURS, STOCK, CaseResult, Measured, Report, Sweep
 from gankern.bench.timing import Spread
-from gankern.html import Cell, Section
+from gankern.html import Cell, Section, Tone
 
+Row = list[Cell | str]
 MIB = 2**20
-TONES = {"slower": "worse", "broken": "worse", "faster": "better", "wrong": "worse", "failed": "worse"}
+TONES: dict[str, Tone] = {"slower": "worse", "broken": "worse", "faster": "better", "wrong": "worse", "failed": "worse"}
 _TIMES = ("p20, ms", "p80, ms", "peak MiB")
 
 
@@ -54,13 +55,13 @@ def _sections(report: Report) -> Iterator[Section]:
 
 
 def _cases(cases: list[CaseResult]) -> Markup:
-    columns = ("case", "stock", "stock, ms", "gankern, ms", "ratio", "p20", "p80")
-    columns += ("stock peak MiB", "gankern peak MiB", "error", "allowed")
+    columns = ["case", "stock", "stock, ms", "gankern, ms", "ratio", "p20", "p80"]
+    columns += ["stock peak MiB", "gankern peak MiB", "error", "allowed"]
     return html.table(columns, [_case_row(case, case.name) for case in cases], caption="Fastest stock variant, gankern")
 
 
-def _case_row(case: CaseResult, name: str) -> list[Cell | str]:
-    row: list[Cell | str] = [name]
+def _case_row(case: CaseResult, name: str) -> Row:
+    row: Row = [name]
     if case.best is None or case.ours is None or case.ratio is None:
         row += [Cell(case.status.upper(), tone=TONES.get(case.status, "muted")), *[""] * 7]
     else:
@@ -71,7 +72,7 @@ def _case_row(case: CaseResult, name: str) -> list[Cell | str]:
 
 
 def _sides(cases: list[CaseResult]) -> Markup:
-    rows = [
+    rows: list[Row] = [
         [f"{case.name}: {name}", _ms(side.seconds.median), *_times(side)]
         for case in cases
         for name, side in case.sides.items()
@@ -85,7 +86,8 @@ def _times(side: Measured) -> list[Cell]:
 
 def _shares(report: Report) -> list[Markup]:
     measured = report.machine.get("ceilings", {})
-    rows, bars = [], []
+    rows: list[Row] = []
+    bars = []
     for case in report.cases:
         least = roofline.floor(case, measured)
         if least is None or case.best is None or case.ours is None:
@@ -100,7 +102,7 @@ def _shares(report: Report) -> list[Markup]:
         "algorithm by the rate of a large matrix product, or bytes that must move by the rate of a copy, whichever "
         "takes longer. An algorithm with fewer operations can exceed 100%."
     )
-    ceilings = [[name, Cell(f"{value:.4g}", value)] for name, value in measured.items()]
+    ceilings: list[Row] = [[name, Cell(f"{value:.4g}", value)] for name, value in measured.items()]
     columns = ("case", "bound", "least ms", "stock", "gankern")
     return [
         html.paragraph(text),
@@ -113,7 +115,7 @@ def _shares(report: Report) -> list[Markup]:
 def _sweep(sweep: Sweep) -> list[Markup]:
     points = [(point.size[sweep.dimension], point) for point in sweep.points]
     columns = (sweep.dimension, "side", "median, ms", *_TIMES)
-    rows = [
+    rows: list[Row] = [
         [Cell(str(size), size), name, _ms(side.seconds.median), *_times(side)]
         for size, point in points
         for name, side in point.sides.items()
@@ -130,11 +132,11 @@ def _sweep(sweep: Sweep) -> list[Markup]:
 
 
 def _training(report: Report) -> Markup:
-    columns = ("model", "stock images/s", "gankern images/s", "ratio", "p20", "p80")
-    columns += ("stock peak MiB", "gankern peak MiB", "losses differ", "weights differ")
-    rows: list[list[Cell | str]] = []
+    columns = ["model", "stock images/s", "gankern images/s", "ratio", "p20", "p80"]
+    columns += ["stock peak MiB", "gankern peak MiB", "losses differ", "weights differ"]
+    rows: list[Row] = []
     for result in report.training:
-        row: list[Cell | str] = [result.model]
+        row: Row = [result.model]
         if result.ratio is None:
             row += [Cell(result.status.upper(), tone=TONES.get(result.status, "muted")), *[""] * 6]
         else:
@@ -148,9 +150,9 @@ def _comparison(report: Report) -> list[Markup]:
     assert report.comparison is not None
     blocks = [html.paragraph(f"Since then: {difference}.") for difference in report.comparison.differences]
     columns = ("case", "verdict", "ratio then", "p20 then", "p80 then", "ratio now", "p20 now", "p80 now", "change")
-    rows: list[list[Cell | str]] = []
+    rows: list[Row] = []
     for verdict in report.comparison.verdicts:
-        row: list[Cell | str] = [verdict.name, Cell(verdict.verdict, tone=TONES.get(verdict.verdict, "muted"))]
+        row: Row = [verdict.name, Cell(verdict.verdict, tone=TONES.get(verdict.verdict, "muted"))]
         if verdict.old is not None and verdict.new is not None and verdict.change is not None:
             row += [*_spread(verdict.old), *_spread(verdict.new), Cell(f"{verdict.change - 1:+.0%}", verdict.change)]
         else:
@@ -159,8 +161,8 @@ def _comparison(report: Report) -> list[Markup]:
     return [*blocks, html.table(columns, rows, caption="Noise-aware: ranges apart, and medians by more than 5%")]
 
 
-def _left_out(report: Report) -> list[list[Cell | str]]:
-    rows: list[list[Cell | str]] = []
+def _left_out(report: Report) -> list[Row]:
+    rows: list[Row] = []
     for name, result in results(report):
         if result.status != "ok":
             rows.append([name, Cell(result.status, tone=TONES.get(result.status, "muted")), result.message])
@@ -199,5 +201,5 @@ def _number(value: float | None, form: str) -> Cell:
 
 
 def _spread(ratio: Spread) -> list[Cell]:
-    tone = "better" if ratio.p20 > 1 else "worse" if ratio.p80 < 1 else None
+    tone: Tone | None = "better" if ratio.p20 > 1 else "worse" if ratio.p80 < 1 else None
     return [Cell(f"{ratio.median:.2f}", ratio.median, tone), *(Cell(f"{v:.2f}", v) for v in (ratio.p20, ratio.p80))]
