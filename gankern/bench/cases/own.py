@@ -18,7 +18,9 @@ from gankern.bench.check import Results
 from gankern.bench.own import CLIP, Subject
 from gankern.bench.results import OURS
 
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+# An activation within a rounding error of its kink takes the other slope: stock's own gradients differ by up to 1e-2
+# between its memory layouts, where a batch is small.
+_TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 2e-1}
 
 
 @dataclass(frozen=True)
