@@ -86,7 +86,7 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-completion",
         action=Completion,
-        choices=("bash", "zsh", "tcsh"),
+        choices=("bash", "zsh"),
         help='print a completion script: eval "$(gankern --print-completion bash)"',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -38,14 +38,14 @@ def _sections(report: Report) -> Iterator[Section]:
     shares = _shares(report)
     if shares:
         yield Section("Share of the roofline", shares)
-    for sweep in report.sweeps:
-        yield Section(f"{sweep.name} against {sweep.dimension}", _sweep(sweep))
+    if report.sweeps:
+        yield Section("Against size", [block for sweep in report.sweeps for block in _sweep(sweep)])
     if report.training:
         yield Section("Training on digits", [_training(report)])
     if any(case.sides for case in report.cases):
         yield Section("Every side", [_sides(report.cases)])
     if report.notes:
-        blocks = [(html.paragraph(heading), html.code("\n".join(lines))) for heading, lines in report.notes.items()]
+        blocks = [(html.subheading(heading), html.code("\n".join(lines))) for heading, lines in report.notes.items()]
         yield Section("What runs on gankern", [block for pair in blocks for block in pair])
     left_out = _left_out(report)
     if left_out:
@@ -128,7 +128,7 @@ def _sweep(sweep: Sweep) -> list[Markup]:
         for values, unit, what in ((seconds, "ms", "Time"), (memory, "peak MiB", "Memory"))
         if values
     ]
-    return [*blocks, html.table(columns, rows, caption=name)]
+    return [html.subheading(name), *blocks, html.table(columns, rows, caption=name)]
 
 
 def _training(report: Report) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -95,9 +95,16 @@ def _height(rows: int) -> float:
 
 def _name_row(axes: Axes, palette: Palette, row: int, name: str, value: str) -> None:
     """A row's name above its bar, and its value at the right end: no name then needs a margin."""
-    place = axes.get_yaxis_transform()
-    axes.text(0, row - _NAME, name, transform=place, va="center", color=palette.text)
-    axes.text(1, row - _NAME, value, transform=place, va="center", ha="right", color=palette.text, weight="bold")
+    # On a patch of its own, so that no line runs through it.
+    patch = {"facecolor": palette.surface, "edgecolor": "none", "pad": 0.5}
+    style: dict[str, Any] = {
+        "transform": axes.get_yaxis_transform(),
+        "va": "center",
+        "color": palette.text,
+        "bbox": patch,
+    }
+    axes.text(0, row - _NAME, name, **style)
+    axes.text(1, row - _NAME, value, ha="right", weight="bold", **style)
 
 
 def _rows_only(axes: Axes, rows: int) -> None:

@@ -25,6 +25,11 @@ def paragraph(text: str, *, muted: bool = False) -> Markup:
     return Markup('<p class="muted">{}</p>' if muted else "<p>{}</p>").format(text)
 
 
+def subheading(text: str) -> Markup:
+    """Make a heading within a section."""
+    return Markup("<h3>{}</h3>").format(text)
+
+
 def code(text: str) -> Markup:
     """Make a block of escaped text as it would be typed, such as a command."""
     return Markup('<pre tabindex="0"><code>{}</code></pre>').format(text)
