@@ -1,6 +1,7 @@
 import json
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +54,26 @@ def test_help_has_an_example(command, capsys):
         cli.main([command, "--help"])
     assert exit.value.code == 0
     assert re.search(rf"examples?:\s+gankern {command} ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--print-completion", shell])
+    assert exit.value.code == 0
+    assert "--sweep" in capsys.readouterr().out
+
+
+def test_completion_without_shtab(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    message = "gankern: error: argument --print-completion: needs shtab: pip install 'gankern[completion]'"
+    assert usage_error(["--print-completion", "bash"], capsys) == message
+
+
+def test_an_extra_that_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gankern.bench.cli", None)
+    assert cli.main(["bench"]) == 1
+    assert one_line(capsys).endswith("pip install 'gankern[bench]'")
 
 
 def test_info(capsys):

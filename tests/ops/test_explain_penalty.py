@@ -152,6 +152,7 @@ def test_further_inputs_reach_the_critic() -> None:
     params = [*first.parameters(), *embedding.parameters()]
     found = gankern.explain(gankern.gradient_penalty, critic, real, fake, torch.arange(5), scale=2.0, params=params)
     assert found.taken == {"conv2d": 1}
+    assert found.chosen == "cpu"
 
 
 def test_bad_points_are_named() -> None:

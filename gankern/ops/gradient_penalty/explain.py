@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gankern.backends import Explanation
+from gankern.backends import Explanation, explain_call
 from gankern.ops import _check
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty.autograd import inner_module
@@ -162,6 +162,8 @@ def explain_penalty(found: Explanation, *args: Any, **kwargs: Any) -> Explanatio
     check_points("real", real)
     check_points("fake", fake)
     _check.same_shape("fake", fake, "real", real)
+    # Labels and the like have no say in which backend runs.
+    found = explain_call(found.op, real, fake)
     whole = isinstance(critic, nn.Module) and call.get("params") is None
     with torch.enable_grad():
         is_small = whole and small.is_small(critic, real, trainable(critic, None))
