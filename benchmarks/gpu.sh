@@ -34,13 +34,26 @@ grep -h "ready in" "$out/warmup.log"
 step test timeout 240 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
 tail -n 1 "$out/test.log"
 if command -v compute-sanitizer >/dev/null; then
-    step sanitizer timeout 120 compute-sanitizer --error-exitcode 1 "$python" -m pytest -m gpu -q -x \
-        -p no:cacheprovider tests/ops/test_weight_clip_gpu.py -k "cuda and bits"
+    # Every op by every backend, on small shapes.
+    step sanitizer timeout 150 compute-sanitizer --error-exitcode 1 "$python" -m pytest -m gpu -q -x \
+        -p no:cacheprovider tests/ops/test_gpu_contract.py -k opcheck
 fi
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')
 for dtype in float32 bfloat16; do
-    step "bench-$dtype" timeout 150 "$python" -m gankern.cli bench --device cuda --dtype "$dtype" --seconds 1 \
-        --out "$out" --json "$out/$gpu-$dtype.json"
+    step "bench-$dtype" timeout 150 "$python" -m gankern.cli bench --device cuda --dtype "$dtype" --seconds 1 --tune \
+        --out "$out" --json "$out/$dtype.json" --html "$out/$dtype.html"
     cat "$out/bench-$dtype.log"
 done
+step json "$python" - "$out" "$gpu" <<'EOF'
+import sys
+from pathlib import Path
+
+from gankern.bench.results import Report
+
+out, gpu = Path(sys.argv[1]), sys.argv[2]
+report, *others = (Report.load(path) for path in sorted(out.glob("*float*.json")))
+for other in others:
+    report.cases += other.cases
+report.save(out / f"{gpu}.json")
+EOF
 exit $status

@@ -89,6 +89,7 @@ _override: ContextVar[str | None] = ContextVar("gankern_backend", default=None)
 # Autograd's threads for a GPU have no context of Python's, but torch hands on to them what is kept here.
 _INHERITED = "gankern_backend"
 _announced: set[tuple[str, str]] = set()
+_watchers: list[list[tuple[str, tuple[Tensor, ...]]]] = []
 
 
 def register(op: str, **adapters: ModuleType | Later) -> None:
@@ -166,6 +167,17 @@ def requested() -> str:
     return name
 
 
+@contextmanager
+def watched() -> Iterator[list[tuple[str, tuple[Tensor, ...]]]]:
+    """Lists the ops that a block calls, with their tensors."""
+    calls: list[tuple[str, tuple[Tensor, ...]]] = []
+    _watchers.append(calls)
+    try:
+        yield calls
+    finally:
+        _watchers.remove(calls)
+
+
 def refusal(op: str, name: str, *tensors: Tensor) -> str | None:
     """Why a backend cannot run an op on these tensors; None if it can."""
     adapter = _adapters[op].get(name)
@@ -180,6 +192,8 @@ def select(op: str, *tensors: Tensor) -> Any:
     BackendUnavailable
         If a backend was asked for by name and cannot run the call.
     """
+    for calls in _watchers:
+        calls.append((op, tensors))
     name = requested()
     if name != "auto":
         reason = refusal(op, name, *tensors)

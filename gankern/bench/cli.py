@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gankern import arguments, backends
+from gankern import arguments, backends, dispatch
 from gankern.arguments import UsageError, positive_float, positive_int
 from gankern.bench import ceilings, own, page
 from gankern.bench import report as reports
@@ -68,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", type=Path, metavar="JSON", help="what has changed since a stored result; exit code 1 if slower"
     )
 
+    how.add_argument(
+        "--tune", action="store_true", help="also find each op's fastest backend on this GPU, for auto to go by"
+    )
+
     yours = parser.add_argument_group("your own networks", "MODULE is imported from the current folder or installed")
     yours.add_argument("--critic", metavar="MODULE:FACTORY", help="makes a critic: critic(x), or critic(x, labels)")
     yours.add_argument("--generator", metavar="MODULE:FACTORY", help="makes a generator of such samples")
@@ -108,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     device = arguments.find_device(args.device)
     if args.main and device.type != "cpu":
         raise UsageError("argument --device: --main runs on the CPU; name cases instead")
+    if args.tune and device.type != "cuda":
+        raise UsageError(f"argument --tune: needs --device cuda; got {args.device!r}")
     report = Report(shlex.join(["gankern", *sys.argv[1:]]), _machine(device))
     session = _session(args, report)
     old = None if args.compare is None else _stored(args, report)
@@ -120,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
             report.machine["ceilings"] = ceilings.measure(device)
             session.run_cases(cases, main=args.main)
             session.run_sweeps(sweeps)
+            if args.tune:
+                _tune(args, cases, console)
             if args.main:
                 seconds = QUICK_TRAIN_SECONDS if args.quick else args.train_seconds
                 session.run_training(seconds=seconds, batch=args.batch, out=args.out)
@@ -135,6 +143,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"argument --backend: {report.cases[0].message}")
     regressed = report.comparison is not None and report.comparison.regressed
     return 0 if report.right and not regressed else 1
+
+
+def _tune(args: argparse.Namespace, cases: Sequence[Case], console: Console) -> None:
+    from gankern.bench.tune import tune
+
+    table = tune(cases, dtype=DTYPES[args.dtype], device=args.device, say=console.print)
+    path = dispatch.save(torch.cuda.get_device_name(args.device), table)
+    console.print(f"wrote {path}", style="dim", soft_wrap=True)
 
 
 def _machine(device: torch.device) -> dict[str, object]:

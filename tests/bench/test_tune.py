@@ -1,0 +1,62 @@
+"""The fastest backend of each op is found out by timing them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gankern
+from gankern import dispatch
+from gankern.bench import tune as module
+from gankern.bench.cases import CASES, Case
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that run without a GPU, and one that does not."""
+    monkeypatch.setattr(module, "BACKENDS", ("cuda", "cpu", "reference"))
+
+
+def small(name: str) -> Case:
+    case = CASES[name]
+    sizes = {next(iter(case.tiny)): (2, 3)}
+    return Case(case.name, case.measures, case.setup, case.tiny, case.tiny, sizes=sizes)
+
+
+@pytest.mark.parametrize("fastest", ["cpu", "reference"])
+def test_the_fastest_backend_at_each_size(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    on = module._on
+
+    def taking(name: str, run: object) -> object:
+        nonlocal now
+        now += 1.0 if name == fastest else 2.0
+        return on(name, run)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_on", taking)
+    case, said = small("minibatch_discrimination.training"), []
+    table = module.tune([case], dtype=torch.float32, device="cpu", repeat=3, clock=lambda: now, say=said.append)
+    assert set(table) == {"minibatch_discrimination"}
+    found = table["minibatch_discrimination"]["float32"]
+    assert set(found.values()) == {fastest}
+    assert len(said) == 3 and all(line.endswith(fastest) for line in said)
+    m = torch.empty(2, *list(case.size.values())[1:])
+    assert dispatch.key(m)[1] in found
+
+
+def test_a_backend_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = module._on
+
+    def wrong(name: str, run: object) -> object:
+        results = on(name, run)  # type: ignore[arg-type]
+        return {k: [None if t is None else t + 1 for t in v] for k, v in results.items()} if name == "cpu" else results
+
+    monkeypatch.setattr(module, "_on", wrong)
+    table = module.tune([small("l1_distance.training")], dtype=torch.float32, device="cpu", repeat=2)
+    assert set(table["l1_distance"]["float32"].values()) == {"reference"}
+
+
+def test_other_cases_are_passed_over() -> None:
+    cases = [CASES["critic_step.wgan"], CASES["batch_norm_act.forward"]]
+    assert module.tune(cases, dtype=torch.float32, device="cpu") == {}
+    assert gankern.explain("l1_distance", torch.ones(2, 2, 2)).chosen == "cpu"
