@@ -72,7 +72,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture(
     params=[
         pytest.param(("triton", "cpu"), id="triton-interpreter"),
-        pytest.param(("cuda", "cpu"), id="cuda-on-cpu"),
+        pytest.param(("cuda", "cpu"), id="cuda-on-cpu", marks=pytest.mark.cuda_on_cpu),
         pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
         pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
     ]
