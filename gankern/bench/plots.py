@@ -49,9 +49,9 @@ def shares(bars: Sequence[tuple[str, float, float]]) -> Markup:
     def draw(axes: Axes, palette: Palette) -> None:
         for row, (name, stock, ours) in enumerate(bars):
             labels = ("fastest stock", "gankern") if row == 0 else (None, None)
-            axes.barh(row - 0.08, stock, height=0.16, color=palette.muted, label=labels[0])
-            axes.barh(row + 0.1, ours, height=0.16, color=palette.accent, label=labels[1])
-            _name_row(axes, palette, row, name, f"{stock:.0%} | {ours:.0%}")
+            axes.barh(row, stock, height=0.16, color=palette.muted, label=labels[0])
+            axes.barh(row + 0.17, ours, height=0.16, color=palette.accent, label=labels[1])
+            _name_row(axes, palette, row, name, f"{ours:.0%}")
         axes.axvline(1, color=palette.text, linewidth=1)
         axes.set_xlim(0, max(1.02, *(1.05 * max(bar[1:]) for bar in bars)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

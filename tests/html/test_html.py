@@ -17,7 +17,7 @@ NASTY = "<script>alert('&\"')</script>"
 class Elements(HTMLParser):
     """Start tags with their attributes, and whether every one is closed."""
 
-    VOID = ("meta", "link")
+    VOID = ("meta", "link", "wbr")
 
     def __init__(self, text: str) -> None:
         super().__init__()

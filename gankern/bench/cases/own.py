@@ -154,7 +154,9 @@ def _own_case(size: Size, dtype: torch.dtype, device: str, *, subject: Subject, 
             losses = [getattr(networks, step)(own) for step in steps]
             # Adam turns a rounding error in a gradient near zero into a full step: parameters would not agree.
             clipped = {"parameters": params} if networks.clips else {}
-            return {"loss": losses, "gradients": [p.grad for p in params], **clipped}
+            # Those of a second step are of networks that such an update has moved apart.
+            gradients = [p.grad for p in updated[0].parameters()]
+            return {"loss": losses, "gradients": gradients, **clipped}
 
         return run
 
