@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    import torch
+from gankern.arguments import UsageError, find_device, positive_float, positive_int, seed_int
 
 # gankern.models.MODELS, without importing it for --help.
 MODELS = ("dcgan", "wgan", "wgan-gp")
@@ -21,8 +20,16 @@ TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out 
 SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
 
 
-class UsageError(Exception):
-    """An argument that argparse itself cannot judge."""
+class Completion(argparse.Action):
+    """Print a shell's completion script."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("argument --print-completion: needs shtab: pip install 'gankern[completion]'")
+        print(shtab.complete(build_parser(with_bench=True), args[1]))
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,21 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 on failure, 2 on bad usage, 130 after Ctrl-C. Bad usage that argparse finds ends in SystemExit.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser(with_bench=argv[:1] == ["bench"]).parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = args.run
+    command = argv[0] if argv else ""
     try:
+        args = build_parser(with_bench=command == "bench").parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
+    except ModuleNotFoundError as error:
+        extra = {"bench": "bench", "train": "train", "sample": "train"}.get(command)
+        if extra is None:
+            raise
+        return _fail(command, f"needs {error.name}: pip install 'gankern[{extra}]'", 1)
     except KeyboardInterrupt:
-        return _fail(args.command, "interrupted", 130)
+        return _fail(command, "interrupted", 130)
     except UsageError as error:
-        return _fail(args.command, str(error), 2)
+        return _fail(command, str(error), 2)
     except OSError as error:
-        return _fail(args.command, str(error), 1)
+        return _fail(command, str(error), 1)
     except ValueError as error:
         from gankern.data import DataError
         from gankern.train import CheckpointError
 
-        return _fail(args.command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
+        return _fail(command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
 def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
@@ -69,6 +82,12 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
         prog="gankern",
         description="Kernel-accelerated GANs for PyTorch.",
         epilog=TRAIN_EXAMPLE,
+    )
+    parser.add_argument(
+        "--print-completion",
+        action=Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help='print a completion script: eval "$(gankern --print-completion bash)"',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -164,7 +183,7 @@ def run_train(args: argparse.Namespace) -> int:
     from gankern import data, models
     from gankern.train import fit
 
-    device = _device(args.device)
+    device = find_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     names = ("image_size", "ops", "width", "latent_dim", "batch_size", "n_critic", "lr")
@@ -229,42 +248,6 @@ def run_sample(args: argparse.Namespace) -> int:
     save_grid(sample(gan, args.n, args.seed), out)
     print(out)
     return 0
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"argument --device: expected a device of this machine, got {name!r}") from error
-    return device
-
-
-def positive_int(text: str) -> int:
-    """Type of arguments that are integers of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def seed_int(text: str) -> int:
-    """Type of arguments that are seeds."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text!r}")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """Type of arguments that are positive finite numbers."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
 
 
 def _fail(command: str, message: str, code: int) -> int:

@@ -1,9 +1,8 @@
-"""What only a GPU has: runs as CUDA graphs, and the rates that a card reaches at best."""
+"""What only a GPU has: runs as CUDA graphs."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -11,7 +10,7 @@ from gankern.bench.cases import Run
 
 #: Follows the name of a side that runs as a graph.
 GRAPH = " graph"
-_WARM_UP, _REPEAT = 3, 10
+_WARM_UP = 3
 
 
 def with_graphs(
@@ -55,28 +54,3 @@ def graphed(run: Run) -> Run:
         return dict(results)
 
     return replay  # type: ignore[return-value]
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """Rates of a large copy, bytes read and written a second, and of large matrix products, operations a second."""
-    found = {}
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    found["copy_bytes"] = 2 * source.numel() / _seconds(lambda: target.copy_(source))
-    n = 8192
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        found[f"{str(dtype).removeprefix('torch.')}_flops"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-    return found
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_WARM_UP + _REPEAT):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[_WARM_UP:])

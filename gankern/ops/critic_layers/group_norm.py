@@ -105,6 +105,23 @@ class GroupNormInputGrad(torch.autograd.Function):
         return *grads, None, None, None
 
 
+class Unflatten(torch.autograd.Function):
+    """(N, C, L) in another shape; not a view, so that what follows may change it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = values.shape
+        ctx.set_materialize_grads(False)
+        view = values.view(shape)
+        return torch.empty(0, dtype=view.dtype, device=view.device).set_(
+            view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad_output is None else grad_output.reshape(ctx.shape), None
+
+
 def _move(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves running statistics as stock does: each sample's by itself, then their mean."""
     unbiased = var.clamp_min(0) * (count / (count - 1))
@@ -130,7 +147,7 @@ def _apply(
         return NotImplemented
     affine = [None if t is None else t.contiguous() for t in (weight, bias)]
     values = dense(input).view(*input.shape[:2], -1)
-    return GroupNorm.apply(values, *affine, groups, eps, scope, running).view(input.shape)
+    return Unflatten.apply(GroupNorm.apply(values, *affine, groups, eps, scope, running), input.shape)
 
 
 def group_norm(

@@ -1,0 +1,82 @@
+"""The rates that a device reaches at best, measured: what a time is held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+#: Keys of what :func:`measure` finds, beside ``{dtype}_flops``.
+COPY, CACHED_COPY, CALL = "copy_bytes", "cached_copy_bytes", "call_seconds"
+#: Bytes up to which tensors are taken to lie in a cache: less than a core's second level, or a GPU's.
+CACHED_BYTES = 1 << 20
+
+_WARM_UP, _REPEAT = 3, 10
+_COPIED = {"cpu": 1 << 28, "cuda": 1 << 29}
+_SIDE = {"cpu": 1024, "cuda": 8192}
+_CALLS = 200
+
+
+def measure(
+    device: torch.device | str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+) -> dict[str, float]:
+    """Measure a device with torch's threads as they are; about a second on a CPU.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        ``"cpu"`` or a CUDA device.
+    dtypes : tuple of torch.dtype, optional
+        Of the matrix products.
+
+    Returns
+    -------
+    dict of str to float
+        ``copy_bytes`` and ``cached_copy_bytes``, bytes read and written a second by the copy of a tensor much larger
+        than a cache and of one that fits; ``{dtype}_flops``, operations a second of a large matrix product, such as
+        ``float32_flops``; ``call_seconds``, the time of one call of a torch operator on one number.
+    """
+    device = torch.device(device)
+    found = {COPY: _copy(_COPIED.get(device.type, 1 << 28), device), CACHED_COPY: _copy(CACHED_BYTES // 2, device)}
+    n = _SIDE.get(device.type, 1024)
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        found[flops_key(dtype)] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+    one = torch.zeros(1, device=device)
+    found[CALL] = _seconds(lambda: [one.add_(1) for _ in range(_CALLS)], device) / _CALLS
+    return found
+
+
+def flops_key(dtype: torch.dtype) -> str:
+    """Key of a dtype's matrix product in what :func:`measure` finds."""
+    return f"{str(dtype).removeprefix('torch.')}_flops"
+
+
+def _copy(size: int, device: torch.device) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    # A short copy is repeated, so that the clock's and a launch's own time do not count.
+    calls = max(1, (1 << 25) // size)
+    return 2 * size * calls / _seconds(lambda: [target.copy_(source) for _ in range(calls)], device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few runs: what the device can do undisturbed."""
+    run = _on_gpu if device.type == "cuda" else _on_cpu
+    return min([run(work) for _ in range(_WARM_UP + _REPEAT)][_WARM_UP:])
+
+
+def _on_cpu(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _on_gpu(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
