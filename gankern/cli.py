@@ -17,6 +17,7 @@ MODELS = ("dcgan", "wgan", "wgan-gp")
 
 INFO_EXAMPLE = "example: gankern info --json"
 BENCH_EXAMPLE = "example: gankern bench --help"
+PROFILE_EXAMPLE = "example: gankern profile wgan-gp --steps 20"
 TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out runs/a"
 SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 on failure, 2 on bad usage, 130 after Ctrl-C. Bad usage that argparse finds ends in SystemExit.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser(with_bench=argv[:1] == ["bench"]).parse_args(argv)
+    args = build_parser(with_arguments_of=argv[0] if argv else None).parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args.command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
-def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
-    """Make the parser; the arguments of ``bench`` only on request, since they need torch."""
+def build_parser(*, with_arguments_of: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser; the arguments of ``bench`` and ``profile`` only on request, since they need torch."""
     parser = Parser(
         prog="gankern",
         description="Kernel-accelerated GANs for PyTorch.",
@@ -80,10 +81,17 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time gankern against stock PyTorch", epilog=BENCH_EXAMPLE)
     bench.set_defaults(run=run_bench)
-    if with_bench:
+    if with_arguments_of == "bench":
         from gankern.bench.cli import add_arguments
 
         add_arguments(bench)
+
+    profile = commands.add_parser("profile", help="show where a critic step's time goes", epilog=PROFILE_EXAMPLE)
+    profile.set_defaults(run=run_profile)
+    if with_arguments_of == "profile":
+        from gankern.profile import cli as profile_cli
+
+        profile_cli.add_arguments(profile)
 
     train = commands.add_parser("train", help="train a GAN", epilog=TRAIN_EXAMPLE)
     _add_train_arguments(train)
@@ -153,6 +161,13 @@ def run_info(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     """Run ``gankern bench``."""
     from gankern.bench.cli import run
+
+    return run(args)
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    """Run ``gankern profile``."""
+    from gankern.profile.cli import run
 
     return run(args)
 
