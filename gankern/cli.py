@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    import torch
+from gankern.arguments import UsageError, find_device, positive_float, positive_int, seed_int
 
 # gankern.models.MODELS, without importing it for --help.
 MODELS = ("dcgan", "wgan", "wgan-gp")
@@ -20,10 +19,6 @@ BENCH_EXAMPLE = "example: gankern bench --help"
 PROFILE_EXAMPLE = "example: gankern profile wgan-gp --steps 20"
 TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out runs/a"
 SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
-
-
-class UsageError(Exception):
-    """An argument that argparse itself cannot judge."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,7 +174,7 @@ def run_train(args: argparse.Namespace) -> int:
     from gankern import data, models
     from gankern.train import fit
 
-    device = _device(args.device)
+    device = find_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     names = ("image_size", "ops", "width", "latent_dim", "batch_size", "n_critic", "lr")
@@ -244,42 +239,6 @@ def run_sample(args: argparse.Namespace) -> int:
     save_grid(sample(gan, args.n, args.seed), out)
     print(out)
     return 0
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"argument --device: expected a device of this machine, got {name!r}") from error
-    return device
-
-
-def positive_int(text: str) -> int:
-    """Type of arguments that are integers of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def seed_int(text: str) -> int:
-    """Type of arguments that are seeds."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text!r}")
-    return int(text)
-
-
-def positive_float(text: str) -> float:
-    """Type of arguments that are positive finite numbers."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
 
 
 def _fail(command: str, message: str, code: int) -> int:

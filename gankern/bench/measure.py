@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
+import gankern
+from gankern import backends
+from gankern.arguments import first_line
 from gankern.bench import gpu, timing
 from gankern.bench.cases import Case, Run, Sides
 from gankern.bench.check import Wrong, compare
@@ -20,12 +25,14 @@ def run_case(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    batch: int | None = None,
+    size: Mapping[str, int] | None = None,
+    backend: str | None = None,
     against: Collection[str] | None = None,
     without: Mapping[str, str] | None = None,
     repeat: int = 15,
     budget: float = 3.0,
     tiny: bool = False,
+    on_checked: Callable[[CaseResult], None] = lambda result: None,
     clock: timing.Clock = time.perf_counter,
 ) -> CaseResult:
     """Check that every side of a case computes the same, then time them in turn.
@@ -34,8 +41,10 @@ def run_case(
     ----------
     case : Case
         What to run.
-    dtype, device, batch, tiny
-        Passed to the case's setup; `batch` replaces its batch size, `tiny` all its sizes.
+    dtype, device, size, tiny
+        Passed to the case's setup; `size` replaces those of its sizes that it names, `tiny` all of them.
+    backend : str, optional
+        For gankern's sides, as `gankern.backend` takes it; the one in force by default.
     against : collection of str, optional
         The stock variants to compare with; all by default.
     without : mapping of str to str, optional
@@ -44,6 +53,8 @@ def run_case(
         Rounds.
     budget : float
         Seconds after which no further round starts.
+    on_checked : callable
+        Told that everything is right, with the error and without any time yet.
     clock : callable
         Returns seconds.
 
@@ -52,55 +63,80 @@ def run_case(
     CaseResult
         Without any time, unless its status is "ok".
     """
-    size = dict(case.tiny if tiny else case.size)
-    if batch is not None and "batch" in size:
-        size["batch"] = batch
+    sizes = dict(case.tiny if tiny else case.size)
+    sizes |= {name: value for name, value in (size or {}).items() if name in sizes}
     result = CaseResult(
-        case.name, case.measures, str(dtype).removeprefix("torch."), device, size, "skipped", "not in this dtype"
+        case.name,
+        case.measures,
+        str(dtype).removeprefix("torch."),
+        device,
+        sizes,
+        "skipped",
+        "not in this dtype",
     )
     if dtype not in case.dtypes:
         return result
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    try:
-        sides = case.setup(size, dtype, device)
-        runs, error, left_out = checked(sides, against, without)
-        if torch.device(device).type == "cuda":
-            runs, left_out = gpu.with_graphs(runs, sides.ours.keys(), left_out, against)
-    except Wrong as wrong:
-        return replace(result, status="wrong", message=str(wrong))
-    except Exception as failure:
-        return replace(result, status="failed", message=_one_line(failure))
-    result = replace(
-        result,
-        error=error,
-        tolerance=sides.tolerance,
-        work=sides.work,
-        unit=sides.unit,
-        moved_bytes=sides.moved_bytes,
-        flops=timing.flops(next(iter(sides.stock.values()))) if device != "cpu" else None,
-        left_out=left_out,
-    )
-    own = {name for name in runs if name in sides.ours or name.removesuffix(gpu.GRAPH) in sides.ours}
-    if runs.keys() == own:
-        return replace(result, message="no stock variant to compare with")
+    too_large = _too_large(case.needs(sizes, dtype), device)
+    if "reference" in too_large:
+        return replace(result, message=f"the reference {too_large['reference']}")
+    with nullcontext() if backend is None else gankern.backend(backend):
+        result = replace(result, backend=backends.requested())
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        try:
+            sides = case.setup(sizes, dtype, device)
+            runs, error, left_out = checked(sides, against, {**too_large, **(without or {})})
+            if torch.device(device).type == "cuda":
+                runs, left_out = gpu.with_graphs(runs, sides.ours.keys(), left_out, against)
+        except Wrong as wrong:
+            return replace(result, status="wrong", message=str(wrong))
+        except gankern.BackendUnavailable as refused:
+            return replace(result, message=str(refused))
+        except Exception as failure:
+            return replace(result, status="failed", message=first_line(failure))
+        result = replace(
+            result,
+            error=error,
+            tolerance=sides.tolerance,
+            work=sides.work,
+            unit=sides.unit,
+            moved_bytes=sides.moved_bytes,
+            left_out=left_out,
+        )
+        own = {name for name in runs if name in sides.ours or name.removesuffix(gpu.GRAPH) in sides.ours}
+        if runs.keys() == own:
+            return replace(result, message="no stock variant to compare with")
+        on_checked(result)
+        result = _timed(result, runs, own, repeat, budget, clock)
+        return replace(result, flops=_flops(sides, left_out))
 
-    calls = timing.calls_per_sample(runs, clock=clock, device=device)
-    times = timing.rounds(runs, repeat, calls=calls, budget=budget, clock=clock, device=device)
+
+def _timed(
+    result: CaseResult, runs: Mapping[str, Run], own: Collection[str], repeat: int, budget: float, clock: timing.Clock
+) -> CaseResult:
+    calls = timing.calls_per_sample(runs, clock=clock, device=result.device)
+    times = timing.rounds(runs, repeat, calls=calls, budget=budget, clock=clock, device=result.device)
     best, ours, ratio = timing.ratio(times, own)
+    peaks = {name: timing.peak_memory(run, result.device) for name, run in runs.items()}
     return replace(
         result,
         status="ok",
         message="",
         rounds=len(times[ours]),
         calls=calls,
-        sides={
-            name: Measured(timing.Spread.of(times[name]), timing.peak_memory(run, device)) for name, run in runs.items()
-        },
+        sides={name: Measured(timing.Spread.of(times[name]), peaks[name]) for name in runs},
         best=best,
         ours=ours,
         ratio=ratio,
     )
+
+
+def _flops(sides: Sides, left_out: Collection[str]) -> int | None:
+    """Operations of a call; counted on the first stock variant, which is eager."""
+    first, run = next(iter(sides.stock.items()))
+    if sides.flops is not None or first in left_out:
+        return sides.flops
+    return timing.flops(run) or None
 
 
 def checked(
@@ -134,10 +170,16 @@ def checked(
                 compare(run(), want, sides.tolerance)
             runs[name] = run
         except Exception as failure:
-            left_out[name] = _one_line(failure)
+            left_out[name] = first_line(failure)
     return {**runs, **sides.ours}, error, left_out
 
 
-def _one_line(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:200]
+def _too_large(needs: Mapping[str, int], device: str) -> dict[str, str]:
+    """Why each variant that needs more than half of the device's memory is left out."""
+    if not needs:
+        return {}
+    if torch.device(device).type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {name: f"needs about {n / 2**30:.0f} GiB" for name, n in needs.items() if n > memory // 2}

@@ -45,7 +45,9 @@ class CaseResult:
     moved_bytes : int or None
         Fewest bytes that one call must read and write, where memory bounds it.
     flops : int or None
-        Operations of one call of stock, as torch counts them; on a GPU only.
+        Operations of one call of stock, as torch counts them, or the fewest known.
+    backend : str
+        The one in force for gankern's sides.
     left_out : dict of str to str
         Stock variants that could not run, and why.
     """
@@ -70,6 +72,52 @@ class CaseResult:
     ours: str | None = None
     ratio: Spread | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A case at several sizes of one dimension, smallest first."""
+
+    name: str
+    dimension: str
+    points: list[CaseResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a case has changed since a stored result; see `gankern.bench.compare`.
+
+    Attributes
+    ----------
+    old, new : Spread or None
+        Ratio of a stock variant's time to gankern's, then and now.
+    change : float or None
+        Median of new / median of old: below 1 gankern has lost.
+    message : str
+        What was compared, or why it cannot be.
+    """
+
+    name: str
+    verdict: Literal["slower", "faster", "within noise", "broken", "not compared"]
+    old: Spread | None = None
+    new: Spread | None = None
+    change: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Verdicts against a stored result, and what else differs between the two runs."""
+
+    path: str
+    differences: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def regressed(self) -> bool:
+        """Whether anything is slower or no longer right."""
+        return any(verdict.verdict in ("slower", "broken") for verdict in self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -109,18 +157,32 @@ class TrainingResult:
 
 @dataclass
 class Report:
-    """Everything about one run; `machine` is `gankern.info()`."""
+    """Everything about one run.
+
+    Attributes
+    ----------
+    command : str
+        As it was typed.
+    machine : dict
+        `gankern.info()`, with ``ceilings`` of `gankern.bench.ceilings` and the ``device`` that they are of.
+    notes : dict of str to list of str
+        Lines about the run, by heading.
+    """
 
     command: str
     machine: dict[str, Any]
     cases: list[CaseResult] = field(default_factory=list)
     training: list[TrainingResult] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
+    comparison: Comparison | None = None
+    notes: dict[str, list[str]] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
     def right(self) -> bool:
         """Whether nothing was wrong and nothing failed."""
-        statuses = [case.status for case in self.cases] + [training.status for training in self.training]
+        points = [point for sweep in self.sweeps for point in sweep.points]
+        statuses = [result.status for result in (*self.cases, *points, *self.training)]
         return all(status in ("ok", "skipped") for status in statuses)
 
     def save(self, path: Path) -> None:
@@ -135,12 +197,16 @@ class Report:
         Raises
         ------
         ValueError
-            Where the file is of another schema.
+            Where the file is something else, or of another schema.
         """
-        data = json.loads(path.read_text())
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {data.get('schema')!r}, expected {SCHEMA}")
-        return _build(cls, data)
+        try:
+            data = json.loads(path.read_text())
+            schema = data.get("schema")
+            if schema == SCHEMA:
+                return _build(cls, data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a result of gankern bench, got something else: {error}") from error
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema!r}")
 
 
 def _build(kind: type[T], value: Any) -> T:

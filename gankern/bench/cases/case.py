@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -17,6 +17,7 @@ Run = Callable[[], Results]
 Size = Mapping[str, int]
 
 OURS_CHANNELS_LAST = f"{OURS} channels_last"
+STEPS = ("critic_step", "generator_step", "training_step")
 DOUBLE_BACKWARD = "torch.compile does not support double backward"
 # Relative error in norm against float64; bfloat16 carries 8 bits, and a gradient sums many of its roundings.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -44,7 +45,9 @@ class Sides:
     left_out : dict of str to str
         Stock variants that cannot do this work, and why.
     moved_bytes : int or None
-        Fewest bytes that one call must read and write, where memory bounds it.
+        Fewest bytes that one call must read and write.
+    flops : int or None
+        Fewest operations of one call, where torch cannot count those of stock.
     """
 
     reference: Run
@@ -55,6 +58,7 @@ class Sides:
     tolerance: float
     left_out: dict[str, str] = field(default_factory=dict)
     moved_bytes: int | None = None
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,10 @@ class Case:
         The default sizes; ``tiny`` replaces them where only correctness counts.
     not_in_main : mapping of str to str
         Stock variants that the main job has no time for, and why.
+    sizes : mapping of str to sequence of int
+        Sizes to sweep over, by dimension; the first dimension is the main one.
+    needs : callable
+        ``needs(size, dtype)``: bytes that a stock variant takes, where they grow beyond a machine's memory.
     """
 
     name: str
@@ -82,6 +90,8 @@ class Case:
     tiny: Size
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     not_in_main: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    needs: Callable[[Size, torch.dtype], Mapping[str, int]] = lambda size, dtype: {}
 
     @property
     def group(self) -> str:
@@ -91,7 +101,7 @@ class Case:
     @property
     def is_op(self) -> bool:
         """Whether it measures one op, not a step of a model."""
-        return self.group not in ("critic_step", "generator_step")
+        return self.group not in STEPS
 
 
 def gankern() -> ModuleType:
@@ -132,6 +142,12 @@ def double_backward(function: Callable[[Tensor], Tensor], x: Tensor, grad_output
         return {"gradient": [gradient], "second gradient": [second]}
 
     return run
+
+
+def least_bytes(inputs: Iterable[Tensor], output: Tensor, *, backward: bool) -> int:
+    """Bytes of inputs read and an output written once; backward reads inputs and a gradient, and writes gradients."""
+    read, written = sum(t.nbytes for t in inputs), output.nbytes
+    return 3 * read + 2 * written if backward else read + written
 
 
 def under_autocast(device: str, enabled: bool = True) -> AbstractContextManager[None]:

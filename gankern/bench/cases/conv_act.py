@@ -20,6 +20,7 @@ from gankern.bench.cases.case import (
     forward,
     forward_backward,
     gankern,
+    least_bytes,
     random_tensor,
     under_autocast,
 )
@@ -74,12 +75,14 @@ def _case(size: Size, dtype: torch.dtype, device: str, *, backward: bool) -> Sid
         work=n,
         unit="images",
         tolerance=TOLERANCE[dtype],
+        moved_bytes=least_bytes(tensors.values(), grad_output, backward=backward),
     )
 
 
 _SIZES: dict[str, Any] = {
     "size": {"batch": 64, "channels": 64, "outputs": 128, "image_size": 16},
     "tiny": {"batch": 3, "channels": 5, "outputs": 4, "image_size": 6},
+    "sizes": {"batch": (8, 16, 32, 64, 128), "channels": (16, 32, 64, 128), "image_size": (8, 16, 32)},
 }
 
 CASES = [

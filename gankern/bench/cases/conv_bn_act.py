@@ -20,6 +20,7 @@ from gankern.bench.cases.case import (
     forward,
     forward_backward,
     gankern,
+    least_bytes,
     random_tensor,
     under_autocast,
 )
@@ -110,7 +111,7 @@ def _norm_case(
         work=n,
         unit="images",
         tolerance=TOLERANCE[dtype],
-        moved_bytes=None if conv is not None else output.numel() * dtype.itemsize * (8 if backward else 2),
+        moved_bytes=least_bytes(tensors.values(), output, backward=backward),
     )
 
 
@@ -118,12 +119,14 @@ def _conv_sizes(channels: int, outputs: int, image_size: int) -> dict[str, Any]:
     return {
         "size": {"batch": 64, "channels": channels, "outputs": outputs, "image_size": image_size},
         "tiny": {"batch": 3, "channels": 5, "outputs": 4, "image_size": 6},
+        "sizes": {"batch": (8, 16, 32, 64, 128), "channels": (32, 64, 128, 256), "image_size": (4, 8, 16, 32)},
     }
 
 
 _NORM: dict[str, Any] = {
     "size": {"batch": 64, "channels": 64, "image_size": 32},
     "tiny": {"batch": 3, "channels": 5, "image_size": 7},
+    "sizes": {"batch": (8, 16, 32, 64, 128), "channels": (16, 32, 64, 128), "image_size": (8, 16, 32, 64)},
 }
 
 

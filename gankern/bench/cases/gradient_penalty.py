@@ -80,6 +80,7 @@ def _penalty_case(size: Size, dtype: torch.dtype, device: str, *, critic: type[n
 
 _PENALTY: dict[str, Any] = {
     "tiny": {"batch": 3, "channels": 2, "width": 4, "image_size": 8},
+    "sizes": {"batch": (8, 16, 32, 64, 128), "width": (8, 16, 32), "image_size": (16, 32, 64)},
     "not_in_main": {"compile": "takes 15 to 40 s to compile; `gankern bench gradient_penalty` has it"},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from gankern.bench.cases.case import (
 from gankern.bench.check import Results
 from gankern.bench.results import OURS
 
+if TYPE_CHECKING:
+    from gankern.models.gan import GAN
+
 MODELS = ("dcgan", "wgan", "wgan-gp")
 
 
@@ -32,15 +35,26 @@ def _with_alpha(loss: Callable[..., Tensor], critic: nn.Module, real: Tensor, fa
     return loss(critic, real, fake, torch.rand(len(real), 1, 1, 1, device=real.device))
 
 
-def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, network: str) -> Sides:
-    """Sides of a whole step of one network of a reference GAN: losses, backward, optimizer."""
+def _update(gan: GAN, network: str, images: Tensor, latent: Tensor) -> list[Tensor]:
+    """Make a step of one network, or those of a whole iteration; return the losses."""
+    from gankern.bench.training import Batch, iteration
     from gankern.train import steps
 
+    if network == "critic":
+        return [steps.critic_step(gan, images, latent)]
+    if network == "generator":
+        return [steps.generator_step(gan, latent)]
+    return iteration(gan, Batch([images] * gan.n_critic, [latent] * (gan.n_critic + 1), seed=1))
+
+
+def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, network: str) -> Sides:
+    """Sides of a step of a reference GAN: losses, backward, optimizer; of one network, or of both in turn."""
     n, image_size = size["batch"], size["image_size"]
     real = torch.rand(n, 1, image_size, image_size).mul(2).sub(1).to(device)
     latent: Tensor | None = None
     start: dict[str, dict[str, Tensor]] = {}
-    penalised = model == "wgan-gp" and network == "critic"
+    penalised = model == "wgan-gp" and network != "generator"
+    networks = ("generator", "critic") if network == "both" else (network,)
 
     def side(ops: str, variant: str = "eager") -> Run:
         nonlocal latent
@@ -51,7 +65,8 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
             module.load_state_dict(start.setdefault(name, copy.deepcopy(module.state_dict())))
             if variant == "channels_last":
                 to_channels_last(module)
-            elif variant == "compile" and not penalised:
+            # The compiled loss holds the critic's penalty, which no module compiled by itself can give.
+            elif variant == "compile" and not (penalised and name == "critic"):
                 module.compile(dynamic=False)
         if penalised and variant in ("func_grad", "compile"):
             loss = stock.wgan_gp_loss
@@ -61,16 +76,15 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
         if latent is None:
             latent = gan.sample_latent(n).to(device)
         images = real.contiguous(memory_format=torch.channels_last) if variant == "channels_last" else real
-        args = (images, latent) if network == "critic" else (latent,)
-        step = getattr(steps, f"{network}_step")
-        params = list(getattr(gan, network).parameters())
+        step = partial(_update, gan, network, images, latent)
+        params = [p for name in networks for p in getattr(gan, name).parameters()]
 
         def run() -> Results:
             # Both sides draw the same interpolation points.
             torch.manual_seed(1)
             with under_autocast(device, dtype is torch.bfloat16):
-                loss = step(gan, *args)
-            return {"loss": [loss], "gradients": [p.grad for p in params], "parameters": params}
+                losses = step()
+            return {"loss": losses, "gradients": [p.grad for p in params], "parameters": params}
 
         return run
 
@@ -88,17 +102,22 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
 _STEP: dict[str, Any] = {
     "size": {"batch": 64, "width": 32, "image_size": 32},
     "tiny": {"batch": 4, "width": 4, "image_size": 8},
+    "sizes": {"batch": (1, 4, 16, 64, 128), "width": (8, 16, 32, 64), "image_size": (16, 32, 64)},
 }
 
 CASES = [
     *(
         Case(
-            f"{network}_step.{model}",
-            f"a whole {network} step of {model}",
+            f"{kind}.{model}",
+            f"{measures} of {model}",
             partial(_step_case, model=model, network=network),
             **_STEP,
         )
-        for network in ("critic", "generator")
+        for kind, network, measures in (
+            ("critic_step", "critic", "a whole critic step"),
+            ("generator_step", "generator", "a whole generator step"),
+            ("training_step", "both", "a whole training step: the paper's number of critic steps, a generator step,"),
+        )
         for model in MODELS
     ),
 ]

@@ -74,7 +74,7 @@ def _weights_case(size: Size, dtype: torch.dtype, device: str, *, optimizer: boo
     )
 
 
-_WEIGHTS: dict[str, Any] = {"size": {"width": 64}, "tiny": {"width": 3}}
+_WEIGHTS: dict[str, Any] = {"size": {"width": 64}, "tiny": {"width": 3}, "sizes": {"width": (8, 16, 32, 64, 128)}}
 
 CASES = [
     Case(

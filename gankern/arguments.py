@@ -1,0 +1,70 @@
+"""Types and errors of the command line's arguments."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UsageError(ValueError):
+    """An argument that argparse itself cannot judge; the message is one line and names it."""
+
+
+def positive_int(text: str) -> int:
+    """Type of arguments that are integers of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Type of arguments that are positive finite numbers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def seed_int(text: str) -> int:
+    """Type of arguments that are seeds."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Type of arguments that are shapes, such as ``3,64,64``."""
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected positive integers such as 3,64,64, got {text!r}")
+    return tuple(map(int, sizes))
+
+
+def find_device(name: str) -> torch.device:
+    """Check a torch device.
+
+    Raises
+    ------
+    UsageError
+        If this machine does not have it.
+    """
+    import torch
+
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"argument --device: expected a device of this machine, got {name!r}") from error
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__

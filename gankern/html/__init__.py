@@ -1,0 +1,20 @@
+"""Reports as one self-contained HTML page: tables, figures, light and dark. Needs jinja2 and matplotlib."""
+
+from gankern.html.figures import figure
+from gankern.html.page import Section, code, paragraph, render_page, write_page
+from gankern.html.palettes import DARK, LIGHT, Palette
+from gankern.html.tables import Cell, table
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Cell",
+    "Palette",
+    "Section",
+    "code",
+    "figure",
+    "paragraph",
+    "render_page",
+    "table",
+    "write_page",
+]
