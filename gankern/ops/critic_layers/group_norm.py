@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern import backends
-from gankern._layout import dense
+from gankern._layout import dense, not_a_view
 from gankern.ops.critic_layers import reference
 from gankern.ops.critic_layers.scope import Scope
 
@@ -105,6 +105,19 @@ class GroupNormInputGrad(torch.autograd.Function):
         return *grads, None, None, None
 
 
+class Unflatten(torch.autograd.Function):
+    """(N, C, L) in the shape of the images; not a view, so that an activation may be in place."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = rows.shape
+        return not_a_view(rows.view(shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output.reshape(ctx.shape), None
+
+
 def _move(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves running statistics as stock does: each sample's by itself, then their mean."""
     unbiased = var.clamp_min(0) * (count / (count - 1))
@@ -130,7 +143,7 @@ def _apply(
         return NotImplemented
     affine = [None if t is None else t.contiguous() for t in (weight, bias)]
     values = dense(input).view(*input.shape[:2], -1)
-    return GroupNorm.apply(values, *affine, groups, eps, scope, running).view(input.shape)
+    return Unflatten.apply(GroupNorm.apply(values, *affine, groups, eps, scope, running), input.shape)
 
 
 def group_norm(
