@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterator
 
 import gankern
+from gankern.bench.own import CLIP
 from gankern.bench.results import OURS, STOCK
 from gankern.bench.timing import Spread
-from gankern.ops.gradient_penalty import PenaltyExplanation
 from gankern.profile.measure import Measurement
 from gankern.profile.results import Advice, Phase, StepProfile
 from gankern.profile.sides import Side
-from gankern.profile.subject import CLIP
 
 PENALTY = "gankern.gradient_penalty"
 # Shares of a step from which on something is worth a line.
@@ -111,19 +110,14 @@ def _of_the_step(ours: StepProfile, ceilings: dict[str, float]) -> Iterator[Advi
 
 
 def _of_the_critic(side: Side) -> Iterator[Advice]:
-    subject = side.subject
-    if subject.loss != "wgan-gp":
+    found = side.explain()
+    if found is None:
         return
-    real, labels = subject.data()
-    with subject.autocast():
-        found = gankern.explain(gankern.gradient_penalty, side.critic, real, subject.fake(), *labels)
     if any("BatchNorm" in type(module).__name__ and module.training for module in side.critic.modules()):
         yield Advice(
             "the critic has batch norm: the penalty couples the samples of a batch (Gulrajani et al. 2017, section 4, "
             "use layer norm)"
         )
-    if not isinstance(found, PenaltyExplanation):
-        return
     if found.small:
         yield Advice(f"critic and batch are so small that {PENALTY} leaves the passes to stock autograd")
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,18 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import gankern
+from gankern.arguments import UsageError, find_device, first_line, positive_int, shape
 from gankern.bench import ceilings
+from gankern.bench.own import LOSSES, Subject, build
 from gankern.bench.results import OURS, STOCK
-from gankern.cli import positive_int
+from gankern.profile import page
 from gankern.profile import report as reports
 from gankern.profile.advice import advise
+from gankern.profile.feed import LOSS_OF, Feed, of_model
 from gankern.profile.measure import Measurement
 from gankern.profile.results import ProfileReport
 from gankern.profile.sides import make_sides
-from gankern.profile.subject import LOSS_OF, Subject, UsageError, build, of_model, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOSSES = ("wgan-gp", "wgan", "gan")
 EXAMPLES = """examples:
   gankern profile wgan-gp --steps 20
   gankern profile --critic mymodule:make_critic --shape 3,64,64 --batch 32
@@ -39,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("model", nargs="?", metavar="MODEL", choices=tuple(LOSS_OF), help=", ".join(LOSS_OF))
     what.add_argument("--critic", metavar="MODULE:FACTORY", help="makes the critic, in place of MODEL's")
     what.add_argument("--generator", metavar="MODULE:FACTORY", help="makes the generator; random samples without it")
-    what.add_argument("--shape", type=_shape, metavar="C,H,W", help="of one sample, 2 for points; MODEL: 1,32,32")
-    what.add_argument("--latent", type=_shape, default=(128,), metavar="D,...", help="of one latent, default 128")
+    what.add_argument("--shape", type=shape, metavar="C,H,W", help="of one sample, 2 for points; MODEL: 1,32,32")
+    what.add_argument(
+        "--latent", type=shape, metavar="D,...", help="of one latent; default by --generator's first layer"
+    )
     what.add_argument("--labels", type=positive_int, metavar="K", help="call critic(x, y) with labels of K classes")
     what.add_argument("--loss", choices=LOSSES, help="default MODEL's, or wgan-gp")
     what.add_argument("--batch", type=positive_int, default=64, metavar="N", help="samples a step, default %(default)s")
@@ -57,36 +62,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `gankern profile`; return the exit code: 1 where a step fails, 2 for bad arguments, 130 after Ctrl-C."""
-    try:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        torch.manual_seed(0)
-        subject = _subject(args)
-        subject.check()
-    except UsageError as error:
-        return _fail(str(error), 2)
+    """Run `gankern profile`; return the exit code: 1 where a step fails, 130 after Ctrl-C.
+
+    Raises
+    ------
+    UsageError
+        For an argument that cannot be used.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Without it Kineto greets at every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    torch.manual_seed(0)
+    subject = _subject(args)
+    subject.check(args.batch)
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    report = ProfileReport(_describe(subject), gankern.info())
+    report = ProfileReport(_describe(args, subject), shlex.join(["gankern", *sys.argv[1:]]), gankern.info())
     traces = _traces(args)
     interrupted = False
     try:
         report.machine["ceilings"] = ceilings.measure(subject.device)
-        measured = Measurement(make_sides(subject), traces, args.steps)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        measured = Measurement(make_sides(Feed(subject, args.batch)), traces, args.steps)
+        try:
+            with _progress() as progress:
+                task = progress.add_task("steps", total=1.0)
+                measured.run(lambda share: progress.update(task, completed=share))
+        except KeyboardInterrupt:
+            interrupted = True
     except Exception as error:
-        return _fail(one_line(error), 1)
-    try:
-        with _progress() as progress:
-            task = progress.add_task("steps", total=1.0)
-            measured.run(lambda share: progress.update(task, completed=share))
-    except KeyboardInterrupt:
-        interrupted = True
-    except Exception as error:
-        return _fail(one_line(error), 1)
+        return _fail(f"a step of {args.model or args.critic} failed: {first_line(error)}", 1)
     report.sides, report.overhead = measured.profiles(), measured.overhead()
     report.advice = advise(measured, report.ceilings)
     reports.show(report, console)
@@ -95,32 +101,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _subject(args: argparse.Namespace) -> Subject:
-    options = {
-        "loss": args.loss,
-        "batch": args.batch,
-        "device": _device(args.device),
-        "dtype": DTYPES[args.dtype],
-    }
+    device, dtype = find_device(args.device), DTYPES[args.dtype]
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"argument --device: expected a CPU or CUDA device, got {args.device!r}")
     if (args.model is None) == (args.critic is None):
         got = "neither" if args.model is None else "both"
         raise UsageError(f"argument MODEL: expected MODEL or --critic MODULE:FACTORY, got {got}")
     if args.model is not None:
-        for name in ("generator", "labels"):
+        for name in ("generator", "labels", "latent"):
             if getattr(args, name) is not None:
-                raise UsageError(f"argument --{name}: needs --critic; {args.model} has its own")
-        return of_model(args.model, args.shape or (1, 32, 32), **options)
+                raise UsageError(f"argument --{name}: needs --critic; {args.model} has its own networks")
+        return of_model(args.model, args.shape or (1, 32, 32), loss=args.loss, device=device, dtype=dtype)
     if args.shape is None:
-        raise UsageError("argument --shape: --critic needs the shape of one sample, such as 3,64,64 or 2")
-    options["loss"] = args.loss or "wgan-gp"
-    generator = None if args.generator is None else build("--generator", args.generator)
+        raise UsageError("argument --shape: needed by --critic: the shape of one sample, such as 3,64,64 or 2")
     critic = build("--critic", args.critic)
-    return Subject(args.critic, critic, generator, args.shape, args.latent, args.labels, **options)
+    generator = None if args.generator is None else build("--generator", args.generator)
+    latent = args.latent or ()
+    return Subject(critic, generator, args.shape, latent, args.labels, args.loss or "wgan-gp", device, dtype)
 
 
-def _describe(subject: Subject) -> str:
+def _describe(args: argparse.Namespace, subject: Subject) -> str:
     parts = [
-        f"{subject.name}: critic step of {subject.loss}",
-        f"batch {subject.batch} of {','.join(map(str, subject.shape))}",
+        f"{args.model or args.critic}: critic step of {subject.loss}",
+        f"batch {args.batch} of {','.join(map(str, subject.shape))}",
         f"{sum(p.numel() for p in subject.critic.parameters())} parameters",
         "autocast to bfloat16" if subject.dtype is torch.bfloat16 else "float32",
         f"{torch.get_num_threads()} threads" if subject.device.type == "cpu" else str(subject.device),
@@ -137,26 +140,9 @@ def _traces(args: argparse.Namespace) -> dict[str, Path]:
 def _save(report: ProfileReport, args: argparse.Namespace, traces: dict[str, Path], console: Console) -> None:
     path = args.json or args.out / "profile.json"
     report.save(path)
-    written = [path, *(trace for trace in traces.values() if trace.exists())]
+    page.save(report, args.out / "profile.html")
+    written = [path, args.out / "profile.html", *(trace for trace in traces.values() if trace.exists())]
     console.print("wrote " + ", ".join(map(str, written)), style="dim", soft_wrap=True)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"argument --device: expected a device of this machine, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"argument --device: expected a CPU or CUDA device, got {name!r}")
-    return device
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    parts = text.replace("x", ",").split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected positive integers such as 3,64,64, got {text!r}")
-    return tuple(map(int, parts))
 
 
 def _progress() -> Progress:

@@ -165,9 +165,7 @@ class CriticSteps:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device is not None and self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        return torch.profiler.profile(
-            activities=activities, profile_memory=True, on_trace_ready=self._read_trace, acc_events=True
-        )
+        return torch.profiler.profile(activities=activities, on_trace_ready=self._read_trace, acc_events=True)
 
     def _read_trace(self, profiler: Any) -> None:
         if self._mode != TRACED:
@@ -253,7 +251,7 @@ class CriticSteps:
         )
 
     def _phase(self, name: str, seconds: float, faults: float) -> Phase:
-        work = self._work.get(name, Work(0, 0, 0)) if self._work else Work(None, None, None)  # type: ignore[arg-type]
+        work = self._work.get(name, Work(0, 0, 0, 0)) if self._work else ()
         if not self._traced:
             return Phase(name, seconds, faults, *work)
         traced = self._traced.get(name, traces.Traced())
@@ -261,7 +259,7 @@ class CriticSteps:
         total = sum(traced.nodes.values())
         nodes = {node: spent / total for node, spent in traced.nodes.most_common(3)}
         device_seconds = traced.device_seconds if on_gpu else None
-        return Phase(name, seconds, faults, *work, traced.allocated, device_seconds, nodes)
+        return Phase(name, seconds, faults, *work, device_seconds=device_seconds, nodes=nodes)
 
 
 class _Step:

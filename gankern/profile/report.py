@@ -14,24 +14,12 @@ from gankern.profile.meters import OTHER
 from gankern.profile.results import Limits, Phase, ProfileReport, StepProfile
 
 SIDES = ("phase", "stock, ms", "share", "gankern, ms", "share", "saved, ms")
-DETAIL = (
-    "phase",
-    "ms",
-    "share",
-    "GFLOP",
-    "of peak",
-    "MB",
-    "of copy",
-    "bound by",
-    "calls",
-    "faults",
-    "MB alloc.",
-    "worth, ms",
-)
+DETAIL = ("phase", "ms", "share", "GFLOP", "GFLOP/s", "MB", "GB/s", "bound by", "calls", "new MB", "worth, ms")
 LEGEND = (
-    "Shares of the step. GFLOP: products and convolutions; of peak, of copy: the rate against a large matrix product's "
-    "and a copy's, measured at the start (in a cache a rate may pass the copy's). Bound by: the largest of what "
-    "arithmetic, memory and calls would take by themselves. Worth: the time above the larger of arithmetic and memory."
+    "Shares are of the step. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share "
+    "of the ceiling measured at the start; data that lies in a cache may pass the copy's. Bound by: which of "
+    "arithmetic, memory and the calls themselves would take the longest alone. New MB: tensors made outside of "
+    "gankern's workspace. Worth: the time above what arithmetic and memory need at least."
 )
 
 
@@ -43,17 +31,12 @@ def show(report: ProfileReport, console: Console) -> None:
             _table("Where the step's time goes", SIDES, comparison_rows(report.sides[STOCK], report.sides[OURS]))
         )
     for name, profile in report.sides.items():
-        console.print(
-            _table(
-                f"{name}: {headline(profile, report.overhead.get(name))}", DETAIL, detail_rows(profile, report.ceilings)
-            )
-        )
+        title = f"{name}: {headline(profile, report.overhead.get(name))}"
+        console.print(_table(title, detail_columns(profile), detail_rows(profile, report.ceilings)))
     if report.sides:
         console.print(LEGEND, style="dim", markup=False)
     for advice in report.advice:
         console.print(f"- {advice.text}", markup=False, highlight=False)
-    for note in report.notes:
-        console.print(note, style="dim", markup=False)
     console.print(ceilings_line(report.ceilings), style="dim", markup=False)
 
 
@@ -71,7 +54,7 @@ def format_profile(profile: StepProfile, ceilings: dict[str, float] | None = Non
     str
     """
     console = Console(file=io.StringIO(), width=140, record=True)
-    console.print(_table(headline(profile), DETAIL, detail_rows(profile, ceilings)))
+    console.print(_table(headline(profile), detail_columns(profile), detail_rows(profile, ceilings)))
     return console.export_text()
 
 
@@ -90,75 +73,69 @@ def headline(profile: StepProfile, overhead: float | None = None) -> str:
 
 def comparison_rows(stock: StepProfile, ours: StepProfile) -> list[list[str]]:
     """Cells under `SIDES`."""
-    rows = []
-    for name in phase_names(stock, ours):
-        sides = [stock.phase(name), ours.phase(name)]
-        rows.append([_indented(name), *_cells(sides, [stock.mean_seconds, ours.mean_seconds])])
-        if name == "penalty":
-            whole = [_whole(profile, name) for profile in (stock, ours)]
-            rows[-1] = [name, *_cells(whole, [stock.mean_seconds, ours.mean_seconds])]
-    step = [Phase("", stock.mean_seconds), Phase("", ours.mean_seconds)]
-    return [*rows, ["step", *_cells(step, [stock.mean_seconds, ours.mean_seconds])]]
+    sides = [profile.grouped() | {"step": profile.whole} for profile in (stock, ours)]
+    steps = [profile.mean_seconds for profile in (stock, ours)]
+    return [_compared(name, [side.get(name) for side in sides], steps) for name in _in_order(*sides)]
 
 
-def phase_names(*profiles: StepProfile) -> list[str]:
-    """Phases of several profiles, each group's parts under it."""
-    names = list(dict.fromkeys(phase.name for profile in profiles for phase in profile.phases))
+def _in_order(*sides: Iterable[str]) -> list[str]:
+    """Names of all sides, parts under their group, the rest of the step and the step itself last."""
+    names = list(dict.fromkeys(name for side in sides for name in side))
     groups = list(dict.fromkeys(name.partition("/")[0] for name in names))
-    grouped = [name for group in groups if group != OTHER for name in dict.fromkeys([group, *_parts(names, group)])]
-    return [*grouped, OTHER]
+    groups.sort(key=lambda group: (group == "step", group == OTHER))
+    return [
+        name
+        for group in groups
+        for name in sorted((n for n in names if n.partition("/")[0] == group), key=lambda n: n.endswith("/rest"))
+    ]
 
 
-def _parts(names: Iterable[str], group: str) -> list[str]:
-    return [name for name in names if name.startswith(f"{group}/")]
-
-
-def _whole(profile: StepProfile, group: str) -> Phase | None:
-    seconds = profile.seconds_of(group)
-    return Phase(group, seconds) if seconds else None
-
-
-def _cells(sides: Sequence[Phase | None], steps: Sequence[float]) -> list[str]:
-    cells = []
-    for phase, step in zip(sides, steps, strict=True):
+def _compared(name: str, phases: Sequence[Phase | None], steps: Sequence[float]) -> list[str]:
+    cells = [_indented(name)]
+    for phase, step in zip(phases, steps, strict=True):
         cells += ["", ""] if phase is None else [f"{phase.seconds * 1e3:.2f}", f"{phase.seconds / step:.1%}"]
-    stock, ours = (0.0 if phase is None else phase.seconds for phase in sides)
+    stock, ours = (0.0 if phase is None else phase.seconds for phase in phases)
     return [*cells, f"{(stock - ours) * 1e3:+.2f}"]
 
 
+def detail_columns(profile: StepProfile) -> tuple[str, ...]:
+    """Headings of `detail_rows`."""
+    return (*DETAIL, "kernels, ms" if profile.device != "cpu" else "page faults")
+
+
 def detail_rows(profile: StepProfile, ceilings: dict[str, float] | None) -> list[list[str]]:
-    """Cells under `DETAIL`."""
-    rows = []
-    for name in phase_names(profile):
-        phase = profile.phase(name)
-        if phase is None:
-            rows.append([name, *[""] * (len(DETAIL) - 1)])
-        else:
-            rows.append(_detail(phase, profile, ceilings))
-    return rows
+    """Cells under `detail_columns`."""
+    grouped = profile.grouped() | {"step": profile.whole}
+    return [_detail(grouped[name], profile, ceilings) for name in _in_order(grouped)]
 
 
 def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float] | None) -> list[str]:
-    limits = Limits.of(phase, profile.dtype, ceilings) if ceilings else Limits(None, None, None)
-    seconds = max(phase.seconds, 1e-12)
+    members = [p for p in profile.phases if phase.name in (p.group, p.name, "step")] or [phase]
+    limits = Limits.of(members, profile.dtype, ceilings) if ceilings else Limits()
+    on_gpu = profile.device != "cpu"
     return [
         _indented(phase.name),
         f"{phase.seconds * 1e3:.2f}",
         f"{phase.seconds / profile.mean_seconds:.1%}",
         _amount(phase.flops, 1e9, ".3f"),
-        f"{limits.compute / seconds:.0%}" if limits.compute else "",
+        _rate(phase.flops, phase.seconds, limits.compute),
         _amount(phase.bytes, 1e6, ".1f"),
-        f"{limits.memory / seconds:.0%}" if limits.memory else "",
+        _rate(phase.bytes, phase.seconds, limits.memory),
         limits.bound or "",
         str(phase.calls) if phase.calls else "",
-        f"{phase.page_faults:.0f}" if phase.page_faults >= 0.5 else "",
         _amount(phase.allocated, 1e6, ".1f"),
         "" if limits.floor is None else f"{max(0.0, phase.seconds - limits.floor) * 1e3:.2f}",
+        _amount(phase.device_seconds, 1e-3, ".2f") if on_gpu else _amount(phase.page_faults, 1, ".0f"),
     ]
 
 
-def _amount(value: int | None, unit: float, form: str) -> str:
+def _amount(value: float | None, unit: float, form: str) -> str:
     return f"{value / unit:{form}}" if value else ""
+
+
+def _rate(amount: int | None, seconds: float, least: float | None) -> str:
+    """Giga a second, and the share of the ceiling."""
+    return f"{amount / seconds / 1e9:.1f} {least / seconds:>4.0%}" if amount and seconds and least else ""
 
 
 def _indented(name: str) -> str:

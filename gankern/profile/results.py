@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gankern.bench import ceilings
 from gankern.bench.timing import Spread
 
 SCHEMA = 1
-COMPUTE, MEMORY, CALLS = "compute", "memory", "calls"
+COMPUTE, MEMORY, OVERHEAD = "compute", "memory", "overhead"
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,9 @@ class Phase:
         Mean over the steps kept.
     page_faults : float
         Mean over the same steps: first touches of freshly allocated memory, on the CPU.
-    flops, bytes, calls : int or None
-        Operations of products and convolutions, bytes that operators read and write, and operators, of one step.
-    allocated : int or None
-        Bytes that operators took of the allocator in one step.
+    flops, bytes, calls, allocated : int or None
+        Operations of products and convolutions, bytes that operators read and write, operators, and bytes of new
+        tensors, those in gankern's workspace left out; of one step.
     device_seconds : float or None
         Of the GPU's kernels, in one step.
     nodes : dict of str to float
@@ -46,6 +46,16 @@ class Phase:
     allocated: int | None = None
     device_seconds: float | None = None
     nodes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """The phase that this is a part of, or its own name."""
+        return self.name.partition("/")[0]
+
+    @property
+    def part(self) -> str:
+        """Its name within the group; empty where it is none's part."""
+        return self.name.partition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -76,42 +86,79 @@ class StepProfile:
     phases: tuple[Phase, ...]
     peak_bytes: int | None = None
 
+    @property
+    def whole(self) -> Phase:
+        """The step as one phase."""
+        return total("step", self.phases)
+
+    def grouped(self) -> dict[str, Phase]:
+        """Phases by name, each followed by its parts, which are in it here; what is in no part is ``"phase/rest"``."""
+        found: dict[str, Phase] = {}
+        for group in dict.fromkeys(phase.group for phase in self.phases):
+            parts = [phase for phase in self.phases if phase.group == group]
+            found[group] = total(group, parts)
+            if len(parts) > 1:
+                parts.sort(key=lambda phase: phase.name == group)
+                found |= {
+                    name: replace(p, name=name) for p in parts for name in [p.name if p.part else f"{group}/rest"]
+                }
+        return found
+
     def phase(self, name: str) -> Phase | None:
         """The phase of a name, without its parts."""
         return next((phase for phase in self.phases if phase.name == name), None)
 
     def seconds_of(self, *names: str) -> float:
         """Seconds of phases with all their parts."""
-        return sum(p.seconds for p in self.phases if p.name.partition("/")[0] in names or p.name in names)
+        return sum(phase.seconds for phase in self.phases if phase.group in names)
+
+
+def total(name: str, phases: Sequence[Phase]) -> Phase:
+    """Sum of phases, one at least."""
+
+    def added(amount: str) -> Any:
+        found = [value for phase in phases if (value := getattr(phase, amount)) is not None]
+        return sum(found) if found else None
+
+    amounts = ("seconds", "page_faults", "flops", "bytes", "calls", "allocated", "device_seconds")
+    return Phase(name, *map(added, amounts))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Least seconds of a phase by each of a machine's ceilings; None where nothing was counted."""
+    """Least seconds of a phase by each of a machine's ceilings; None where nothing was counted.
 
-    compute: float | None
-    memory: float | None
-    calls: float | None
+    Attributes
+    ----------
+    compute, memory, calls : float or None
+        Of the arithmetic, of the bytes moved and of the calls, each alone.
+    floor : float or None
+        Of arithmetic and memory together: what the same operators need at least.
+    """
+
+    compute: float | None = None
+    memory: float | None = None
+    calls: float | None = None
+    floor: float | None = None
 
     @classmethod
-    def of(cls, phase: Phase, dtype: str, measured: dict[str, float]) -> Limits:
-        """Hold a phase's amounts against what `gankern.bench.ceilings.measure` found."""
-        if phase.calls is None or phase.flops is None or phase.bytes is None:
-            return cls(None, None, None)
+    def of(cls, phases: Sequence[Phase], dtype: str, measured: dict[str, float]) -> Limits:
+        """Hold what phases do, one after the other, against what `gankern.bench.ceilings.measure` found."""
         peak = measured.get(f"{dtype}_flops", measured["float32_flops"])
-        small = phase.bytes <= ceilings.CACHED_BYTES * max(phase.calls, 1)
-        bandwidth = measured[ceilings.CACHED_COPY if small else ceilings.COPY]
-        return cls(phase.flops / peak, phase.bytes / bandwidth, phase.calls * measured[ceilings.CALL])
-
-    @property
-    def floor(self) -> float | None:
-        """Seconds that the arithmetic and the memory traffic of these operators need at least."""
-        return None if self.compute is None or self.memory is None else max(self.compute, self.memory)
+        rows = []
+        for phase in phases:
+            if phase.flops is None or phase.bytes is None or phase.calls is None:
+                continue
+            cached = phase.bytes <= ceilings.CACHED_BYTES * max(phase.calls, 1)
+            memory = phase.bytes / measured[ceilings.CACHED_COPY if cached else ceilings.COPY]
+            compute = phase.flops / peak
+            rows.append((compute, memory, phase.calls * measured[ceilings.CALL], max(compute, memory)))
+        return cls(*map(sum, zip(*rows, strict=True))) if rows else cls()
 
     @property
     def bound(self) -> str | None:
         """What takes the most of its time."""
-        known = {COMPUTE: self.compute, MEMORY: self.memory, CALLS: self.calls}
+        known = {COMPUTE: self.compute, MEMORY: self.memory, OVERHEAD: self.calls}
         found = {name: seconds for name, seconds in known.items() if seconds is not None}
         return max(found, key=found.__getitem__) if any(found.values()) else None
 
@@ -140,6 +187,8 @@ class ProfileReport:
     ----------
     subject : str
         What was profiled, in a line.
+    command : str
+        Reproduces it.
     machine : dict
         ``gankern.info()``, with the measured ceilings under ``"ceilings"``.
     sides : dict of str to StepProfile
@@ -147,16 +196,14 @@ class ProfileReport:
     overhead : dict of str to float
         By side, the time of steps that are profiled / of steps that are not, less one.
     advice : list of Advice
-    notes : list of str
-        What was not measured, and why.
     """
 
     subject: str
+    command: str
     machine: dict[str, Any]
     sides: dict[str, StepProfile] = field(default_factory=dict)
     overhead: dict[str, float] = field(default_factory=dict)
     advice: list[Advice] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property

@@ -23,8 +23,6 @@ class Traced:
 
     Attributes
     ----------
-    allocated : int
-        Bytes that its operators took of the allocator and did not give back before they returned.
     device_seconds : float
         Of the GPU's kernels that it launched.
     kernels : int
@@ -33,7 +31,6 @@ class Traced:
         Microseconds of autograd's nodes in it, by name.
     """
 
-    allocated: int = 0
     device_seconds: float = 0.0
     kernels: int = 0
     nodes: Counter[str] = field(default_factory=Counter)
@@ -73,7 +70,6 @@ def read(events: Iterable[Any]) -> dict[str, Traced]:
         if event.name.startswith(PREFIX):
             continue
         phase = found.setdefault(intervals.at(event.time_range.start), Traced())
-        phase.allocated += max(0, event.self_cpu_memory_usage) + max(0, event.self_device_memory_usage)
         phase.device_seconds += sum(kernel.duration for kernel in event.kernels) / 1e6
         phase.kernels += len(event.kernels)
         if event.name.startswith(_NODE):

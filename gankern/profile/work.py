@@ -28,11 +28,14 @@ class Work(NamedTuple):
         Read and written by each operator: its tensors, each once.
     calls : int
         Operators that do something, views left out.
+    allocated : int
+        Bytes of new tensors, those in gankern's workspace left out.
     """
 
     flops: int
     bytes: int
     calls: int
+    allocated: int
 
 
 class _NoModules:
@@ -59,6 +62,13 @@ def _bytes(tensor: Tensor) -> int:
     return size
 
 
+def _allocated(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    known = {t.untyped_storage().data_ptr() for t in inputs}
+    fresh = {s.data_ptr(): s for t in outputs if (s := t.untyped_storage()).data_ptr() not in known}
+    # Storages that somebody else owns cannot be resized.
+    return sum(storage.nbytes() for storage in fresh.values() if storage.resizable())
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -69,12 +79,12 @@ class WorkCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._flops = _Flops()
-        self._bytes = self._calls = self._kernel_flops = 0
+        self._bytes = self._calls = self._allocated = self._kernel_flops = 0
         self._in_kernel = False
         self._dtypes: Counter[torch.dtype] = Counter()
 
     def read(self) -> Work:
-        return Work(self._flops.get_total_flops() + self._kernel_flops, self._bytes, self._calls)
+        return Work(self._flops.get_total_flops() + self._kernel_flops, self._bytes, self._calls, self._allocated)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,9 +100,12 @@ class WorkCounter(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any, flops: int) -> None:
-        if func.is_view or func.namespace == "prim" or func.__name__.startswith(("detach", "_unsafe_view", "empty")):
+        if func.is_view or func.namespace == "prim" or func.__name__.startswith(("detach", "_unsafe_view")):
             return
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        self._allocated += _allocated(inputs, outputs)
+        if func.__name__.startswith(("empty", "new_empty")):
+            return
         given = dict(zip((spec.name for spec in func._schema.arguments), args, strict=False)) | kwargs
         changes = {spec.name for spec in func._schema.arguments if spec.alias_info and spec.alias_info.is_write}
         changed = _tensors([value for name, value in given.items() if name in changes])
@@ -120,6 +133,7 @@ class WorkCounter(TorchDispatchMode):
             # Those of torch's operators that it is made of are in the formula.
             self._kernel_flops -= self._flops.get_total_flops() - before
             inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+            self._allocated += _allocated(inputs, outputs)
             if name == "room" or all(any(t is i for i in inputs) for t in outputs):
                 return result
             flops = KERNEL_FLOPS[name](result, *args) if name in KERNEL_FLOPS else 0

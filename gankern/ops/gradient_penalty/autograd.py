@@ -364,8 +364,7 @@ class _Interpolate(torch.autograd.Function):
 
 
 def _interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    with _phases.phase("penalty/interpolation"):
-        return backends.select("gradient_penalty", real, fake).interpolate(real, fake, alpha)
+    return backends.select("gradient_penalty", real, fake).interpolate(real, fake, alpha)
 
 
 def _interpolate_fake(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -397,7 +396,7 @@ _FEW_VALUES = 1 << 14
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """``alpha * real + (1 - alpha) * fake`` with one alpha a sample, shape (N,)."""
-    if real.numel() <= _FEW_VALUES and torch_may_run(real):
-        with _phases.phase("penalty/interpolation"):
+    with _phases.phase("penalty/interpolation"):
+        if real.numel() <= _FEW_VALUES and torch_may_run(real):
             return reference.interpolate(real, fake, alpha)
-    return _Interpolate.apply(real, fake, alpha)
+        return _Interpolate.apply(real, fake, alpha)
