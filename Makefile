@@ -12,7 +12,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install test bench scaling lint format sanitize wheel clean
+.PHONY: help install test bench scaling browser lint format sanitize wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,8 +34,13 @@ test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalt
 bench: $(STAMP)  ## Train and time the reference GANs and the ops against stock PyTorch, into out/bench
 	gankern bench --main $(ARGS)
 
-scaling: $(STAMP)  ## Time and memory against size, a table and plots, into out/scaling
-	python benchmarks/scaling.py $(ARGS)
+scaling: $(STAMP)  ## Time and memory against size, tables and plots, into out/scaling
+	gankern bench minibatch_discrimination.training generator_step.dcgan --sweep --sizes width=8,16,32,64 \
+		--out out/scaling $(ARGS)
+
+browser:  ## Install Chromium, in which the tests open HTML reports (needs apt-get and root; without it they are skipped)
+	@command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y chromium; } >/dev/null 2>&1 \
+		|| echo "no chromium: tests in a browser are skipped"
 
 lint: $(STAMP)  ## Check style and types
 	ruff check

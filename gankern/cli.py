@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,18 @@ BENCH_EXAMPLE = "example: gankern bench --help"
 PROFILE_EXAMPLE = "example: gankern profile wgan-gp --steps 20"
 TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out runs/a"
 SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
+
+
+class Completion(argparse.Action):
+    """Print a shell's completion script."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("argument --print-completion: needs shtab: pip install 'gankern[completion]'")
+        print(shtab.complete(build_parser(with_arguments_of=("bench", "profile")), args[1]))
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,29 +54,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 on failure, 2 on bad usage, 130 after Ctrl-C. Bad usage that argparse finds ends in SystemExit.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser(with_arguments_of=argv[0] if argv else None).parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = args.run
+    command = argv[0] if argv else ""
     try:
+        args = build_parser(with_arguments_of=(command,)).parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
+    except ModuleNotFoundError as error:
+        extra = {"bench": "bench", "profile": "bench", "train": "train", "sample": "train"}.get(command)
+        if extra is None:
+            raise
+        return _fail(command, f"needs {error.name}: pip install 'gankern[{extra}]'", 1)
     except KeyboardInterrupt:
-        return _fail(args.command, "interrupted", 130)
+        return _fail(command, "interrupted", 130)
     except UsageError as error:
-        return _fail(args.command, str(error), 2)
+        return _fail(command, str(error), 2)
     except OSError as error:
-        return _fail(args.command, str(error), 1)
+        return _fail(command, str(error), 1)
     except ValueError as error:
         from gankern.data import DataError
         from gankern.train import CheckpointError
 
-        return _fail(args.command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
+        return _fail(command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
-def build_parser(*, with_arguments_of: str | None = None) -> argparse.ArgumentParser:
+def build_parser(*, with_arguments_of: Collection[str] = ()) -> argparse.ArgumentParser:
     """Make the parser; the arguments of ``bench`` and ``profile`` only on request, since they need torch."""
     parser = Parser(
         prog="gankern",
         description="Kernel-accelerated GANs for PyTorch.",
         epilog=TRAIN_EXAMPLE,
+    )
+    parser.add_argument(
+        "--print-completion",
+        action=Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help='print a completion script: eval "$(gankern --print-completion bash)"',
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -76,14 +100,14 @@ def build_parser(*, with_arguments_of: str | None = None) -> argparse.ArgumentPa
 
     bench = commands.add_parser("bench", help="time gankern against stock PyTorch", epilog=BENCH_EXAMPLE)
     bench.set_defaults(run=run_bench)
-    if with_arguments_of == "bench":
+    if "bench" in with_arguments_of:
         from gankern.bench.cli import add_arguments
 
         add_arguments(bench)
 
     profile = commands.add_parser("profile", help="show where a critic step's time goes", epilog=PROFILE_EXAMPLE)
     profile.set_defaults(run=run_profile)
-    if with_arguments_of == "profile":
+    if "profile" in with_arguments_of:
         from gankern.profile import cli as profile_cli
 
         profile_cli.add_arguments(profile)

@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from browser import chromium  # noqa: F401 a fixture
 from cuda_on_cpu.launcher import Launcher
 from triton_interpreter import mend
 

@@ -107,6 +107,18 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
     ),
+    "norms, in place": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 4, 2, 1),
+        nn.InstanceNorm2d(4),
+        nn.LeakyReLU(0.2, True),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(True),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.ReLU(True),
+        nn.Linear(64, 1),
+    ),
     "batch norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)),
     "spectral norm": lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 4, 2, 1)), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4)

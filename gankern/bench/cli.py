@@ -10,30 +10,31 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gankern.bench import ceilings
+from gankern import arguments, backends
+from gankern.arguments import UsageError, positive_float, positive_int
+from gankern.bench import ceilings, own, page
 from gankern.bench import report as reports
 from gankern.bench.cases import CASES, Case, select
-from gankern.bench.measure import run_case
+from gankern.bench.cases.own import fusion_notes, own_cases
+from gankern.bench.compare import compare, machine_differences
 from gankern.bench.results import Report
+from gankern.bench.session import Session
 
 VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "func_grad", "graph")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Shares of the main job's training time: DCGAN is the one that gets to readable digits within it.
-TRAINING = {"dcgan": 0.55, "wgan": 0.2, "wgan-gp": 0.25}
-TRAINING_BATCH = 64
+QUICK_REPEAT, QUICK_SECONDS, QUICK_TRAIN_SECONDS = 5, 0.5, 10.0
 EXAMPLES = """examples:
   gankern bench                                     every op
   gankern bench gradient_penalty critic_step        two groups of cases
   gankern bench --main                              every op, then training on digits
   gankern bench --device cuda --dtype bfloat16      every op, on a GPU
   gankern bench critic_step.wgan-gp --dtype bfloat16 --against eager,autocast
+  gankern bench minibatch_discrimination.training --sweep
+  gankern bench gradient_penalty --sizes batch=16,64 --sizes image_size=16,32,64
+  gankern bench --compare out/bench/bench.json --out out/now
+  gankern bench --critic mymodule:make_critic --generator mymodule:make_generator --shape 3,64,64
 """
-
-
-class UsageError(Exception):
-    """An argument that cannot be used; the message is one line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,35 +42,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("cases", nargs="*", metavar="CASE", help="a case or a group of cases; every op by default")
-    parser.add_argument("--main", action="store_true", help="the main job: every op, then training on digits")
     parser.add_argument("--list", action="store_true", help="list the cases")
-    parser.add_argument("--quick", action="store_true", help="a few rounds only, for a first look")
-    parser.add_argument("--repeat", type=_positive, default=25, metavar="N", help="rounds at most, default %(default)s")
-    parser.add_argument("--seconds", type=float, default=2.5, help="seconds a case at most, default %(default)s")
+    parser.add_argument("--main", action="store_true", help="the main job: every op, then training on digits")
     parser.add_argument(
-        "--train-seconds", type=float, default=110.0, help="seconds of training in --main, default %(default)s"
+        "--train-seconds", type=positive_float, default=110.0, help="seconds of training in --main, default %(default)s"
     )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
-    parser.add_argument("--batch", type=_positive, metavar="N", help="batch size in place of each case's own")
-    parser.add_argument("--against", metavar="VARIANT,...", help=f"stock variants, of {', '.join(VARIANTS)}")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default bench.json in --out")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="torch's threads")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
+    how.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="default %(default)s")
+    how.add_argument("--batch", type=positive_int, metavar="N", help="batch size in place of each case's own")
+    how.add_argument("--backend", choices=("auto", *backends.NAMES), help="what gankern's side runs on; default auto")
+    how.add_argument("--against", metavar="VARIANT,...", help=f"stock variants, of {', '.join(VARIANTS)}")
+    how.add_argument("--repeat", type=positive_int, default=25, metavar="N", help="rounds at most, default %(default)s")
+    how.add_argument(
+        "--seconds", type=positive_float, default=2.5, help="seconds of rounds a case at most, default %(default)s"
+    )
+    how.add_argument("--quick", action="store_true", help="a few rounds only, for a first look")
+    how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
+    how.add_argument("--sweep", action="store_true", help="also over sizes of each case's main dimension")
+    how.add_argument(
+        "--sizes", action="append", default=[], metavar="DIM=N,...", help="also over these sizes; may be repeated"
+    )
+    how.add_argument(
+        "--compare", type=Path, metavar="JSON", help="what has changed since a stored result; exit code 1 if slower"
+    )
+
+    yours = parser.add_argument_group("your own networks", "MODULE is imported from the current folder or installed")
+    yours.add_argument("--critic", metavar="MODULE:FACTORY", help="makes a critic: critic(x), or critic(x, labels)")
+    yours.add_argument("--generator", metavar="MODULE:FACTORY", help="makes a generator of such samples")
+    yours.add_argument("--shape", type=arguments.shape, metavar="C,H,W", help="shape of a sample, such as 3,64,64 or 2")
+    yours.add_argument("--latent", type=arguments.shape, metavar="N,...", help="shape of a latent; found by default")
+    yours.add_argument("--loss", choices=own.LOSSES, help=f"default {own.LOSSES[0]}")
+    yours.add_argument("--labels", type=positive_int, metavar="K", help="the critic takes labels of K classes")
+
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default %(default)s")
+    out.add_argument("--json", type=Path, metavar="FILE", help="default bench.json in --out")
+    out.add_argument("--html", type=Path, metavar="FILE", help="default bench.html in --out")
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `gankern bench`; return the exit code: 1 where a result was wrong, 2 for bad arguments, 130 after Ctrl-C."""
-    try:
-        cases = _selected(args.cases)
-        against = _variants(args.against)
-        device = _device(args.device)
-        if args.main and device.type != "cpu":
-            raise UsageError("argument --device: --main runs on the CPU; name cases instead")
-    except UsageError as error:
-        print(f"gankern bench: error: {error}", file=sys.stderr)
-        return 2
+    """Run `gankern bench`.
+
+    Returns
+    -------
+    int
+        0; 1 where a result was wrong, or slower than a stored one; 130 after Ctrl-C, with the results so far written.
+
+    Raises
+    ------
+    UsageError
+        For an argument that cannot be used.
+    """
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -79,108 +105,138 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-
-    import gankern
-
-    report = Report(command=shlex.join(["gankern", *sys.argv[1:]]), machine=gankern.info())
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        report.machine["ceilings"] = ceilings.measure(device)
+    device = arguments.find_device(args.device)
+    if args.main and device.type != "cpu":
+        raise UsageError("argument --device: --main runs on the CPU; name cases instead")
+    report = Report(shlex.join(["gankern", *sys.argv[1:]]), _machine(device))
+    session = _session(args, report)
+    old = None if args.compare is None else _stored(args, report)
+    cases = _cases(args, report, device, old)
+    sweeps = _sweeps(args, cases)
+    args.out.mkdir(parents=True, exist_ok=True)
     interrupted = False
     try:
-        with _progress() as progress:
-            _run_cases(report, cases, args, against, progress)
+        with session.progress:
+            report.machine["ceilings"] = ceilings.measure(device)
+            session.run_cases(cases, main=args.main)
+            session.run_sweeps(sweeps)
             if args.main:
-                _run_training(report, args, progress)
+                seconds = QUICK_TRAIN_SECONDS if args.quick else args.train_seconds
+                session.run_training(seconds=seconds, batch=args.batch, out=args.out)
     except KeyboardInterrupt:
         interrupted = True
+    if old is not None:
+        report.comparison = compare(old, report, str(args.compare))
     reports.show(report, console)
     _save(report, args, console)
     if interrupted:
         return 130
-    return 0 if report.right else 1
+    if args.backend and report.cases and all(case.status == "skipped" for case in report.cases):
+        raise UsageError(f"argument --backend: {report.cases[0].message}")
+    regressed = report.comparison is not None and report.comparison.regressed
+    return 0 if report.right and not regressed else 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks without the `gankern` command."""
-    parser = argparse.ArgumentParser(prog="gankern bench", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+def _machine(device: torch.device) -> dict[str, object]:
+    import gankern
+
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return {**gankern.info(), "device": str(device)}
 
 
-def _run_cases(
-    report: Report, cases: Sequence[Case], args: argparse.Namespace, against: list[str] | None, progress: Progress
-) -> None:
-    task = progress.add_task("ops", total=len(cases))
-    for case in cases:
-        progress.update(task, description=case.name)
-        result = run_case(
-            case,
-            dtype=DTYPES[args.dtype],
-            device=args.device,
-            batch=args.batch,
-            against=against,
-            without=case.not_in_main if args.main else None,
-            repeat=min(args.repeat, 5) if args.quick else args.repeat,
-            budget=0.5 if args.quick else args.seconds,
-        )
-        report.cases.append(result)
-        progress.advance(task)
-        _log(progress, " ".join(filter(None, reports.case_row(result)[:4])))
-    progress.update(task, description="ops")
+def _session(args: argparse.Namespace, report: Report) -> Session:
+    if args.backend and (reason := report.machine["backends"].get(args.backend)):
+        raise UsageError(f"argument --backend: {args.backend} is not available: {reason}")
+    return Session(
+        report,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        size={"batch": args.batch} if args.batch else {},
+        backend=args.backend,
+        against=_variants(args.against),
+        repeat=min(args.repeat, QUICK_REPEAT) if args.quick else args.repeat,
+        budget=min(args.seconds, QUICK_SECONDS) if args.quick else args.seconds,
+    )
 
 
-def _run_training(report: Report, args: argparse.Namespace, progress: Progress) -> None:
-    from gankern import data
-    from gankern.bench.training import train_both
-    from gankern.train.samples import sample, save_grid
-
-    images = data.load("digits", image_size=32)
-    for model, share in TRAINING.items():
-        task = progress.add_task(f"training {model}", total=1.0)
-        result, gan = train_both(
-            model,
-            images,
-            seconds=share * (10.0 if args.quick else args.train_seconds),
-            batch_size=args.batch or TRAINING_BATCH,
-            progress=lambda done, task=task: progress.update(task, completed=done),  # type: ignore[misc]
-        )
-        report.training.append(result)
-        progress.update(task, completed=1.0)
-        _log(progress, " ".join(filter(None, reports.training_row(result)[:4])))
-        save_grid(sample(gan, 64), args.out / f"digits-{model}.png")
-
-
-def _save(report: Report, args: argparse.Namespace, console: Console) -> None:
-    path = args.json or args.out / "bench.json"
-    report.save(path)
-    written = [path]
-    if reports.save_chart(report, args.out / "bench.png"):
-        written.append(args.out / "bench.png")
-    if args.markdown:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(reports.markdown(report))
-        written.append(args.markdown)
-    if report.training:
-        written += [args.out / f"digits-{result.model}.png" for result in report.training]
-    console.print("wrote " + ", ".join(map(str, written)), style="dim", soft_wrap=True)
-
-
-def _selected(names: Sequence[str]) -> list[Case]:
+def _stored(args: argparse.Namespace, report: Report) -> Report:
+    """The result to compare with, if it is of this machine and dtype."""
     try:
-        return select(names)
+        old = Report.load(args.compare)
+    except OSError as error:
+        raise UsageError(f"argument --compare: {args.compare}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"argument --compare: {error}") from error
+    differences = machine_differences(old.machine, report.machine)
+    if differences:
+        raise UsageError(f"argument --compare: {args.compare} is of another machine: {', '.join(differences)}")
+    kinds = {(case.dtype, case.device) for case in old.cases}
+    if (args.dtype, args.device) not in kinds:
+        had = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(kinds)) or "nothing"
+        raise UsageError(f"argument --compare: {args.compare} has {had}, not {args.dtype} on {args.device}")
+    return old
+
+
+def _cases(args: argparse.Namespace, report: Report, device: torch.device, old: Report | None) -> list[Case]:
+    """The cases to run: those named, those of the user's networks, those of a stored result, or every op."""
+    mine: list[Case] = []
+    if args.critic is None:
+        for option in ("generator", "shape", "latent", "loss", "labels"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"argument --{option}: needs --critic")
+    else:
+        subject = _subject(args, device)
+        mine = own_cases(subject)
+        report.notes.update(fusion_notes(subject))
+    names = args.cases
+    if old is not None and not names and not mine:
+        names = [case.name for case in old.cases if case.name in CASES]
+        if not names:
+            raise UsageError(f"argument --compare: {args.compare} holds none of the cases that there are")
+    try:
+        return mine + (select(names) if names or not mine else [])
     except KeyError as unknown:
         known = ", ".join(CASES)
         raise UsageError(f"argument CASE: unknown case {unknown.args[0]!r}; known: {known}") from None
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"argument --device: {str(error).splitlines()[0]}") from None
-    return device
+def _subject(args: argparse.Namespace, device: torch.device) -> own.Subject:
+    if args.shape is None:
+        raise UsageError("argument --shape: needed with --critic, such as 3,64,64")
+    torch.manual_seed(0)
+    subject = own.Subject(
+        own.build("--critic", args.critic),
+        None if args.generator is None else own.build("--generator", args.generator),
+        args.shape,
+        args.latent or (),
+        args.labels,
+        args.loss or own.LOSSES[0],
+        device,
+        DTYPES[args.dtype],
+    )
+    subject.check(args.batch or 4)
+    return subject
+
+
+def _sweeps(args: argparse.Namespace, cases: Sequence[Case]) -> list[tuple[Case, str, Sequence[int]]]:
+    """Cases with a dimension and sizes of it: the main one's own with --sweep, those given with --sizes."""
+    given: list[tuple[str, Sequence[int]]] = []
+    for text in args.sizes:
+        dimension, _, sizes = text.partition("=")
+        try:
+            given.append((dimension, arguments.shape(sizes)))
+        except argparse.ArgumentTypeError:
+            raise UsageError(f"argument --sizes: expected a dimension and sizes, batch=8,16; got {text!r}") from None
+        if not any(dimension in case.size for case in cases):
+            known = ", ".join(dict.fromkeys(name for case in cases for name in case.size))
+            raise UsageError(f"argument --sizes: no case has a dimension {dimension!r}; there are {known}")
+    sweeps = [(case, dimension, sizes) for case in cases for dimension, sizes in given if dimension in case.size]
+    if args.sweep:
+        named = {dimension for dimension, _ in given}
+        mains = [(case, *next(iter(case.sizes.items()))) for case in cases if case.sizes]
+        sweeps += [(case, dimension, sizes) for case, dimension, sizes in mains if dimension not in named]
+    return sweeps
 
 
 def _variants(names: str | None) -> list[str] | None:
@@ -193,25 +249,14 @@ def _variants(names: str | None) -> list[str] | None:
     return chosen
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def _log(progress: Progress, line: str) -> None:
-    """Say what is done where no bar can show it."""
-    if progress.disable:
-        print(line, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return number
+def _save(report: Report, args: argparse.Namespace, console: Console) -> None:
+    json, html = args.json or args.out / "bench.json", args.html or args.out / "bench.html"
+    report.save(json)
+    page.write(report, html)
+    written = [json, html]
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(reports.markdown(report))
+        written.append(args.markdown)
+    written += [args.out / f"digits-{result.model}.png" for result in report.training]
+    console.print("wrote " + ", ".join(map(str, written)), style="dim", soft_wrap=True)

@@ -182,7 +182,8 @@ class Report:
     def right(self) -> bool:
         """Whether nothing was wrong and nothing failed."""
         points = [point for sweep in self.sweeps for point in sweep.points]
-        statuses = [result.status for result in (*self.cases, *points, *self.training)]
+        statuses = [result.status for result in self.cases + points]
+        statuses += [result.status for result in self.training]
         return all(status in ("ok", "skipped") for status in statuses)
 
     def save(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from gankern.html.figures import figure
 from gankern.html.page import Section, code, paragraph, render_page, write_page
 from gankern.html.palettes import DARK, LIGHT, Palette
-from gankern.html.tables import Cell, table
+from gankern.html.tables import Cell, Tone, table
 
 __all__ = [
     "DARK",
@@ -11,6 +11,7 @@ __all__ = [
     "Cell",
     "Palette",
     "Section",
+    "Tone",
     "code",
     "figure",
     "paragraph",

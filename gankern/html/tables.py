@@ -10,6 +10,8 @@ from markupsafe import Markup
 
 from gankern.html.templates import render
 
+Tone = Literal["better", "worse", "muted"]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -27,7 +29,7 @@ class Cell:
 
     text: str
     value: float | None = None
-    tone: Literal["better", "worse", "muted"] | None = None
+    tone: Tone | None = None
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell | str]], *, caption: str = "") -> Markup:

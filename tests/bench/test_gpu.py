@@ -35,11 +35,12 @@ def test_rates_are_shares_of_the_ceilings() -> None:
         **{**case.__dict__, "best": "eager", "ours": "gankern", "ratio": Spread(1, 1, 1), "flops": 10**11},
     )
     ceilings = {"copy_bytes": 4e12, "bfloat16_flops": 8e14, "float32_flops": 5e13}
-    assert report.rates_row(case, ceilings) == ["a", "1000.0", "100.000", "12%", "", ""]
+    row = [("a",), ("compute",), ("0.125",), ("12%",), ("12%",), ("100.000",), ()]
+    assert report.roofline_row(case, ceilings) == row
     moving = CaseResult(**{**case.__dict__, "flops": 0, "moved_bytes": 2 * 10**9})
-    assert report.rates_row(moving, ceilings) == ["a", "1000.0", "", "", "2.000", "50%"]
+    assert report.roofline_row(moving, ceilings) == [("a",), ("memory",), ("0.5",), ("50%",), ("50%",), (), ("2.000",)]
     console = Console(width=140, record=True)
-    report.show(Report("x", {"ceilings": ceilings, "gpus": ["NVIDIA H100"]}, [moving]), console)
+    report.show(Report("x", {"ceilings": ceilings, "gpus": ["NVIDIA H100"], "device": "cuda"}, [moving]), console)
     text = console.export_text()
-    assert "Rates" in text
+    assert "Share of the roofline" in text
     assert "NVIDIA H100" in text

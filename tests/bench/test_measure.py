@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from bench.fakes import Clock, case
 
+import gankern
+from gankern import backends
 from gankern.bench.check import Results
 from gankern.bench.measure import run_case
 
@@ -22,7 +26,7 @@ def test_sides_are_checked_before_any_is_timed_and_interleaved_after():
     run_case(case(clock), repeat=2, clock=clock)
     checks = ["reference", "gankern", "eager", "compile"]
     turns = ["eager", "compile", "gankern"]
-    assert clock.order == checks + 4 * turns + turns
+    assert clock.order == checks + 4 * turns + turns + ["eager"]
 
 
 def test_a_wrong_case_has_no_time():
@@ -54,6 +58,40 @@ def test_against_picks_the_variants():
     assert (nothing.status, nothing.message) == ("skipped", "no stock variant to compare with")
 
 
+def test_no_time_is_taken_before_all_is_said_to_be_right():
+    clock = Clock()
+    said = []
+    run_case(case(clock), on_checked=lambda result: said.append((result, list(clock.order))), clock=clock)
+    ((result, order),) = said
+    assert (result.error, result.sides) == (0.0, {})
+    assert order == ["reference", "gankern", "eager", "compile"]
+
+
+def test_what_needs_too_much_memory_is_left_out():
+    clock = Clock()
+    large = case(clock)
+    object.__setattr__(large, "needs", lambda size, dtype: {"compile": 1 << 60, "eager": 1})
+    result = run_case(large, clock=clock)
+    assert (result.status, result.left_out["compile"]) == ("ok", "needs about 1073741824 GiB")
+    object.__setattr__(large, "needs", lambda size, dtype: {"reference": 1 << 60})
+    result = run_case(large, clock=clock)
+    assert (result.status, result.message) == ("skipped", "the reference needs about 1073741824 GiB")
+
+
+def test_backend_is_in_force_for_the_run_and_its_refusal_skips_the_case():
+    def refused() -> Results:
+        raise gankern.BackendUnavailable(f"backend {backends.requested()!r} cannot run fake")
+
+    clock = Clock()
+    asked = case(clock)
+    setup = asked.setup
+    object.__setattr__(asked, "setup", lambda *args: dataclasses.replace(setup(*args), ours={"gankern": refused}))
+    result = run_case(asked, backend="reference", clock=clock)
+    assert (result.status, result.backend) == ("skipped", "reference")
+    assert result.message == "backend 'reference' cannot run fake"
+    assert run_case(case(clock), clock=clock).backend == "auto"
+
+
 def test_without_leaves_variants_out_with_the_reason():
     clock = Clock()
     result = run_case(case(clock), without={"compile": "too slow"}, clock=clock)
@@ -70,7 +108,7 @@ def test_a_failing_case_is_reported_and_a_foreign_dtype_is_skipped():
     assert run_case(case(clock), dtype=torch.float16, clock=clock).status == "skipped"
 
 
-def test_batch_replaces_the_batch_size():
+def test_given_sizes_replace_those_of_the_case():
     clock = Clock()
-    assert run_case(case(clock), batch=7, clock=clock).size == {"batch": 7}
+    assert run_case(case(clock), size={"batch": 7, "width": 3}, clock=clock).size == {"batch": 7}
     assert run_case(case(clock), tiny=True, clock=clock).size == {"batch": 1}

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from gankern.bench import stock
 from gankern.bench.cases.case import OURS_CHANNELS_LAST, Case, Run, Sides, Size, gankern, to_channels_last
@@ -135,13 +136,19 @@ def _own_case(size: Size, dtype: torch.dtype, device: str, *, subject: Subject, 
         if variant == "channels_last":
             real, fake = (t.contiguous(memory_format=torch.channels_last) for t in (batch.real, batch.fake))
             own = Batch(real, batch.classes, batch.latents, fake, batch.alpha)
-        updated = [network for network in (networks.critic, networks.generator) if network is not None]
-        updated = [n for n, step in zip(updated, ("critic_step", "generator_step"), strict=False) if step in steps]
+        both = [network for network in (networks.critic, networks.generator) if network is not None]
+        updated = [n for n, step in zip(both, ("critic_step", "generator_step"), strict=False) if step in steps]
         params = [p for network in updated for p in network.parameters()]
 
+        masked = [m for network in both for m in network.modules() if isinstance(m, _DropoutNd)]
+        without_dropout = True
+
         def run() -> Results:
-            # Dropout draws alike on both sides.
-            torch.manual_seed(1)
+            nonlocal without_dropout
+            # A mask falls on other elements where a side has another memory layout: the check goes without.
+            for module in masked:
+                module.train(not without_dropout)
+            without_dropout = False
             losses = [getattr(networks, step)(own) for step in steps]
             # Adam turns a rounding error in a gradient near zero into a full step: parameters would not agree.
             clipped = {"parameters": params} if networks.clips else {}
@@ -178,7 +185,7 @@ def own_cases(subject: Subject, batch: int = 64) -> list[Case]:
     list of Case
         ``own.critic_step``, ``own.generator_step``, ``own.training_step``.
     """
-    kinds = {"critic_step": ("critic_step",)}
+    kinds: dict[str, tuple[str, ...]] = {"critic_step": ("critic_step",)}
     if subject.generator is not None:
         kinds |= {"generator_step": ("generator_step",), "training_step": ("critic_step", "generator_step")}
     return [

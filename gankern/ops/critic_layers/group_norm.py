@@ -106,16 +106,17 @@ class GroupNormInputGrad(torch.autograd.Function):
 
 
 class Unflatten(torch.autograd.Function):
-    """(N, C, L) in the shape of the images; not a view, so that an activation may be in place."""
+    """(N, C, L) in another shape; not a view, so that what follows may change it in place."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, shape: torch.Size) -> Tensor:
-        ctx.shape = rows.shape
-        return not_a_view(rows.view(shape))
+    def forward(ctx: Any, values: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = values.shape
+        ctx.set_materialize_grads(False)
+        return not_a_view(values.view(shape))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output.reshape(ctx.shape), None
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad_output is None else grad_output.reshape(ctx.shape), None
 
 
 def _move(running: Running, mean: Tensor, var: Tensor, count: int) -> None:

@@ -87,7 +87,7 @@ def _linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None = N
 
 
 def _activate(scope: Scope, input: Tensor, negative_slope: float, inplace: bool, applied: bool = False) -> Any:
-    # Autograd has no Function of two outputs that changes a view.
+    # Autograd lets a function with two outputs change no view in place.
     if inplace and input._is_view():
         return NotImplemented
     output, edge = LeakyRelu.apply(input, negative_slope, inplace, applied)

@@ -17,8 +17,6 @@ from gankern.bench.results import OURS
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-OPS = [name for name, case in CASES.items() if case.is_op]
-
 
 @lru_cache(maxsize=1)
 def prepared(name: str) -> tuple[dict[str, Run], float, dict[str, str]]:
@@ -29,8 +27,8 @@ def prepared(name: str) -> tuple[dict[str, Run], float, dict[str, str]]:
 
 
 @pytest.mark.parametrize("side", [OURS, OURS_CHANNELS_LAST, *VARIANTS])
-@pytest.mark.parametrize("name", OPS)
-def test_op(benchmark: BenchmarkFixture, name: str, side: str) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_case(benchmark: BenchmarkFixture, name: str, side: str) -> None:
     runs, error, left_out = prepared(name)
     if side not in runs:
         pytest.skip(left_out.get(side, "not a variant of this case"))
