@@ -34,3 +34,10 @@ def autocast(*tensors: Any) -> list[Any]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
+
+
+def not_a_view(tensor: Tensor) -> Tensor:
+    """The same elements as a tensor of its own, which a Function may return and others may change in place."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )

@@ -387,6 +387,26 @@ def test_gradients_of_what_is_used_twice(create_graph: bool, monkeypatch: pytest
             torch.testing.assert_close(zeros if g is None else g, zeros if w is None else w)
 
 
+@pytest.mark.parametrize("norm", [lambda: nn.InstanceNorm2d(8, affine=True), lambda: nn.GroupNorm(2, 8)])
+def test_activations_in_place_of_norms_and_of_views(norm: Callable[[], nn.Module]) -> None:
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), norm(), nn.LeakyReLU(0.2, True), nn.Flatten())
+            self.first, self.second = nn.Linear(128, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(self.layers(x)).unflatten(1, (2, 4))
+            F.leaky_relu(h, 0.2, inplace=True)
+            return self.second(h.flatten(1))
+
+    ours, stock = both(Critic, torch.float64)
+    real, fake, alpha = batch()
+    got = gradients(ours, gradient_penalty(ours, real, fake, alpha=alpha))
+    want = gradients(stock, stock_penalty.gradient_penalty(stock, real, fake, alpha=alpha))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_activations_that_convolutions_take_along(inplace: bool) -> None:
     """Used twice, in front of few channels, in place, and watched by a hook."""

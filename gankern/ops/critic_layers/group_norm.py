@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gankern import backends
-from gankern._layout import dense
+from gankern._layout import dense, not_a_view
 from gankern.ops.critic_layers import reference
 from gankern.ops.critic_layers.scope import Scope
 
@@ -112,10 +112,7 @@ class Unflatten(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, shape: torch.Size) -> Tensor:
         ctx.shape = values.shape
         ctx.set_materialize_grads(False)
-        view = values.view(shape)
-        return torch.empty(0, dtype=view.dtype, device=view.device).set_(
-            view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
-        )
+        return not_a_view(values.view(shape))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None]:

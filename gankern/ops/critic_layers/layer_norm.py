@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gankern import _cuda, _triton, backends
-from gankern._layout import memory_format
+from gankern._layout import memory_format, not_a_view
 from gankern.ops.critic_layers import cpu, reference
 from gankern.ops.critic_layers.fork import Fork, large
 from gankern.ops.critic_layers.scope import Scope
@@ -41,11 +41,8 @@ class Rows(NamedTuple):
         return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
     def fresh(self, rows: Tensor) -> Tensor:
-        """Back, for a result that nobody else has: not a view, so that it can be changed in place."""
-        view = self.back(rows)
-        return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
-            rows.untyped_storage(), rows.storage_offset(), view.shape, view.stride()
-        )
+        """Back, for a result that nobody else has."""
+        return not_a_view(self.back(rows))
 
     def plain(self, eps: float) -> Callable[..., Tensor]:
         """Layer norm by its formula: stock's third derivative takes the mean and deviation for constants."""
