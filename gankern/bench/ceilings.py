@@ -12,7 +12,7 @@ COPY, CACHED_COPY, CALL = "copy_bytes", "cached_copy_bytes", "call_seconds"
 #: Bytes up to which tensors are taken to lie in a cache: less than a core's second level, or a GPU's.
 CACHED_BYTES = 1 << 20
 
-_WARM_UP, _REPEAT = 2, 20
+_WARM_UP, _REPEAT = 2, 100
 # Seconds after which no further repetition starts.
 _BUDGET = 0.25
 _COPIED = {"cpu": 1 << 27, "cuda": 1 << 29}
@@ -63,7 +63,7 @@ def _copy(size: int, device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # A short copy is repeated, so that the clock's and a launch's own time do not count.
-    calls = max(1, (1 << 25) // size)
+    calls = max(1, (1 << 23) // size)
     return 2 * size * calls / _seconds(lambda: [target.copy_(source) for _ in range(calls)], device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,14 +253,16 @@ class CriticSteps:
 
     def _phase(self, name: str, seconds: float, faults: float) -> Phase:
         work = self._work.get(name, Work(0, 0, 0, 0)) if self._work else ()
+        phase = Phase(name, seconds, faults, *work)
         if not self._traced:
-            return Phase(name, seconds, faults, *work)
+            return phase
         traced = self._traced.get(name, traces.Traced())
-        on_gpu = self._device is not None and self._device.type == "cuda"
         total = sum(traced.nodes.values())
-        nodes = {node: spent / total for node, spent in traced.nodes.most_common(3)}
-        device_seconds = traced.device_seconds if on_gpu else None
-        return Phase(name, seconds, faults, *work, device_seconds=device_seconds, nodes=nodes)
+        return replace(
+            phase,
+            device_seconds=traced.device_seconds if isinstance(self._clock, CudaClock) else None,
+            nodes={node: spent / total for node, spent in traced.nodes.most_common(3)},
+        )
 
 
 class _Step:

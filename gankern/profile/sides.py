@@ -43,7 +43,7 @@ class Side:
         self.critic = copy.deepcopy(self.subject.critic)
         if changes.fused:
             gankern.fuse(self.critic)
-        params = list(self.critic.parameters())
+        params: list[Tensor] = list(self.critic.parameters())
         self._clipped = params if self.subject.loss == "wgan" and not changes.optimizer else []
         self._optimizer = (
             gankern.optim.RMSprop(params, lr=5e-5, clip=CLIP)

@@ -22,7 +22,7 @@ class Block(nn.Module):
         return F.avg_pool2d(y + self.skip(x), 2)
 
 
-def residual(width: int = 32, side: int = 32) -> nn.Module:
+def residual(width: int = 8, side: int = 16) -> nn.Module:
     """Residual blocks with layer norm."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
@@ -34,7 +34,7 @@ def residual(width: int = 32, side: int = 32) -> nn.Module:
     )
 
 
-def patch_gan(width: int = 32, norm: type[nn.Module] = nn.InstanceNorm2d) -> nn.Module:
+def patch_gan(width: int = 8, norm: type[nn.Module] = nn.InstanceNorm2d) -> nn.Module:
     """PatchGAN: a score for each patch."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, True)]
     for c in (width, 2 * width):
@@ -62,7 +62,7 @@ def points(width: int = 128) -> nn.Module:
 class Projection(nn.Module):
     """Projection discriminator (Miyato and Koyama 2018)."""
 
-    def __init__(self, classes: int = 10, width: int = 32) -> None:
+    def __init__(self, classes: int = 10, width: int = 8) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
             [

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from gankern.bench import ceilings, timing
 from gankern.cli import main
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def beside_the_critics(monkeypatch: pytest.MonkeyPatch) -> None:
+def beside_the_critics_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE)
+    monkeypatch.setitem(ceilings._COPIED, "cpu", 1 << 22)
+    monkeypatch.setitem(ceilings._SIDES, "cpu", (256,))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -29,7 +29,7 @@ def profile(out: Path, *args: str) -> dict[str, object]:
 
 
 CRITICS = {
-    "residual": ("--shape", "3,32,32"),
+    "residual": ("--shape", "3,16,16"),
     "patch_gan": ("--shape", "3,32,32"),
     "points": ("--shape", "2", "--generator", "profiled_critics:plane_generator"),
     "projection": ("--shape", "3,16,16", "--labels", "10"),
@@ -102,20 +102,21 @@ def test_bad_arguments_are_named_in_one_line(
     assert captured.err.count("\n") == 1
 
 
-def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gankern.cli", "profile", "--critic", "profiled_critics:points", "--shape", "2"]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    process = subprocess.Popen(
-        [*command, "--steps", "1000000", "--out", str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    # Both traces are there when the timed steps begin.
-    while not (tmp_path / "trace-gankern.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == "gankern profile: error: interrupted\n"
+def test_ctrl_c_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds, counts = timing.rounds, itertools.count()
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        if next(counts) == 8:
+            raise KeyboardInterrupt
+        return rounds(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "rounds", interrupted)
+    arguments = ("--critic", "profiled_critics:points", "--shape", "2", "--batch", "4", "--out", str(tmp_path))
+    assert main(["profile", *arguments]) == 130
+    captured = capsys.readouterr()
+    assert captured.err.endswith("gankern profile: error: interrupted\n")
     sides = json.loads((tmp_path / "profile.json").read_text())["sides"]
-    assert sides["stock"]["steps"] > 0
+    assert {side["steps"] for side in sides.values()} == {8 - 5}
+    assert "Where the step's time goes" in captured.out

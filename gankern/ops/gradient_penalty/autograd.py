@@ -299,7 +299,7 @@ class _Penalty(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         n = len(tensors) - len(want_inputs)
-        run = _penalty if _phases.inline else _penalty_op
+        run: Callable[..., Any] = _penalty if _phases.inline else _penalty_op
         loss, grad_points, grads = run(
             points, tensors[:n], tensors[n:], *options, n > 0, want_points, want_inputs, autocast
         )
