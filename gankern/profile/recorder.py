@@ -335,6 +335,6 @@ def critic_steps(
     ...                 loss(critic, real, fake).backward()
     ...             with prof.phase("optimizer"):
     ...                 optimizer.step()
-    >>> print(gankern.profile.format_profile(prof.profile()))
+    >>> print(prof.profile())
     """
     return CriticSteps(enabled=enabled, warm_up=warm_up, steps=steps, device=device, trace=trace)

@@ -86,6 +86,12 @@ class StepProfile:
     phases: tuple[Phase, ...]
     peak_bytes: int | None = None
 
+    def __str__(self) -> str:
+        # Only a table needs rich.
+        from gankern.profile.report import format_profile
+
+        return format_profile(self)
+
     @property
     def whole(self) -> Phase:
         """The step as one phase."""
