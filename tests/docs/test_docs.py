@@ -13,6 +13,7 @@ import torch
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from gankern.bench.cases import select
 from gankern.cli import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -21,11 +22,12 @@ MODULES = ("", ".nn", ".ops", ".optim", ".penalties", ".profile", ".workspace")
 
 
 def check_commands(example: Example) -> None:
-    """Parse every ``gankern ...`` line of a shell block."""
+    """Parse every ``gankern ...`` line of a shell block, and find the cases that it names."""
     for line in example.parsed.splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["gankern"]:
-            build_parser(with_arguments_of=words[1:2]).parse_args(words[1:])
+            args = build_parser(with_arguments_of=words[1:2]).parse_args(words[1:])
+            select(getattr(args, "cases", []))
 
 
 PARSERS = (PythonCodeBlockParser(), CodeBlockParser("sh", check_commands), SkipParser())
