@@ -19,9 +19,10 @@ class Roles(griffe.Extension):
 
 
 def _link(obj: griffe.Object, name: str) -> str:
+    path = name
     if "." not in name:
         try:
-            name = obj.resolve(name)
+            path = obj.resolve(name)
         except griffe.NameResolutionError:
             return f"`{name}`"
-    return f"[`{name}`][{name}]" if name.startswith("gankern.") else f"`{name}`"
+    return f"[`{name}`][{path}]" if path.startswith("gankern.") else f"`{name}`"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import torch
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from gankern import workspace
 from gankern.bench.cases import select
 from gankern.cli import build_parser
 
@@ -37,18 +39,27 @@ PARSERS = (PythonCodeBlockParser(), CodeBlockParser("sh", check_commands), SkipP
 def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    for example in Document.parse(str(page), *PARSERS).examples():
-        example.evaluate()
+    limit = workspace._limit
+    try:
+        for example in Document.parse(str(page), *PARSERS).examples():
+            example.evaluate()
+    finally:
+        workspace.set_limit(limit)
 
 
 @pytest.mark.parametrize("module", [f"gankern{name}" for name in MODULES])
 def test_api_of_every_public_name_is_on_a_page(module: str) -> None:
     pages = "\n".join(page.read_text() for page in PAGES)
     documented = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    # A module's own directive brings all that it lists.
+    if module in documented:
+        return
     public = {name: getattr(importlib.import_module(module), name) for name in importlib.import_module(module).__all__}
     names = {f"{module}.{name}" for name, value in public.items() if not isinstance(value, ModuleType)}
-    # A module's own directive brings all that it lists.
-    assert module in documented or names <= documented
+    # A function with the name of its module needs its full path, under a heading with the public one.
+    shadowing = {name for name in names if find_spec(name)}
+    assert shadowing <= set(re.findall(r"^ +heading: ([\w.]+)$", pages, re.MULTILINE))
+    assert names - shadowing <= documented
 
 
 def test_pages_build_without_a_warning_and_fetch_nothing(tmp_path: Path) -> None:
