@@ -10,7 +10,7 @@ from gankern.bench.own import CLIP
 from gankern.bench.results import OURS, STOCK
 from gankern.bench.timing import Spread
 from gankern.profile.measure import Measurement
-from gankern.profile.results import Advice, Phase, StepProfile
+from gankern.profile.results import Advice, Phase, StepProfile, describe_saving
 from gankern.profile.sides import Side
 
 PENALTY = "gankern.gradient_penalty"
@@ -40,7 +40,7 @@ def _changes(measured: Measurement, stock: StepProfile) -> Iterator[Advice]:
     if len(singles) > 1:
         saving = measured.saving(OURS)
         if saving is not None:
-            yield _change("", "all of gankern together", saving, stock.seconds.median)
+            yield _change("", "All of gankern together", saving, stock.seconds.median)
 
 
 _DO = {
@@ -51,28 +51,20 @@ _DO = {
 
 
 def _change(about: str, do: str, saving: Spread, step: float) -> Advice:
-    if saving.p20 > 0:
-        effect = (
-            f"{do} was measured to save {_ms(saving.median)} of the step's {_ms(step)} ({saving.median / step:.0%})"
-        )
-    elif saving.p80 < 0:
-        effect = f"{do} was measured to make the step {_ms(-saving.median)} longer: stay with stock"
-    else:
-        effect = f"{do} was measured to make no difference beyond the noise ({_ms(saving.p20)} to {_ms(saving.p80)})"
-    text = f"{about}; {effect}" if about else effect
-    return Advice(text[0].upper() + text[1:] if about else text, saving.median)
+    effect = describe_saving(do, saving, step, "the step")
+    return Advice(f"{about}; {effect}" if about else effect, saving.median)
 
 
 def _about(name: str, measured: Measurement, stock: StepProfile) -> str:
     step = stock.mean_seconds
     if name == "penalty":
-        about = f"the gradient penalty is {stock.seconds_of('penalty') / step:.0%} of the stock step"
+        about = f"The gradient penalty is {stock.seconds_of('penalty') / step:.0%} of the stock step"
         second = stock.phase("penalty/double backward")
         return about + _of_the_double_backward(second, step) if second else about
     if name == "optimizer":
         count = sum(1 for _ in measured.sides[STOCK].critic.parameters())
         share = stock.seconds_of("optimizer") / step
-        return f"weights are clipped tensor by tensor, {count} of them; optimizer and clip are {share:.0%} of the step"
+        return f"Weights are clipped tensor by tensor, {count} of them; optimizer and clip are {share:.0%} of the step"
     runs = [run for run in gankern.fusion_report(measured.sides[OURS].critic) if run.reason is None]
     share = stock.seconds_of("real forward", "fake forward", "backward") / step
     return f"{len(runs)} runs of the critic's layers can fuse; its forward and backward are {share:.0%} of the step"
@@ -100,10 +92,10 @@ def _of_the_step(ours: StepProfile, ceilings: dict[str, float]) -> Iterator[Advi
     if cost > 0.4 * step:
         way = "gankern.capture makes it one CUDA graph" if ours.device != "cpu" else "a larger batch costs little more"
         yield Advice(
-            f"calls are {cost / step:.0%} of the gankern step: {calls} operators at "
+            f"Calls are {cost / step:.0%} of the gankern step: {calls} operators at "
             f"{ceilings['call_seconds'] * 1e6:.1f} us each; {way}"
         )
-    for name, what in (("data", "the batch"), ("generator forward", "the generator")):
+    for name, what in (("data", "The batch"), ("generator forward", "The generator")):
         share = ours.seconds_of(name) / step
         if share >= 2 * _WORTH_SAYING:
             yield Advice(f"{what} takes {share:.0%} of the gankern step")
@@ -115,15 +107,11 @@ def _of_the_critic(side: Side) -> Iterator[Advice]:
         return
     if any("BatchNorm" in type(module).__name__ and module.training for module in side.critic.modules()):
         yield Advice(
-            "the critic has batch norm: the penalty couples the samples of a batch (Gulrajani et al. 2017, section 4, "
+            "The critic has batch norm: the penalty couples the samples of a batch (Gulrajani et al. 2017, section 4, "
             "use layer norm)"
         )
     if found.small:
-        yield Advice(f"critic and batch are so small that {PENALTY} leaves the passes to stock autograd")
+        yield Advice(f"Critic and batch are so small that {PENALTY} leaves the passes to stock autograd")
         return
     for name, calls in found.stock.items():
         yield Advice(f"{PENALTY} leaves {name} ({calls} calls of the critic) to stock autograd: {found.why[name]}")
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms"

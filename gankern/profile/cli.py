@@ -17,7 +17,6 @@ from gankern.arguments import UsageError, find_device, first_line, positive_int,
 from gankern.bench import ceilings
 from gankern.bench.own import LOSSES, Subject, build
 from gankern.bench.results import OURS, STOCK
-from gankern.profile import page
 from gankern.profile import report as reports
 from gankern.profile.advice import advise
 from gankern.profile.feed import LOSS_OF, Feed, of_model
@@ -140,7 +139,7 @@ def _traces(args: argparse.Namespace) -> dict[str, Path]:
 def _save(report: ProfileReport, args: argparse.Namespace, traces: dict[str, Path], console: Console) -> None:
     path = args.json or args.out / "profile.json"
     report.save(path)
-    page.save(report, args.out / "profile.html")
+    report.save_page(args.out / "profile.html")
     written = [path, args.out / "profile.html", *(trace for trace in traces.values() if trace.exists())]
     console.print("wrote " + ", ".join(map(str, written)), style="dim", soft_wrap=True)
 

@@ -32,9 +32,7 @@ def _sections(report: ProfileReport) -> Iterator[Section]:
     for name, profile in report.sides.items():
         line = reports.headline(profile, report.overhead.get(name))
         rows = [_cells(row) for row in reports.detail_rows(profile, report.ceilings)]
-        yield Section(
-            f"The {name} step by phase", [paragraph(line), table(reports.detail_columns(profile), rows, caption=line)]
-        )
+        yield Section(f"The {name} step by phase", [table(reports.detail_columns(profile), rows, caption=line)])
     if any(point for name in report.sides for point in _points(report, name)):
         yield Section("Roofline", [_roofline_figure(report), paragraph(reports.LEGEND, muted=True)])
     where = [paragraph(reports.ceilings_line(report.ceilings)), paragraph(machine_line(report.machine))]
@@ -60,7 +58,7 @@ def _cells(row: list[str]) -> list[Cell | str]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.removesuffix("%"))
+        return float(text.partition(" ")[0].removesuffix("%"))
     except ValueError:
         return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
+import sys
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -12,10 +14,12 @@ from typing import Any
 import torch
 
 from gankern import _phases
+from gankern.bench import ceilings
 from gankern.bench.timing import Spread
+from gankern.info import info
 from gankern.profile import trace as traces
 from gankern.profile.meters import OTHER, CpuClock, CudaClock, Marks
-from gankern.profile.results import Phase, StepProfile
+from gankern.profile.results import Phase, ProfileReport, StepProfile
 from gankern.profile.work import Work, WorkCounter, counting
 
 _OFF: AbstractContextManager[Any] = nullcontext()
@@ -251,6 +255,27 @@ class CriticSteps:
             tuple(self._phase(name, *mean) for name, mean in means.items()),
         )
 
+    def report(self, subject: str = "") -> ProfileReport:
+        """The profile with rates against this machine's ceilings, which it measures now; prints as a table.
+
+        Parameters
+        ----------
+        subject : str
+            What was profiled, in a line.
+
+        Returns
+        -------
+        ProfileReport
+
+        Raises
+        ------
+        RuntimeError
+            As by `profile`.
+        """
+        profile = self.profile()
+        machine = {**info(), "ceilings": ceilings.measure(profile.device)}
+        return ProfileReport(subject, shlex.join(sys.argv), machine, {"loop": profile})
+
     def _phase(self, name: str, seconds: float, faults: float) -> Phase:
         work = self._work.get(name, Work(0, 0, 0, 0)) if self._work else ()
         phase = Phase(name, seconds, faults, *work)
@@ -286,11 +311,11 @@ def _totals(marks: Marks, clock: CpuClock | CudaClock) -> dict[str, tuple[float,
 
 
 def _middle(steps: list[Any], whole: list[float]) -> list[Any]:
-    """The steps from the 10th to the 90th percentile: a mean over them adds up, and an outlier does not move it."""
+    """The steps from the 20th to the 80th percentile: a mean over them adds up, and an outlier does not move it."""
     if len(steps) < 5:
         return steps
     deciles = statistics.quantiles(whole, n=10, method="inclusive")
-    return [step for step, total in zip(steps, whole, strict=True) if deciles[0] <= total <= deciles[-1]]
+    return [step for step, total in zip(steps, whole, strict=True) if deciles[1] <= total <= deciles[7]]
 
 
 def critic_steps(
@@ -322,7 +347,8 @@ def critic_steps(
     Returns
     -------
     CriticSteps
-        A context manager. It has ``step()`` and ``phase(name)``, and ``profile()`` for the result; printed, the table.
+        A context manager, with ``step()`` and ``phase(name)`` for the loop, ``profile()`` and ``report()`` for what it
+        found; a report can be printed and saved.
 
     Examples
     --------
@@ -335,6 +361,6 @@ def critic_steps(
     ...                 loss(critic, real, fake).backward()
     ...             with prof.phase("optimizer"):
     ...                 optimizer.step()
-    >>> print(prof.profile())
+    >>> print(prof.report())
     """
     return CriticSteps(enabled=enabled, warm_up=warm_up, steps=steps, device=device, trace=trace)

@@ -25,7 +25,8 @@ LEGEND = (
 
 def show(report: ProfileReport, console: Console) -> None:
     """Print the comparison, each side in detail, and the advice."""
-    console.print(report.subject, style="bold", markup=False)
+    if report.subject:
+        console.print(report.subject, style="bold", markup=False)
     if len(report.sides) > 1:
         console.print(
             _table("Where the step's time goes", SIDES, comparison_rows(report.sides[STOCK], report.sides[OURS]))
@@ -40,21 +41,10 @@ def show(report: ProfileReport, console: Console) -> None:
     console.print(ceilings_line(report.ceilings), style="dim", markup=False)
 
 
-def format_profile(profile: StepProfile, ceilings: dict[str, float] | None = None) -> str:
-    """A profile's table as text.
-
-    Parameters
-    ----------
-    profile : StepProfile
-    ceilings : dict of str to float, optional
-        As `gankern.bench.ceilings.measure` returns them; without them rates and bounds stay empty.
-
-    Returns
-    -------
-    str
-    """
+def as_text(report: ProfileReport) -> str:
+    """What `show` prints."""
     console = Console(file=io.StringIO(), width=140, record=True)
-    console.print(_table(headline(profile), detail_columns(profile), detail_rows(profile, ceilings)))
+    show(report, console)
     return console.export_text()
 
 
@@ -66,7 +56,7 @@ def headline(profile: StepProfile, overhead: float | None = None) -> str:
         f"{profile.steps} steps",
         f"{profile.device}, {profile.dtype}",
         "" if profile.peak_bytes is None else f"peak {profile.peak_bytes / 1e6:.1f} MB",
-        "" if overhead is None else f"profiling adds {overhead:.1%}",
+        "" if overhead is None else f"profiling adds {max(0.0, overhead):.1%}",
     ]
     return ", ".join(filter(None, parts))
 
@@ -103,15 +93,15 @@ def detail_columns(profile: StepProfile) -> tuple[str, ...]:
     return (*DETAIL, "kernels, ms" if profile.device != "cpu" else "page faults")
 
 
-def detail_rows(profile: StepProfile, ceilings: dict[str, float] | None) -> list[list[str]]:
+def detail_rows(profile: StepProfile, ceilings: dict[str, float]) -> list[list[str]]:
     """Cells under `detail_columns`."""
     grouped = profile.grouped() | {"step": profile.whole}
     return [_detail(grouped[name], profile, ceilings) for name in _in_order(grouped)]
 
 
-def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float] | None) -> list[str]:
+def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float]) -> list[str]:
     members = [p for p in profile.phases if phase.name in (p.group, p.name, "step")] or [phase]
-    limits = Limits.of(members, profile.dtype, ceilings) if ceilings else Limits()
+    limits = Limits.of(members, profile.dtype, ceilings)
     on_gpu = profile.device != "cpu"
     return [
         _indented(phase.name),
@@ -130,17 +120,18 @@ def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float] | Non
 
 
 def _amount(value: float | None, unit: float, form: str) -> str:
-    return f"{value / unit:{form}}" if value else ""
+    text = f"{value / unit:{form}}" if value else ""
+    return text if text != "0" else ""
 
 
 def _rate(amount: int | None, seconds: float, least: float | None) -> str:
     """Giga a second, and the share of the ceiling."""
-    return f"{amount / seconds / 1e9:.1f} {least / seconds:>4.0%}" if amount and seconds and least else ""
+    return f"{amount / seconds / 1e9:.1f} ({least / seconds:.0%})" if amount and seconds and least else ""
 
 
 def _indented(name: str) -> str:
     group, _, part = name.partition("/")
-    return f"  {part}" if part else group
+    return f"· {part}" if part else group
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:

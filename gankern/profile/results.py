@@ -71,7 +71,7 @@ class StepProfile:
     seconds : Spread
         Of a whole step.
     mean_seconds : float
-        Over the steps kept, those from the 10th to the 90th percentile; the phases' seconds add up to it.
+        Over the steps kept, those from the 20th to the 80th percentile; the phases' seconds add up to it.
     phases : tuple of Phase
         In the order in which they first ran.
     peak_bytes : int or None
@@ -85,12 +85,6 @@ class StepProfile:
     mean_seconds: float
     phases: tuple[Phase, ...]
     peak_bytes: int | None = None
-
-    def __str__(self) -> str:
-        # Only a table needs rich.
-        from gankern.profile.report import format_profile
-
-        return format_profile(self)
 
     @property
     def whole(self) -> Phase:
@@ -185,6 +179,19 @@ class Advice:
     saves_seconds: float | None = None
 
 
+def describe_saving(change: str, saving: Spread, whole: float, of: str) -> str:
+    """Say what a change did to the time `whole` of something, if it is more than the noise."""
+
+    def ms(seconds: float) -> str:
+        return f"{seconds * 1e3:.2f} ms"
+
+    if saving.p20 > 0:
+        return f"{change} was measured to save {ms(saving.median)} of {of}'s {ms(whole)} ({saving.median / whole:.0%})"
+    if saving.p80 < 0:
+        return f"{change} was measured to make {of} {ms(-saving.median)} longer: stay with stock"
+    return f"{change} was measured to make no difference beyond the noise ({ms(saving.p20)} to {ms(saving.p80)})"
+
+
 @dataclass
 class ProfileReport:
     """Everything about one run of the profiler.
@@ -217,7 +224,19 @@ class ProfileReport:
         """Measured ceilings of the machine."""
         return self.machine["ceilings"]
 
-    def save(self, path: Path) -> None:
+    def __str__(self) -> str:
+        from gankern.profile.report import as_text
+
+        return as_text(self)
+
+    def save_page(self, path: Path | str) -> None:
+        """Write as an HTML page: timeline, tables, roofline."""
+        from gankern.profile.page import save
+
+        save(self, Path(path))
+
+    def save(self, path: Path | str) -> None:
         """Write as JSON."""
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n")

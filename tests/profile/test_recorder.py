@@ -144,6 +144,28 @@ def test_the_trace_names_the_phases(critic: nn.Module, tmp_path: Path) -> None:
     assert prof.profile().phase("real forward").allocated > 4 * 8 * 64 * 4
 
 
+def test_a_report_prints_and_saves(critic: nn.Module, tmp_path: Path) -> None:
+    with gankern.profile.critic_steps(steps=2) as prof:
+        penalty_steps(critic, prof, 7)
+    report = prof.report("my critic")
+    text = str(report)
+    assert "my critic" in text
+    assert "· weight gradient" in text
+    report.save(tmp_path / "a.json")
+    report.save_page(tmp_path / "a.html")
+    assert json.loads((tmp_path / "a.json").read_text())["sides"]["loop"]["steps"] == 2
+    assert "inner gradient" in (tmp_path / "a.html").read_text()
+
+
+def test_the_penalty_is_tried_on_a_copy(critic: nn.Module) -> None:
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    advice = gankern.profile.try_penalty(critic, *torch.randn(2, 4, 3, 16, 16).unbind(), rounds=5)
+    assert advice.saves_seconds is not None
+    assert "gankern.gradient_penalty was measured to" in advice.text
+    assert all(torch.equal(before[name], value) for name, value in critic.state_dict().items())
+    assert all(p.grad is None for p in critic.parameters())
+
+
 def test_no_step_is_said() -> None:
     with pytest.warns(UserWarning, match="saw no step"), gankern.profile.critic_steps():
         pass
