@@ -12,7 +12,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install test bench scaling browser lint format sanitize wheel clean
+.PHONY: help install test bench scaling browser docs lint format sanitize wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,6 +46,9 @@ scaling: $(STAMP)  ## Time and memory against size, tables and plots, into out/s
 browser:  ## Install Chromium, in which the tests open HTML reports (needs apt-get and root; without it they are skipped)
 	@command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y chromium; } >/dev/null 2>&1 \
 		|| echo "no chromium: tests in a browser are skipped"
+
+docs: $(STAMP)  ## Build the documentation into out/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 
 lint: $(STAMP)  ## Check style and types
 	ruff check

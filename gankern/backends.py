@@ -225,6 +225,17 @@ def _by_default(op: str) -> tuple[str, ...]:
     return tuple(n for n in NAMES if n in _adapters[op] and n not in NOT_BY_AUTO.get(op, ()))
 
 
+@contextmanager
+def wrapped(op: str, wrap: Callable[[ModuleType | Later], Any]) -> Iterator[None]:
+    """Put something in the place of each adapter of an op, inside a ``with`` block."""
+    before = _adapters[op]
+    _adapters[op] = {name: wrap(adapter) for name, adapter in before.items()}
+    try:
+        yield
+    finally:
+        _adapters[op] = before
+
+
 def explain_call(op: str, *tensors: Tensor) -> Explanation:
     """Choice and refusals for one op and its tensors, under the backend in force."""
     name = requested()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ MODELS = ("dcgan", "wgan", "wgan-gp")
 
 INFO_EXAMPLE = "example: gankern info --json"
 BENCH_EXAMPLE = "example: gankern bench --help"
+PROFILE_EXAMPLE = "example: gankern profile wgan-gp --steps 20"
 TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out runs/a"
 SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
 
@@ -28,7 +29,7 @@ class Completion(argparse.Action):
             import shtab
         except ModuleNotFoundError:
             parser.error("argument --print-completion: needs shtab: pip install 'gankern[completion]'")
-        print(shtab.complete(build_parser(with_bench=True), args[1]))
+        print(shtab.complete(build_parser(with_arguments_of=("bench", "profile")), args[1]))
         parser.exit()
 
 
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv[0] if argv else ""
     try:
-        args = build_parser(with_bench=command == "bench").parse_args(argv)
+        args = build_parser(with_arguments_of=(command,)).parse_args(argv)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except ModuleNotFoundError as error:
-        extra = {"bench": "bench", "train": "train", "sample": "train"}.get(command)
+        extra = {"bench": "bench", "profile": "bench", "train": "train", "sample": "train"}.get(command)
         if extra is None:
             raise
         return _fail(command, f"needs {error.name}: pip install 'gankern[{extra}]'", 1)
@@ -76,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
-def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
-    """Make the parser; the arguments of ``bench`` only on request, since they need torch."""
+def build_parser(*, with_arguments_of: Collection[str] = ()) -> argparse.ArgumentParser:
+    """Make the parser; the arguments of ``bench`` and ``profile`` only on request, since they need torch."""
     parser = Parser(
         prog="gankern",
         description="Kernel-accelerated GANs for PyTorch.",
@@ -99,10 +100,17 @@ def build_parser(*, with_bench: bool = False) -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time gankern against stock PyTorch", epilog=BENCH_EXAMPLE)
     bench.set_defaults(run=run_bench)
-    if with_bench:
+    if "bench" in with_arguments_of:
         from gankern.bench.cli import add_arguments
 
         add_arguments(bench)
+
+    profile = commands.add_parser("profile", help="show where a critic step's time goes", epilog=PROFILE_EXAMPLE)
+    profile.set_defaults(run=run_profile)
+    if "profile" in with_arguments_of:
+        from gankern.profile import cli as profile_cli
+
+        profile_cli.add_arguments(profile)
 
     train = commands.add_parser("train", help="train a GAN", epilog=TRAIN_EXAMPLE)
     _add_train_arguments(train)
@@ -172,6 +180,13 @@ def run_info(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     """Run ``gankern bench``."""
     from gankern.bench.cli import run
+
+    return run(args)
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    """Run ``gankern profile``."""
+    from gankern.profile.cli import run
 
     return run(args)
 

@@ -41,6 +41,16 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny work that is timed: on several threads it waits for the slowest of them on a busy machine."""
+    threads = torch.get_num_threads()
+    if {"bench", "profile"} & set(request.path.parts):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that an op allocates holds NaN, so that an element it never writes shows."""
     if {"ops", "nn", "optim"} & set(request.path.parts):

@@ -77,7 +77,7 @@ def test_every_development_requirement_is_pinned(pyproject):
     project = pyproject["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *pyproject["build-system"]["requires"]]
-    wanted += [r for extra in ("data", "train", "bench", "test", "dev") for r in extras[extra]]
+    wanted += [r for extra in ("data", "train", "bench", "docs", "test", "dev") for r in extras[extra]]
     assert {project_name(r) for r in wanted} - {"gankern"} <= pinned
 
 

@@ -13,7 +13,7 @@ from gankern.bench import ceilings
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ceilings._COPIED, "cpu", 1 << 22)
-    monkeypatch.setitem(ceilings._SIDE, "cpu", 256)
+    monkeypatch.setitem(ceilings._SIDES, "cpu", (256,))
 
 
 def test_has_a_rate_for_each_key() -> None:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gankern import backends
+from gankern import _phases, backends
 from gankern.ops.conv_act.reference import ConvOptions
 from gankern.ops.critic_layers import reference
 from gankern.ops.critic_layers.scope import Scope
+
+WEIGHT_GRADIENT = "penalty/weight gradient"
 
 
 def _layers(*tensors: Tensor) -> Any:
@@ -70,7 +72,8 @@ class Conv(torch.autograd.Function):
             grad_input = ConvInputGrad.apply(grad_output, weight, input.detach(), ctx.options, ctx.before)
         if not ctx.scope.input_gradient_only:
             if ctx.needs_input_grad[1]:
-                grad_weight = _layers(input, weight).conv_weight_grad(grad_output, input, weight, ctx.options)
+                with _phases.phase(WEIGHT_GRADIENT):
+                    grad_weight = _layers(input, weight).conv_weight_grad(grad_output, input, weight, ctx.options)
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 grad_bias = grad_output.sum((0, *range(2, grad_output.dim())))
         return grad_input, grad_weight, grad_bias, *nothing
@@ -113,7 +116,8 @@ class ConvInputGrad(torch.autograd.Function):
             tangent = layers.leaky_relu_backward(tangent, output, ctx.before.negative_slope)
         grad_grad_output = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = layers.conv_weight_grad(grad_output, tangent, weight, ctx.options)
+            with _phases.phase(WEIGHT_GRADIENT):
+                grad_weight = layers.conv_weight_grad(grad_output, tangent, weight, ctx.options)
         # What was saved makes room for the largest tensor of the pass.
         del grad_output, turned, activated
         ctx.maybe_clear_saved_tensors()
@@ -168,4 +172,5 @@ class LinearInputGrad(torch.autograd.Function):
 
 def _outer(grad_output: Tensor, input: Tensor) -> Tensor:
     """Weight gradient: sum over all samples of the outer products."""
-    return grad_output.reshape(-1, grad_output.size(-1)).t() @ input.reshape(-1, input.size(-1))
+    with _phases.phase(WEIGHT_GRADIENT):
+        return grad_output.reshape(-1, grad_output.size(-1)).t() @ input.reshape(-1, input.size(-1))

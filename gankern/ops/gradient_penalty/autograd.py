@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from gankern import _cuda, _library, _triton, backends, workspace
+from gankern import _cuda, _library, _phases, _triton, backends, workspace
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import cpu, reference
@@ -199,21 +199,22 @@ def _penalty(
         args, kwargs = _fill(registered.template, inputs)
         turns = _turns(x) and memory_format(x) == torch.contiguous_format
         scope = Scope(None if want_points else x, not _has_norm(critic), turns, fuses=True)
-        with CriticLayers(scope), mixed:
+        with _phases.phase("penalty/inner forward"), CriticLayers(scope), mixed:
             scores = critic(x, *args, **kwargs)
         check_scores(scores)
         wanted = [*params, *(t for t in inputs if t.requires_grad), *([x] if want_points else [])]
-        with scope.input_gradient():
+        with _phases.phase("penalty/inner gradient"), scope.input_gradient():
             (grad,) = torch.autograd.grad(
                 scores, x, torch.ones_like(scores), create_graph=bool(wanted), allow_unused=True
             )
         check_input_gradient(grad)
-        loss, cotangent = adapter.tail(grad.detach(), weight, target, one_sided, squared)
-        found = (
-            torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
-            if wanted and grad.requires_grad
-            else [None] * len(wanted)
-        )
+        with _phases.phase("penalty/tail"):
+            loss, cotangent = adapter.tail(grad.detach(), weight, target, one_sided, squared)
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if wanted and grad.requires_grad:
+            # Around the parts of it that are the weight gradient.
+            with _phases.phase("penalty/tangent"):
+                found = torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
     # Zeros where the penalty does not depend on a parameter, so that every one takes part (DDP); the layout is the
     # parameter's, as the fake promises.
     grads = _apart([_gradient_like(p, g) for p, g in zip(wanted, found, strict=True)])
@@ -298,7 +299,8 @@ class _Penalty(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         n = len(tensors) - len(want_inputs)
-        loss, grad_points, grads = _penalty_op(
+        run: Callable[..., Any] = _penalty if _phases.inline else _penalty_op
+        loss, grad_points, grads = run(
             points, tensors[:n], tensors[n:], *options, n > 0, want_points, want_inputs, autocast
         )
         ctx.save_for_backward(grad_points, *grads)
@@ -394,6 +396,7 @@ _FEW_VALUES = 1 << 14
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """``alpha * real + (1 - alpha) * fake`` with one alpha a sample, shape (N,)."""
-    if real.numel() <= _FEW_VALUES and torch_may_run(real):
-        return reference.interpolate(real, fake, alpha)
-    return _Interpolate.apply(real, fake, alpha)
+    with _phases.phase("penalty/interpolation"):
+        if real.numel() <= _FEW_VALUES and torch_may_run(real):
+            return reference.interpolate(real, fake, alpha)
+        return _Interpolate.apply(real, fake, alpha)

@@ -12,7 +12,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from gankern import backends
+from gankern import _phases, backends
 from gankern.ops.gradient_penalty.autograd import check_input_gradient, check_scores, first_order_only, torch_may_run
 
 # Multiplications of a forward pass that pay for the calls of gankern's layers, measured: for each convolution or linear
@@ -104,10 +104,12 @@ def penalty(
 ) -> Tensor:
     """Penalty at points with the graph that stock autograd makes of it; ``call`` is the critic with all its inputs."""
     x = points if points.requires_grad else points.detach().requires_grad_()
-    scores = call(x)
+    with _phases.phase("penalty/inner forward"):
+        scores = call(x)
     check_scores(scores)
-    (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True, allow_unused=True)
+    with _phases.phase("penalty/inner gradient"):
+        (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True, allow_unused=True)
     check_input_gradient(grad)
-    if not grad.requires_grad:
-        return _Tail.apply(grad, options, *params)
-    return _Tail.apply(grad, options, *_find_unreached(critic, params, grad))
+    with _phases.phase("penalty/tail"):
+        unreached = _find_unreached(critic, params, grad) if grad.requires_grad else params
+        return _Tail.apply(grad, options, *unreached)

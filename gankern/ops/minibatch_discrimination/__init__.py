@@ -39,7 +39,7 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
     Differentiable to any order; where ``m[i, b, c] == m[j, b, c]`` the derivative of the absolute value is taken
     as 0, as ``torch.abs`` does. Forward, backward and double backward are kernels that compute each pair's distance
     once (on a GPU, once for either sample) and need memory O(N B C); higher orders are plain torch over (N, N, B, C).
-    With e the exponentials, g the gradient of o and v a cotangent on the gradient of m, over pairs i != j, ::
+    With e the exponentials, g the gradient of o and v a cotangent on the gradient of m, over pairs i != j:
 
         dL/dm[i] = -sum_j (g[i] + g[j]) e[i, j] sign(m[i] - m[j])
         t[i, j]  = sum_c (v[i] - v[j]) sign(m[i] - m[j])

@@ -1,0 +1,155 @@
+"""`gankern profile`: where a critic step's time goes, stock and on gankern."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import gankern
+from gankern.arguments import UsageError, find_device, first_line, positive_int, shape
+from gankern.bench import ceilings
+from gankern.bench.own import LOSSES, Subject, build
+from gankern.bench.results import OURS, STOCK
+from gankern.profile import report as reports
+from gankern.profile.advice import advise
+from gankern.profile.feed import LOSS_OF, Feed, of_model
+from gankern.profile.measure import Measurement
+from gankern.profile.results import ProfileReport
+from gankern.profile.sides import make_sides
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXAMPLES = """examples:
+  gankern profile wgan-gp --steps 20
+  gankern profile --critic mymodule:make_critic --shape 3,64,64 --batch 32
+  gankern profile --critic nets:critic --generator nets:generator --shape 2 --latent 8 --out out/points
+  gankern profile --critic nets:projection_critic --labels 10 --shape 3,32,32
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gankern profile`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    what = parser.add_argument_group("what")
+    what.add_argument("model", nargs="?", metavar="MODEL", choices=tuple(LOSS_OF), help=", ".join(LOSS_OF))
+    what.add_argument("--critic", metavar="MODULE:FACTORY", help="makes the critic, in place of MODEL's")
+    what.add_argument("--generator", metavar="MODULE:FACTORY", help="makes the generator; random samples without it")
+    what.add_argument("--shape", type=shape, metavar="C,H,W", help="of one sample, 2 for points; MODEL: 1,32,32")
+    what.add_argument(
+        "--latent", type=shape, metavar="D,...", help="of one latent; default by --generator's first layer"
+    )
+    what.add_argument("--labels", type=positive_int, metavar="K", help="call critic(x, y) with labels of K classes")
+    what.add_argument("--loss", choices=LOSSES, help="default MODEL's, or wgan-gp")
+    what.add_argument("--batch", type=positive_int, default=64, metavar="N", help="samples a step, default %(default)s")
+    what.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="bfloat16 means autocast")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=positive_int, default=20, metavar="N", help="steps to time, default %(default)s")
+    how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
+    how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
+    how.add_argument("--out", type=Path, default=Path("out/profile"), metavar="DIR", help="default %(default)s")
+    how.add_argument("--json", type=Path, metavar="FILE", help="default profile.json in --out")
+    how.add_argument(
+        "--trace", type=Path, metavar="FILE", help="default trace-gankern.json in --out, stock's beside it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `gankern profile`; return the exit code: 1 where a step fails, 130 after Ctrl-C.
+
+    Raises
+    ------
+    UsageError
+        For an argument that cannot be used.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # Without it Kineto greets at every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    torch.manual_seed(0)
+    subject = _subject(args)
+    subject.check(args.batch)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    report = ProfileReport(_describe(args, subject), shlex.join(["gankern", *sys.argv[1:]]), gankern.info())
+    traces = _traces(args)
+    interrupted = False
+    try:
+        report.machine["ceilings"] = ceilings.measure(subject.device)
+        measured = Measurement(make_sides(Feed(subject, args.batch)), traces, args.steps)
+        try:
+            with _progress() as progress:
+                task = progress.add_task("steps", total=1.0)
+                measured.run(lambda share: progress.update(task, completed=share))
+        except KeyboardInterrupt:
+            interrupted = True
+    except Exception as error:
+        return _fail(f"a step of {args.model or args.critic} failed: {first_line(error)}", 1)
+    report.sides, report.overhead = measured.profiles(), measured.overhead()
+    report.advice = advise(measured, report.ceilings)
+    reports.show(report, console)
+    _save(report, args, traces, console)
+    return _fail("interrupted", 130) if interrupted else 0
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    device, dtype = find_device(args.device), DTYPES[args.dtype]
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"argument --device: expected a CPU or CUDA device, got {args.device!r}")
+    if (args.model is None) == (args.critic is None):
+        got = "neither" if args.model is None else "both"
+        raise UsageError(f"argument MODEL: expected MODEL or --critic MODULE:FACTORY, got {got}")
+    if args.model is not None:
+        for name in ("generator", "labels", "latent"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"argument --{name}: needs --critic; {args.model} has its own networks")
+        return of_model(args.model, args.shape or (1, 32, 32), loss=args.loss, device=device, dtype=dtype)
+    if args.shape is None:
+        raise UsageError("argument --shape: needed by --critic: the shape of one sample, such as 3,64,64 or 2")
+    critic = build("--critic", args.critic)
+    generator = None if args.generator is None else build("--generator", args.generator)
+    latent = args.latent or ()
+    return Subject(critic, generator, args.shape, latent, args.labels, args.loss or "wgan-gp", device, dtype)
+
+
+def _describe(args: argparse.Namespace, subject: Subject) -> str:
+    parts = [
+        f"{args.model or args.critic}: critic step of {subject.loss}",
+        f"batch {args.batch} of {','.join(map(str, subject.shape))}",
+        f"{sum(p.numel() for p in subject.critic.parameters())} parameters",
+        "autocast to bfloat16" if subject.dtype is torch.bfloat16 else "float32",
+        f"{torch.get_num_threads()} threads" if subject.device.type == "cpu" else str(subject.device),
+    ]
+    return ", ".join(parts)
+
+
+def _traces(args: argparse.Namespace) -> dict[str, Path]:
+    ours = args.trace or args.out / "trace-gankern.json"
+    theirs = args.out / "trace-stock.json" if args.trace is None else ours.with_stem(f"{ours.stem}-stock")
+    return {STOCK: theirs, OURS: ours}
+
+
+def _save(report: ProfileReport, args: argparse.Namespace, traces: dict[str, Path], console: Console) -> None:
+    path = args.json or args.out / "profile.json"
+    report.save(path)
+    report.save_page(args.out / "profile.html")
+    written = [path, args.out / "profile.html", *(trace for trace in traces.values() if trace.exists())]
+    console.print("wrote " + ", ".join(map(str, written)), style="dim", soft_wrap=True)
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:20}"), BarColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gankern profile: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,152 @@
+"""Tables of a profile on a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gankern.bench.results import OURS, STOCK
+from gankern.profile.meters import OTHER
+from gankern.profile.results import Limits, Phase, ProfileReport, StepProfile
+
+SIDES = ("phase", "stock, ms", "share", "gankern, ms", "share", "saved, ms")
+DETAIL = ("phase", "ms", "share", "GFLOP", "GFLOP/s", "MB", "GB/s", "bound by", "calls", "new MB", "worth, ms")
+LEGEND = (
+    "Shares are of the step. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share "
+    "of the ceiling measured at the start; data that lies in a cache may pass the copy's. Bound by: which of "
+    "arithmetic, memory and the calls themselves would take the longest alone. New MB: tensors made outside of "
+    "gankern's workspace. Worth: the time above what arithmetic and memory need at least."
+)
+
+
+def show(report: ProfileReport, console: Console) -> None:
+    """Print the comparison, each side in detail, and the advice."""
+    if report.subject:
+        console.print(report.subject, style="bold", markup=False)
+    if len(report.sides) > 1:
+        console.print(
+            _table("Where the step's time goes", SIDES, comparison_rows(report.sides[STOCK], report.sides[OURS]))
+        )
+    for name, profile in report.sides.items():
+        title = f"{name}: {headline(profile, report.overhead.get(name))}"
+        console.print(_table(title, detail_columns(profile), detail_rows(profile, report.ceilings)))
+    if report.sides:
+        console.print(LEGEND, style="dim", markup=False)
+    for advice in report.advice:
+        console.print(f"- {advice.text}", markup=False, highlight=False)
+    console.print(ceilings_line(report.ceilings), style="dim", markup=False)
+
+
+def as_text(report: ProfileReport) -> str:
+    """What `show` prints."""
+    console = Console(file=io.StringIO(), width=140, record=True)
+    show(report, console)
+    return console.export_text()
+
+
+def headline(profile: StepProfile, overhead: float | None = None) -> str:
+    """A step's time, and what surrounds it, in a line."""
+    seconds = profile.seconds
+    parts = [
+        f"{seconds.median * 1e3:.2f} ms a step ({seconds.p20 * 1e3:.2f} to {seconds.p80 * 1e3:.2f})",
+        f"{profile.steps} steps",
+        f"{profile.device}, {profile.dtype}",
+        "" if profile.peak_bytes is None else f"peak {profile.peak_bytes / 1e6:.1f} MB",
+        "" if overhead is None else f"profiling adds {max(0.0, overhead):.1%}",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def comparison_rows(stock: StepProfile, ours: StepProfile) -> list[list[str]]:
+    """Cells under `SIDES`."""
+    sides = [profile.grouped() | {"step": profile.whole} for profile in (stock, ours)]
+    steps = [profile.mean_seconds for profile in (stock, ours)]
+    return [_compared(name, [side.get(name) for side in sides], steps) for name in _in_order(*sides)]
+
+
+def _in_order(*sides: Iterable[str]) -> list[str]:
+    """Names of all sides, parts under their group, the rest of the step and the step itself last."""
+    names = list(dict.fromkeys(name for side in sides for name in side))
+    groups = list(dict.fromkeys(name.partition("/")[0] for name in names))
+    groups.sort(key=lambda group: (group == "step", group == OTHER))
+    return [
+        name
+        for group in groups
+        for name in sorted((n for n in names if n.partition("/")[0] == group), key=lambda n: n.endswith("/rest"))
+    ]
+
+
+def _compared(name: str, phases: Sequence[Phase | None], steps: Sequence[float]) -> list[str]:
+    cells = [_indented(name)]
+    for phase, step in zip(phases, steps, strict=True):
+        cells += ["", ""] if phase is None else [f"{phase.seconds * 1e3:.2f}", f"{phase.seconds / step:.1%}"]
+    stock, ours = (0.0 if phase is None else phase.seconds for phase in phases)
+    return [*cells, f"{(stock - ours) * 1e3:+.2f}"]
+
+
+def detail_columns(profile: StepProfile) -> tuple[str, ...]:
+    """Headings of `detail_rows`."""
+    return (*DETAIL, "kernels, ms" if profile.device != "cpu" else "page faults")
+
+
+def detail_rows(profile: StepProfile, ceilings: dict[str, float]) -> list[list[str]]:
+    """Cells under `detail_columns`."""
+    grouped = profile.grouped() | {"step": profile.whole}
+    return [_detail(grouped[name], profile, ceilings) for name in _in_order(grouped)]
+
+
+def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float]) -> list[str]:
+    members = [p for p in profile.phases if phase.name in (p.group, p.name, "step")] or [phase]
+    limits = Limits.of(members, profile.dtype, ceilings)
+    on_gpu = profile.device != "cpu"
+    return [
+        _indented(phase.name),
+        f"{phase.seconds * 1e3:.2f}",
+        f"{phase.seconds / profile.mean_seconds:.1%}",
+        _amount(phase.flops, 1e9, ".3f"),
+        _rate(phase.flops, phase.seconds, limits.compute),
+        _amount(phase.bytes, 1e6, ".1f"),
+        _rate(phase.bytes, phase.seconds, limits.memory),
+        limits.bound or "",
+        str(phase.calls) if phase.calls else "",
+        _amount(phase.allocated, 1e6, ".1f"),
+        "" if limits.floor is None else f"{max(0.0, phase.seconds - limits.floor) * 1e3:.2f}",
+        _amount(phase.device_seconds, 1e-3, ".2f") if on_gpu else _amount(phase.page_faults, 1, ".0f"),
+    ]
+
+
+def _amount(value: float | None, unit: float, form: str) -> str:
+    text = f"{value / unit:{form}}" if value else ""
+    return text if text != "0" else ""
+
+
+def _rate(amount: int | None, seconds: float, least: float | None) -> str:
+    """Giga a second, and the share of the ceiling."""
+    return f"{amount / seconds / 1e9:.1f} ({least / seconds:.0%})" if amount and seconds and least else ""
+
+
+def _indented(name: str) -> str:
+    group, _, part = name.partition("/")
+    return f"· {part}" if part else group
+
+
+def ceilings_line(ceilings: dict[str, float]) -> str:
+    """What was measured at the start."""
+    return (
+        f"Ceilings: float32 product {ceilings['float32_flops'] / 1e9:.0f} GFLOP/s, bfloat16 "
+        f"{ceilings['bfloat16_flops'] / 1e9:.0f} GFLOP/s, copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s "
+        f"(in a cache {ceilings['cached_copy_bytes'] / 1e9:.1f}), call {ceilings['call_seconds'] * 1e6:.2f} us"
+    )
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[list[str]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,124 @@
+"""The critic step of a subject: stock, on gankern, and with one change at a time."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gankern
+from gankern.bench import stock
+from gankern.bench.own import CLIP
+from gankern.bench.results import OURS, STOCK
+from gankern.ops.gradient_penalty import PenaltyExplanation
+from gankern.profile.feed import Feed
+from gankern.profile.recorder import CriticSteps
+
+PENALTY_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What of a step runs on gankern."""
+
+    penalty: bool = False
+    fused: bool = False
+    optimizer: bool = False
+
+
+class Side:
+    """A critic of its own, trained step by step.
+
+    Parameters
+    ----------
+    feed : Feed
+        Its subject's critic is copied.
+    changes : Changes
+    """
+
+    def __init__(self, feed: Feed, changes: Changes) -> None:
+        self.feed, self.subject, self.changes = feed, feed.subject, changes
+        self.critic = copy.deepcopy(self.subject.critic)
+        if changes.fused:
+            gankern.fuse(self.critic)
+        params: list[Tensor] = list(self.critic.parameters())
+        self._clipped = params if self.subject.loss == "wgan" and not changes.optimizer else []
+        self._optimizer = (
+            gankern.optim.RMSprop(params, lr=5e-5, clip=CLIP)
+            if changes.optimizer
+            else self.subject.optimizer(self.critic)
+        )
+        self._is_double_backward = not changes.penalty or self._is_small()
+
+    def _is_small(self) -> bool:
+        explained = self.explain()
+        return explained is not None and explained.small
+
+    def explain(self) -> PenaltyExplanation | None:
+        """What gankern takes of the critic's penalty; None without one."""
+        if self.subject.loss != "wgan-gp":
+            return None
+        real, classes = self.feed.real(), self.subject.classes(self.feed.batch)
+        with self.subject.autocast():
+            found = gankern.explain(gankern.gradient_penalty, self.critic, real, real, *classes)
+        return found if isinstance(found, PenaltyExplanation) else None
+
+    def step(self, prof: CriticSteps) -> None:
+        """Update the critic once; the losses go backward one after the other, so that each has a time of its own."""
+        subject, critic = self.subject, self.critic
+        with prof.step():
+            with prof.phase("data"):
+                real, classes = self.feed.real(), subject.classes(self.feed.batch)
+            with prof.phase("generator forward"), subject.autocast():
+                fake = self.feed.fake(classes)
+            with prof.phase("real forward"), subject.autocast():
+                real_score = critic(real, *classes)
+            with prof.phase("fake forward"), subject.autocast():
+                fake_score = critic(fake, *classes)
+            with prof.phase("backward"):
+                self._optimizer.zero_grad()
+                with subject.autocast():
+                    loss = subject.critic_loss(real_score, fake_score)
+                loss.backward()
+            if subject.loss == "wgan-gp":
+                with prof.phase("penalty"):
+                    self._penalise(prof, real, fake.float(), classes)
+            with prof.phase("optimizer"):
+                self._optimizer.step()
+                stock.clip_loop(self._clipped, CLIP)
+
+    def _penalise(self, prof: CriticSteps, real: Tensor, fake: Tensor, classes: tuple[Tensor, ...]) -> None:
+        with self.subject.autocast():
+            if self.changes.penalty:
+                penalty = gankern.gradient_penalty(self.critic, real, fake, *classes, weight=PENALTY_WEIGHT)
+            else:
+                penalty = self._stock_penalty(prof, real, fake, classes)
+        # What gankern hands to autograd are finished gradients, unless the critic is small.
+        with prof.phase("penalty/double backward" if self._is_double_backward else "penalty/tail"):
+            penalty.backward()
+
+    def _stock_penalty(self, prof: CriticSteps, real: Tensor, fake: Tensor, classes: tuple[Tensor, ...]) -> Tensor:
+        """As most code has it, each part marked."""
+        with prof.phase("penalty/interpolation"):
+            alpha = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
+            x = (alpha * real + (1 - alpha) * fake).requires_grad_()
+        with prof.phase("penalty/inner forward"):
+            scores = self.critic(x, *classes)
+        with prof.phase("penalty/inner gradient"):
+            (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        with prof.phase("penalty/tail"):
+            return PENALTY_WEIGHT * ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+
+
+def make_sides(feed: Feed) -> dict[str, Side]:
+    """Stock, gankern, and stock with each single change that can make a difference, where there are several."""
+    subject = feed.subject
+    fuses = any(run.reason is None for run in gankern.fusion_report(gankern.fuse(copy.deepcopy(subject.critic))))
+    changes = {"penalty": subject.loss == "wgan-gp", "fused": fuses, "optimizer": subject.loss == "wgan"}
+    possible = [name for name, applies in changes.items() if applies]
+    sides = {STOCK: Side(feed, Changes()), OURS: Side(feed, Changes(**changes))}
+    if len(possible) > 1:
+        sides |= {name: Side(feed, Changes(**{name: True})) for name in possible}
+    return sides

@@ -1,0 +1,177 @@
+"""The profiler of any loop: what it attributes to which phase, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gankern
+from gankern import _phases
+from gankern.profile import recorder
+from gankern.profile.meters import OTHER
+
+
+class Clock:
+    """A clock that only `pause` moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def read(self) -> tuple[float, int]:
+        return self.now, 0
+
+    def between(self, first: tuple[float, int], second: tuple[float, int]) -> tuple[float, float]:
+        return second[0] - first[0], 0.0
+
+    def pause(self, milliseconds: float) -> None:
+        self.now += milliseconds / 1e3
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(recorder, "CpuClock", lambda: clock)
+    return clock
+
+
+def test_phases_are_exclusive_and_add_up_to_the_step(clock: Clock) -> None:
+    with gankern.profile.critic_steps(warm_up=0) as prof:
+        for number in range(3 + 6):
+            clock.pause(50)
+            with prof.step():
+                with prof.phase("data"):
+                    clock.pause(2 + number)
+                clock.pause(1)
+                with prof.phase("penalty"):
+                    clock.pause(1)
+                    with prof.phase("tail"):
+                        clock.pause(3)
+                    clock.pause(1)
+    found = prof.profile()
+    assert found.steps == 6
+    milliseconds = {p.name: p.seconds * 1e3 for p in found.phases}
+    # Of the steps 3 to 8 the shortest and the longest are left out.
+    assert milliseconds == pytest.approx({"data": 2 + 5.5, "penalty": 2, "penalty/tail": 3, OTHER: 1})
+    assert found.mean_seconds == pytest.approx(13.5e-3)
+    assert found.seconds.median == pytest.approx(13.5e-3)
+    assert {name: p.seconds * 1e3 for name, p in found.grouped().items()} == pytest.approx(
+        {"data": 7.5, "penalty": 5, "penalty/tail": 3, "penalty/rest": 2, OTHER: 1}
+    )
+
+
+def test_statements_do_as_blocks_do(clock: Clock) -> None:
+    with gankern.profile.critic_steps(warm_up=1) as prof:
+        for _ in range(4 + 3):
+            prof.phase("data")
+            clock.pause(1)
+            prof.phase("real forward")
+            clock.pause(2)
+            prof.step()
+    found = prof.profile()
+    assert found.steps == 3
+    assert {p.name: p.seconds * 1e3 for p in found.phases} == pytest.approx({"data": 1, "real forward": 2, OTHER: 0})
+
+
+@pytest.fixture
+def critic() -> nn.Module:
+    conv = [nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 4, 2, 1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*conv, nn.Flatten(), nn.Linear(128, 1))
+
+
+def penalty_steps(critic: nn.Module, prof: gankern.profile.CriticSteps, count: int) -> None:
+    real, fake = torch.randn(2, 4, 3, 16, 16).unbind()
+    for _ in range(count):
+        with prof.step():
+            with prof.phase("real forward"):
+                critic(real)
+            with prof.phase("penalty"):
+                gankern.gradient_penalty(critic, real, fake).backward()
+
+
+def test_the_penalty_marks_and_counts_its_passes(critic: nn.Module) -> None:
+    with gankern.profile.critic_steps(steps=2) as prof:
+        penalty_steps(critic, prof, 7)
+    flops = {p.name: p.flops for p in prof.profile().phases}
+    forward = flops["real forward"]
+    assert forward == 4 * 2 * (8 * 8 * 8 * 3 * 16 + 8 * 4 * 4 * 8 * 16 + 128)
+    assert flops["penalty/inner forward"] == forward
+    assert flops["penalty/inner gradient"] == forward
+    assert flops["penalty/weight gradient"] == forward
+    # The gradient of the scores with respect to themselves is one, so that the last layer has no tangent.
+    assert flops["penalty/tangent"] == forward - 4 * 2 * 128
+    calls = {p.name: p.calls for p in prof.profile().phases}
+    assert calls["real forward"] >= 5
+    assert {"penalty/interpolation", "penalty/tail"} <= calls.keys()
+
+
+def test_counting_leaves_results_as_they_are(critic: nn.Module) -> None:
+    def gradients(steps: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        critic.zero_grad()
+        with gankern.profile.critic_steps(warm_up=0, enabled=steps > 0) as prof:
+            penalty_steps(critic, prof, max(steps, 4))
+        return [p.grad.clone() for p in critic.parameters() if p.grad is not None]
+
+    for plain, profiled in zip(gradients(0), gradients(4), strict=True):
+        assert torch.equal(plain, profiled)
+
+
+def test_off_and_after_the_block_nothing_is_watched(critic: nn.Module) -> None:
+    with gankern.profile.critic_steps(enabled=False) as prof:
+        penalty_steps(critic, prof, 8)
+    with pytest.raises(RuntimeError, match="no step was timed"):
+        prof.profile()
+    with gankern.profile.critic_steps(warm_up=0) as prof, pytest.raises(ZeroDivisionError):
+        for number in range(10):
+            with prof.step(), prof.phase("data"):
+                assert _phases.hook is not None or number == 2
+                1 / (8 - number)
+    assert prof.profile().steps == 5
+    assert _phases.hook is None
+    assert not _phases.inline
+
+
+def test_the_trace_names_the_phases(critic: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "trace.json"
+    with gankern.profile.critic_steps(trace=path) as prof:
+        penalty_steps(critic, prof, 6)
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"phase: real forward", "phase: penalty", "phase: penalty/tangent"} <= names
+    assert prof.profile().phase("real forward").allocated > 4 * 8 * 64 * 4
+
+
+def test_a_report_prints_and_saves(critic: nn.Module, tmp_path: Path) -> None:
+    with gankern.profile.critic_steps(steps=2) as prof:
+        penalty_steps(critic, prof, 7)
+    report = prof.report("my critic")
+    text = str(report)
+    assert "my critic" in text
+    assert "· weight gradient" in text
+    report.save(tmp_path / "a.json")
+    report.save_page(tmp_path / "a.html")
+    assert json.loads((tmp_path / "a.json").read_text())["sides"]["loop"]["steps"] == 2
+    assert "inner gradient" in (tmp_path / "a.html").read_text()
+
+
+def test_the_penalty_is_tried_on_a_copy(critic: nn.Module) -> None:
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    advice = gankern.profile.try_penalty(critic, *torch.randn(2, 4, 3, 16, 16).unbind(), rounds=5)
+    assert advice.saves_seconds is not None
+    assert "gankern.gradient_penalty was measured to" in advice.text
+    assert all(torch.equal(before[name], value) for name, value in critic.state_dict().items())
+    assert all(p.grad is None for p in critic.parameters())
+
+
+def test_no_step_is_said() -> None:
+    with pytest.warns(UserWarning, match="saw no step"), gankern.profile.critic_steps():
+        pass
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"warm_up": -1}, {"steps": 2.0}, {"device": "meta"}])
+def test_bad_options_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must"):
+        gankern.profile.critic_steps(**options)
