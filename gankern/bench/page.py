@@ -62,8 +62,11 @@ def _cases(cases: list[CaseResult]) -> Markup:
 
 def _case_row(case: CaseResult, name: str) -> Row:
     row: Row = [name]
-    if case.best is None or case.ours is None or case.ratio is None:
+    if case.ours is None:
         row += [Cell(case.status.upper(), tone=TONES.get(case.status, "muted")), *[""] * 7]
+    elif case.best is None or case.ratio is None:
+        ours = case.sides[case.ours]
+        row += [Cell("too large", tone="muted"), "", _ms(ours.seconds.median), *[""] * 4, _mib(ours.peak_bytes)]
     else:
         stock, ours = case.sides[case.best], case.sides[case.ours]
         row += [case.best, _ms(stock.seconds.median), _ms(ours.seconds.median), *_spread(case.ratio)]

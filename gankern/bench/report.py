@@ -37,9 +37,12 @@ _WIDE = 130
 def case_row(result: CaseResult) -> list[Cell]:
     """Cells under `CASE_COLUMNS`."""
     name = split_name(result.name)
-    if result.best is None or result.ours is None or result.ratio is None:
+    if result.ours is None:
         return [name, (result.status.upper(),), (), (), (), _error(result.error)]
-    stock, ours = result.sides[result.best], result.sides[result.ours]
+    ours = result.sides[result.ours]
+    if result.best is None or result.ratio is None:
+        return [name, ("too large",), (f"{ours.seconds.median * 1e3:.2f}",), (), _peak(ours), _error(result.error)]
+    stock = result.sides[result.best]
     return [
         name,
         (result.best, f"{stock.seconds.median * 1e3:.2f}"),
@@ -224,6 +227,10 @@ def _memory(stock: Measured, ours: Measured) -> Cell:
     if stock.peak_bytes is None or ours.peak_bytes is None:
         return ("n/a",)
     return f"{stock.peak_bytes / 2**20:.1f}", f"-> {ours.peak_bytes / 2**20:.1f}"
+
+
+def _peak(side: Measured) -> Cell:
+    return ("n/a",) if side.peak_bytes is None else (f"{side.peak_bytes / 2**20:.1f}",)
 
 
 def _error(error: float | None) -> Cell:

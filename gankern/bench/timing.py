@@ -101,10 +101,14 @@ def ratio(times: Mapping[str, Sequence[float]], ours: Collection[str]) -> tuple[
         The other side and the one of `ours` with the lowest medians, and the spread over the rounds of the time of the
         former / the time of the latter.
     """
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    stock = min(medians.keys() - ours, key=medians.__getitem__)
-    mine = min(ours, key=medians.__getitem__)
+    stock = fastest({name: values for name, values in times.items() if name not in ours})
+    mine = fastest({name: times[name] for name in ours})
     return stock, mine, Spread.of([theirs / own for theirs, own in zip(times[stock], times[mine], strict=True)])
+
+
+def fastest(times: Mapping[str, Sequence[float]]) -> str:
+    """Name of the side with the lowest median."""
+    return min(times, key=lambda name: statistics.median(times[name]))
 
 
 def flops(work: Work) -> int:

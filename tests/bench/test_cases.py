@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gankern.bench import stock
-from gankern.bench.cases import CASES, TOLERANCE, select
-from gankern.bench.measure import run_case
+from gankern.bench.cases import CASES, TOLERANCE, minibatch_discrimination, select
+from gankern.bench.measure import checked, run_case
 
 EAGER = ("eager", "channels_last", "cdist", "foreach", "func_grad", "autocast")
 
@@ -57,3 +57,14 @@ def test_torch_compile_still_refuses_double_backward():
     (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.square().sum().backward()
+
+
+def test_many_samples_are_right_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["minibatch_discrimination.training"]
+    for name, value in (("_MOST_SAMPLES", 3), ("_ROWS", 4)):
+        monkeypatch.setattr(minibatch_discrimination, name, value)
+    sides = case.setup(case.tiny, torch.float32, "cpu")
+    assert sides.reference()["gradient of m"][0].shape[0] == 4
+    runs, error, left_out = checked(sides, without={"compile": "takes long"})
+    assert set(runs) == {"eager", "cdist", "gankern"} and error < 1e-5, left_out
+    assert case.needs({**case.size, "batch": 4096}, torch.float32)["reference"] == 0

@@ -9,6 +9,7 @@ import gankern
 from gankern import backends
 from gankern.bench.check import Results
 from gankern.bench.measure import run_case
+from gankern.bench.report import case_row
 
 
 def test_ratio_memory_and_work_of_a_right_case():
@@ -73,6 +74,11 @@ def test_what_needs_too_much_memory_is_left_out():
     object.__setattr__(large, "needs", lambda size, dtype: {"compile": 1 << 60, "eager": 1})
     result = run_case(large, clock=clock)
     assert (result.status, result.left_out["compile"]) == ("ok", "needs about 1073741824 GiB")
+    object.__setattr__(large, "needs", lambda size, dtype: {"compile": 1 << 60, "eager": 1 << 60, "foreach": 1 << 60})
+    result = run_case(large, clock=clock)
+    assert (result.status, result.best, result.ratio, result.ours) == ("ok", None, None, "gankern")
+    assert set(result.sides) == {"gankern"}
+    assert case_row(result)[1:4] == [("too large",), ("1000.00",), ()]
     object.__setattr__(large, "needs", lambda size, dtype: {"reference": 1 << 60})
     result = run_case(large, clock=clock)
     assert (result.status, result.message) == ("skipped", "the reference needs about 1073741824 GiB")
