@@ -66,7 +66,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
-        monkeypatch.setattr(stretch, "_FEW_PRODUCTS", (0, 0))
+        monkeypatch.setattr(stretch, "_FEW_ELEMENTS", (0, 0))
         monkeypatch.setattr(few_pairs, "_FEW_DIFFERENCES", 0)
         monkeypatch.setattr(conv_cpu, "_LEAVES_THIN", False)
 

@@ -94,10 +94,10 @@ def _rows(stretches: list[Stretch]) -> list[list[Stretch]]:
     return rows
 
 
-# Products of a forward pass below which a stretch without, or with batch norm costs more by calls from Python than it
-# saves, as measured; a batch norm without a convolution saves as much as so many products for each element.
-_FEW_PRODUCTS = (3e7, 1e8)
-_PRODUCTS_OF_AN_ELEMENT = 700
+# Elements of its output below which a stretch without, or with batch norm costs more by calls from Python than it saves
+# in passes over them, as measured; and channels up to which it saves less.
+_FEW_ELEMENTS = (80_000, 230_000)
+_FEW_CHANNELS = 16
 
 
 def _may_be_small(input: Tensor) -> bool:
@@ -112,17 +112,14 @@ def _is_small(stretches: list[Stretch], input: Tensor) -> bool:
     # Stock's SyncBatchNorm does not run on the CPU.
     if input.dim() != 4 or not stretches or any(isinstance(s.bn, nn.SyncBatchNorm) for s in stretches):
         return False
-    products, few, shape = 0, 0.0, list(input.shape)
+    elements, few, shape = 0.0, 0, list(input.shape)
     for stretch in stretches:
-        few += _FEW_PRODUCTS[stretch.bn is not None]
         if stretch.conv is not None:
             weight, _, options, *_ = block.layer(stretch.conv, *stretch.act)
-            before, shape = shape, conv_shape(shape, weight.shape, options)
-            n, _, height, width = before if options.transposed else shape
-            products += n * height * width * weight.numel()
-        else:
-            products += _PRODUCTS_OF_AN_ELEMENT * math.prod(shape)
-    return products < few
+            shape = conv_shape(shape, weight.shape, options)
+        elements += math.prod(shape) * min(1, shape[1] / _FEW_CHANNELS)
+        few += _FEW_ELEMENTS[stretch.bn is not None]
+    return elements < few
 
 
 def run_steps(steps: Sequence[Step], input: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def train(model: nn.Module, part: slice) -> list[Any]:
 
 def worker(rank: int, port: int, shared: Any) -> None:
     torch.set_num_threads(1)
-    stretch._FEW_PRODUCTS = (0, 0)
+    stretch._FEW_ELEMENTS = (0, 0)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     torch.manual_seed(1)
     model = gans.AttributeGenerator().double()

@@ -202,7 +202,7 @@ def _is_slower(dtype: torch.dtype, geometry: _Geometry, kernel: Sequence[int], w
     """Whether torch's convolution is faster than ours, for an image."""
     source, result = (geometry.narrow, geometry.wide) if widens else (geometry.wide, geometry.narrow)
     if dtype == torch.float32:
-        return _LEAVES_THIN and (_STEM < result[1] < _VECTOR if widens else source[1] <= _STEM)
+        return _LEAVES_THIN and (_STEM < result[1] < _VECTOR if widens else 1 < source[1] <= _STEM)
     if result[0] * result[2] * result[3] <= _MANY_PIXELS or (widens and result[1] <= _FEW):
         return False
     small = source[1] < _STEP and result[1] <= _STEP
@@ -213,7 +213,7 @@ def _is_slower_weight(dtype: torch.dtype, geometry: _Geometry, kernel: Sequence[
     """The same for the gradient of a weight."""
     n, channels, h, w = geometry.narrow
     if dtype == torch.float32:
-        return _LEAVES_THIN and geometry.wide[1] < 2 * _VECTOR
+        return _LEAVES_THIN and 1 < geometry.wide[1] < 2 * _VECTOR
     if n * h * w <= _MANY_PIXELS:
         return False
     small = geometry.wide[1] < _STEP and channels <= _STEP
