@@ -120,6 +120,21 @@ def test_counting_leaves_results_as_they_are(critic: nn.Module) -> None:
         assert torch.equal(plain, profiled)
 
 
+def test_a_compiled_penalty_is_counted_and_timed(critic: nn.Module) -> None:
+    def penalty(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        return gankern.gradient_penalty(critic, real, fake)
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    real, fake = torch.randn(2, 4, 3, 16, 16).unbind()
+    with gankern.profile.critic_steps(steps=2) as prof:
+        for _ in range(7):
+            with prof.step(), prof.phase("penalty"):
+                compiled(real, fake).backward()
+    found = prof.profile().grouped()
+    assert found["penalty/inner forward"].flops == found["penalty/weight gradient"].flops
+    assert found["penalty/inner forward"].seconds > 0
+
+
 def test_off_and_after_the_block_nothing_is_watched(critic: nn.Module) -> None:
     with gankern.profile.critic_steps(enabled=False) as prof:
         penalty_steps(critic, prof, 8)
