@@ -92,8 +92,9 @@ def penalty_steps(critic: nn.Module, prof: gankern.profile.CriticSteps, count: i
                 gankern.gradient_penalty(critic, real, fake).backward()
 
 
-def test_the_penalty_marks_and_counts_its_passes(critic: nn.Module) -> None:
-    with gankern.profile.critic_steps(steps=2) as prof:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_penalty_marks_and_counts_its_passes(critic: nn.Module, backend: str) -> None:
+    with gankern.backend(backend), gankern.profile.critic_steps(steps=2) as prof:
         penalty_steps(critic, prof, 7)
     flops = {p.name: p.flops for p in prof.profile().phases}
     forward = flops["real forward"]
