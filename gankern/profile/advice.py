@@ -71,12 +71,12 @@ def _about(name: str, measured: Measurement, stock: StepProfile) -> str:
 
 
 def _of_the_double_backward(phase: Phase, step: float) -> str:
-    """The double backward of the kind of layer that takes the most of it."""
-    for node, share in phase.nodes.items():
-        layer = _layer(node)
-        if layer is not None and share * phase.seconds / step >= _WORTH_SAYING:
-            return f", and {layer}'s double backward alone {share * phase.seconds / step:.0%}"
-    return ""
+    """The double backward of the kinds of layers that take the most of it."""
+    shares = {_layer(node): share * phase.seconds / step for node, share in phase.nodes.items()}
+    said = [
+        f"{layer}'s double backward {share:.0%}" for layer, share in shares.items() if layer and share >= _WORTH_SAYING
+    ]
+    return ", " + ", ".join(said) if said else ""
 
 
 def _layer(node: str) -> str | None:

@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
     traces = _traces(args)
     interrupted = False
     try:
-        report.machine["ceilings"] = ceilings.measure(subject.device)
         measured = Measurement(make_sides(Feed(subject, args.batch)), traces, args.steps)
         try:
             with _progress() as progress:
@@ -92,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
             interrupted = True
     except Exception as error:
         return _fail(f"a step of {args.model or args.critic} failed: {first_line(error)}", 1)
+    # Last: malloc keeps more memory once it has seen large blocks freed, and steps would fault less than elsewhere.
+    report.machine["ceilings"] = ceilings.measure(subject.device)
     report.sides, report.overhead = measured.profiles(), measured.overhead()
     report.advice = advise(measured, report.ceilings)
     reports.show(report, console)

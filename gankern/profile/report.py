@@ -17,7 +17,7 @@ SIDES = ("phase", "stock, ms", "share", "gankern, ms", "share", "saved, ms")
 DETAIL = ("phase", "ms", "share", "GFLOP", "GFLOP/s", "MB", "GB/s", "bound by", "calls", "new MB", "worth, ms")
 LEGEND = (
     "Shares are of the step. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share "
-    "of the ceiling measured at the start; data that lies in a cache may pass the copy's. Bound by: which of "
+    "of the ceiling measured here; data that lies in a cache may pass the copy's. Bound by: which of "
     "arithmetic, memory and the calls themselves would take the longest alone. New MB: tensors made outside of "
     "gankern's workspace. Worth: the time above what arithmetic and memory need at least."
 )
@@ -135,7 +135,7 @@ def _indented(name: str) -> str:
 
 
 def ceilings_line(ceilings: dict[str, float]) -> str:
-    """What was measured at the start."""
+    """What was measured of the machine."""
     return (
         f"Ceilings: float32 product {ceilings['float32_flops'] / 1e9:.0f} GFLOP/s, bfloat16 "
         f"{ceilings['bfloat16_flops'] / 1e9:.0f} GFLOP/s, copy {ceilings['copy_bytes'] / 1e9:.1f} GB/s "

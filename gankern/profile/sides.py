@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ class Side:
         return found if isinstance(found, PenaltyExplanation) else None
 
     def step(self, prof: CriticSteps) -> None:
-        """Update the critic once; the losses go backward one after the other, so that each has a time of its own."""
+        """Update the critic once, by one backward pass of the whole loss."""
         subject, critic = self.subject, self.critic
         with prof.step():
             with prof.phase("data"):
@@ -77,27 +78,33 @@ class Side:
                 real_score = critic(real, *classes)
             with prof.phase("fake forward"), subject.autocast():
                 fake_score = critic(fake, *classes)
+            with subject.autocast():
+                loss = subject.critic_loss(real_score, fake_score)
+                penalty = self._penalty(prof, real, fake.float(), classes) if subject.loss == "wgan-gp" else None
             with prof.phase("backward"):
                 self._optimizer.zero_grad()
-                with subject.autocast():
-                    loss = subject.critic_loss(real_score, fake_score)
-                loss.backward()
-            if subject.loss == "wgan-gp":
-                with prof.phase("penalty"):
-                    self._penalise(prof, real, fake.float(), classes)
+                if penalty is None:
+                    loss.backward()
+                else:
+                    self._backward(prof, loss, penalty)
             with prof.phase("optimizer"):
                 self._optimizer.step()
                 stock.clip_loop(self._clipped, CLIP)
 
-    def _penalise(self, prof: CriticSteps, real: Tensor, fake: Tensor, classes: tuple[Tensor, ...]) -> None:
-        with self.subject.autocast():
+    def _penalty(self, prof: CriticSteps, real: Tensor, fake: Tensor, classes: tuple[Tensor, ...]) -> Tensor:
+        with prof.phase("penalty"):
             if self.changes.penalty:
-                penalty = gankern.gradient_penalty(self.critic, real, fake, *classes, weight=PENALTY_WEIGHT)
-            else:
-                penalty = self._stock_penalty(prof, real, fake, classes)
-        # What gankern hands to autograd are finished gradients, unless the critic is small.
-        with prof.phase("penalty/double backward" if self._is_double_backward else "penalty/tail"):
-            penalty.backward()
+                return gankern.gradient_penalty(self.critic, real, fake, *classes, weight=PENALTY_WEIGHT)
+            return self._stock_penalty(prof, real, fake, classes)
+
+    def _backward(self, prof: CriticSteps, loss: Tensor, penalty: Tensor) -> None:
+        """Autograd begins with what was computed last: the penalty's part is over when the other loss has its turn."""
+        with ExitStack() as part:
+            # What gankern hands to autograd are finished gradients, unless the critic is small.
+            name = "penalty/double backward" if self._is_double_backward else "penalty/tail"
+            part.enter_context(prof.phase(name))
+            loss.register_hook(lambda grad: part.close())
+            (loss + penalty).backward()
 
     def _stock_penalty(self, prof: CriticSteps, real: Tensor, fake: Tensor, classes: tuple[Tensor, ...]) -> Tensor:
         """As most code has it, each part marked."""

@@ -157,11 +157,12 @@ class _Counted:
 
 @contextmanager
 def counting() -> Iterator[WorkCounter]:
-    """Count what runs inside, gankern's kernels included."""
+    """Count what runs inside, gankern's kernels included; what is compiled runs eagerly, since modes see no graph."""
     counter = WorkCounter()
+    layers = backends.wrapped("critic_layers", lambda adapter: _Counted(adapter, counter))
     _phases.inline = True
     try:
-        with backends.wrapped("critic_layers", lambda adapter: _Counted(adapter, counter)), counter._flops, counter:
+        with torch.compiler.set_stance("force_eager"), layers, counter._flops, counter:
             yield counter
     finally:
         _phases.inline = False

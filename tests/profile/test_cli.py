@@ -50,6 +50,9 @@ def test_phases_add_up_on_any_critic(critic: str, tmp_path: Path, capsys: pytest
         } <= phases.keys()
         assert phases["real forward"]["flops"] == phases["penalty/inner forward"]["flops"] > 0
         assert name in text
+    # One backward pass of the whole loss is parted where the penalty's share of it ends.
+    stock, ours = ({p["name"]: p["flops"] for p in side["phases"]} for side in report["sides"].values())
+    assert 3 * stock["real forward"] < stock["backward"] == ours["backward"] < 4 * stock["real forward"]
     trace = json.loads((tmp_path / "trace-gankern.json").read_text())
     assert any(event.get("name") == "phase: real forward" for event in trace["traceEvents"])
     assert report["advice"]

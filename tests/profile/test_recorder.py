@@ -92,8 +92,9 @@ def penalty_steps(critic: nn.Module, prof: gankern.profile.CriticSteps, count: i
                 gankern.gradient_penalty(critic, real, fake).backward()
 
 
-def test_the_penalty_marks_and_counts_its_passes(critic: nn.Module) -> None:
-    with gankern.profile.critic_steps(steps=2) as prof:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_penalty_marks_and_counts_its_passes(critic: nn.Module, backend: str) -> None:
+    with gankern.backend(backend), gankern.profile.critic_steps(steps=2) as prof:
         penalty_steps(critic, prof, 7)
     flops = {p.name: p.flops for p in prof.profile().phases}
     forward = flops["real forward"]
@@ -118,6 +119,21 @@ def test_counting_leaves_results_as_they_are(critic: nn.Module) -> None:
 
     for plain, profiled in zip(gradients(0), gradients(4), strict=True):
         assert torch.equal(plain, profiled)
+
+
+def test_a_compiled_penalty_is_counted_and_timed(critic: nn.Module) -> None:
+    def penalty(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        return gankern.gradient_penalty(critic, real, fake)
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    real, fake = torch.randn(2, 4, 3, 16, 16).unbind()
+    with gankern.profile.critic_steps(steps=2) as prof:
+        for _ in range(7):
+            with prof.step(), prof.phase("penalty"):
+                compiled(real, fake).backward()
+    found = prof.profile().grouped()
+    assert found["penalty/inner forward"].flops == found["penalty/weight gradient"].flops
+    assert found["penalty/inner forward"].seconds > 0
 
 
 def test_off_and_after_the_block_nothing_is_watched(critic: nn.Module) -> None:
