@@ -41,9 +41,10 @@ def fuse(module: M) -> M:
     none. Modules, parameters, buffers, their names, hooks and ``state_dict`` keys stay as they are, and so do copies
     and pickles. Only the class of a module with runs in it changes, to a subclass of the same name.
 
-    What cannot run fused runs stock: :func:`fusion_report` tells, and why. So does, on the CPU, a chain with batch norm
-    where model and batch are so small that calls from Python cost more than the fused passes save, as for a generator's
-    single image. Under ``torch.compile`` all is left to the compiler but for sequentials.
+    What cannot run fused runs stock: :func:`fusion_report` tells, and why. So does, on the CPU, a chain where model and
+    batch are so small that calls from Python cost more than the fused passes save, as for a generator's single image,
+    and a lone convolution of contiguous images with neither batch norm nor activation. Under ``torch.compile`` all is
+    left to the compiler but for sequentials.
 
     Parameters
     ----------

@@ -142,6 +142,9 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
     position = 0
     for row in _rows(stretches):
         first = row[0]
+        if turns and len(row) == 1 and first.bn is first.activation is None:
+            # Turning the images there and back costs more than a convolution saves.
+            continue
         input = _call(steps[position : first.start], input, turns)
         if len(row) > 1 and input.dim() == 4:
             input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
