@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gankern import _cuda, _native, _triton, backends
+from gankern import _cuda, _native, _triton, backends, workspace
 
 _PACKAGES = ("gankern", "torch", "numpy", "triton", "cupy-cuda12x", "cupy-cuda13x", "mlxtend", "matplotlib")
 
@@ -26,9 +26,9 @@ def info() -> dict[str, Any]:
     Returns
     -------
     dict
-        JSON-ready: ``versions``, ``cpu`` (model, cores, isa, threading), ``threads``, ``memory_gib``, ``gpus``,
-        ``backends`` (None where available, else the reason), ``backend`` in force, ``kernel_cache`` (folder of compiled
-        CUDA kernels), ``commit``, ``python``, ``platform``.
+        JSON-ready: ``versions``, ``cpu`` (model, cores, isa, matrix_units, threading), ``threads``, ``memory_gib``,
+        ``gpus``, ``backends`` (None where available, else the reason), ``backend`` in force, ``kernel_cache`` (folder
+        of compiled kernels), ``kernels_cached``, ``workspace_limit_mib``, ``commit``, ``python``, ``platform``.
     """
     return {
         "versions": {name: v for name in _PACKAGES if (v := _safe(partial(importlib.metadata.version, name)))},
@@ -39,6 +39,7 @@ def info() -> dict[str, Any]:
             "model": _safe(_cpu_model),
             "cores": os.cpu_count(),
             "isa": _safe(lambda: _native.kernels.cpu_isa()),
+            "matrix_units": _safe(lambda: bool(_native.kernels.has_matrix_units())),
             "threading": _safe(lambda: _native.kernels.threading_runtime()),
         },
         "threads": torch.get_num_threads(),
@@ -46,6 +47,8 @@ def info() -> dict[str, Any]:
         "gpus": _safe(_gpus) or [],
         "backend": _safe(backends.requested),
         "kernel_cache": _safe(lambda: str(_cuda.cache_dir())),
+        "kernels_cached": _safe(lambda: len(list(_cuda.cache_dir().glob("*.cubin")))),
+        "workspace_limit_mib": _safe(lambda: workspace.limit() >> 20),
         "backends": {
             "reference": None,
             "cpu": _native.import_error,
@@ -63,12 +66,15 @@ def format_info(report: dict[str, Any] | None = None) -> str:
         "gankern " + report["versions"].get("gankern", "(not installed)") + f", commit {report['commit'] or 'unknown'}",
         "versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if k != "gankern"),
         f"python {report['python']} on {report['platform']}",
-        f"cpu: {cpu['model']}, {cpu['cores']} cores, kernels for {cpu['isa']}, threads from {cpu['threading']}",
+        f"cpu: {cpu['model']}, {cpu['cores']} cores, kernels for {cpu['isa']}"
+        + f"{' and AMX' if cpu['matrix_units'] else ''}, threads from {cpu['threading']}",
         f"threads: {report['threads']}, memory: {report['memory_gib']} GiB",
         "gpus: " + (", ".join(report["gpus"]) or "none"),
         f"backend in force: {report['backend']}",
     ]
     lines += [f"  {name}: {reason or 'available'}" for name, reason in report["backends"].items()]
+    lines.append(f"compiled GPU kernels: {report['kernels_cached']} in {report['kernel_cache']}")
+    lines.append(f"memory kept idle between steps: at most {report['workspace_limit_mib']} MiB")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gankern._native import kernels
 
-__all__ = ["empty", "empty_like", "idle_bytes", "release", "set_limit", "used_bytes"]
+__all__ = ["empty", "empty_like", "idle_bytes", "limit", "release", "set_limit", "used_bytes"]
 
 # Below, malloc keeps memory by itself.
 SMALLEST = 1 << 14
@@ -45,6 +45,11 @@ def set_limit(size: int) -> None:
     _limit = size
     if kernels is not None:
         kernels.workspace_limit(size)
+
+
+def limit() -> int:
+    """Memory that may lie idle, in bytes."""
+    return _limit
 
 
 def release() -> None:
