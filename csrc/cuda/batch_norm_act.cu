@@ -153,8 +153,9 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
 #else
 // Sums of many parts, [parts, 2, c], by themselves: to the statistics, or with their invstd to the gradients of weight
 // and bias.
-extern "C" __global__ void batch_norm_finish(const SUMS* sums, const A* shift, index_t parts, A* mean, A* invstd, A* var,
-                                             A* grad_weight, A* grad_bias, double count, double eps, index_t c) {
+extern "C" __global__ void batch_norm_finish(const SUMS* sums, const A* shift, index_t parts, A* mean, A* invstd,
+                                             A* var, A* grad_weight, A* grad_bias, double count, double eps,
+                                             index_t c) {
     Place at({1, c, 1, 1, gridDim.x, kWarp});
     with_sums(at, sums, parts, {2 * c, c, 1}, [&](int, index_t channel, double first, double second) {
         if (grad_bias) {

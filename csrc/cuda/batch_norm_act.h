@@ -211,8 +211,8 @@ __device__ inline void leave_sums(const Place& at, const A (&first)[kValues], co
     }
 }
 
-// Adds up the sums of all parts, floats or doubles, and calls body(place in block, channel, first, second), by one thread for each of the
-// block's channels.
+// Adds up the sums of all parts, floats or doubles, and calls body(place in block, channel, first, second), by one
+// thread for each of the block's channels.
 template <class S, class Body>
 __device__ inline void with_sums(const Place& at, const S* sums, index_t parts, const Strides& strides,
                                  const Body& body) {
