@@ -142,7 +142,8 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
     position = 0
     for row in _rows(stretches):
         first = row[0]
-        if turns and len(row) == 1 and first.bn is first.activation is None:
+        lone = len(row) == 1 and first.bn is first.activation is None
+        if turns and lone and memory_format(input) == torch.contiguous_format:
             # Turning the images there and back costs more than a convolution saves.
             continue
         input = _call(steps[position : first.start], input, turns)
