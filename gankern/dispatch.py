@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gankern import _cuda
+from gankern import _cuda, backends
 
 #: {op: {dtype: {log2 of the number of elements: backend}}}
 Table = Mapping[str, Mapping[str, Mapping[int, str]]]
@@ -52,7 +52,10 @@ def load(gpu: str) -> Table:
     try:
         found = json.loads(path(gpu).read_text())
         return {op: {d: {int(k): str(v) for k, v in s.items()} for d, s in t.items()} for op, t in found.items()}
-    except (OSError, ValueError, AttributeError):
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        backends.logger.warning("what was measured in %s cannot be read, auto goes without: %s", path(gpu), error)
         return {}
 
 

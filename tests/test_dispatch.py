@@ -72,9 +72,13 @@ def test_another_gpu_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen("l1_distance", 1 << 10) == "cuda"
 
 
-def test_a_file_that_cannot_be_read_is_no_table() -> None:
+def test_a_file_that_cannot_be_read_is_no_table(caplog: pytest.LogCaptureFixture) -> None:
+    assert chosen("l1_distance", 1 << 10) == "cuda"
+    assert not caplog.records
+    dispatch._of_device.cache_clear()
     dispatch.path("A GPU / 80 GB").write_text("[1, 2")
     assert chosen("l1_distance", 1 << 10) == "cuda"
+    assert "cannot be read" in caplog.text
 
 
 def test_calls_are_told_apart_by_the_largest_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

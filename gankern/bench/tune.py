@@ -49,7 +49,7 @@ def tune(
             continue
         dimension, sizes = next(iter(case.sizes.items()), ("", ()))
         for size in [{}, *({dimension: n} for n in sizes)]:
-            fastest, keys = _fastest(case, {**case.size, **size}, dtype, device, repeat, budget, clock)
+            fastest, keys = _fastest(case, {**case.size, **size}, dtype, device, repeat, budget, clock, say)
             say(f"{case.name} {', '.join(f'{k}={v}' for k, v in {**case.size, **size}.items())}: {fastest or 'none'}")
             for kind, log_size in keys if fastest else ():
                 table.setdefault(case.group, {}).setdefault(kind, {})[log_size] = str(fastest)
@@ -57,7 +57,14 @@ def tune(
 
 
 def _fastest(
-    case: Case, size: dict[str, int], dtype: torch.dtype, device: str, repeat: int, budget: float, clock: timing.Clock
+    case: Case,
+    size: dict[str, int],
+    dtype: torch.dtype,
+    device: str,
+    repeat: int,
+    budget: float,
+    clock: timing.Clock,
+    say: Callable[[str], None],
 ) -> tuple[str | None, set[tuple[str, int]]]:
     """The backend with the lowest median, and the keys of the op's calls."""
     torch.manual_seed(0)
@@ -70,7 +77,8 @@ def _fastest(
                 on = partial(_on, name, run)
                 try:
                     compare(on(), want, sides.tolerance)
-                except (Wrong, gankern.BackendUnavailable):
+                except (Wrong, gankern.BackendUnavailable) as error:
+                    say(f"{case.name}: {name} left out: {error}")
                     continue
                 runs[f"{name} {variant}"] = on
     keys = {dispatch.key(*tensors) for op, tensors in calls if op == case.group}
