@@ -33,7 +33,7 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
 	ASAN_OPTIONS=detect_leaks=0
 
 test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalty'
-	$(SANITIZED) python -m pytest -m cuda_on_cpu --timeout 600 $(ARGS) || [ $$? -eq 5 ]
+	$(SANITIZED) python -m pytest -m cuda_on_cpu -n auto --timeout 600 $(ARGS) || [ $$? -eq 5 ]
 	python -m pytest -m 'not cuda_on_cpu' $(ARGS)
 
 bench: $(STAMP)  ## Train and time the reference GANs and the ops against stock PyTorch, into out/bench

@@ -49,7 +49,7 @@ extern "C" __global__ void batch_norm_act_forward(const T* __restrict__ x, T* __
         GANKERN_SHARED(A, means, kMaxSums);
         GANKERN_SHARED(A, invstds, kMaxSums);
         auto finish = [&](int place, index_t channel, double first, double second) {
-            Statistics found(first, second, shift ? shift[channel] : A(0), static_cast<double>(n) * hw, eps);
+            Statistics found(first, second, shift[channel], static_cast<double>(n) * hw, eps);
             means[place] = found.mean;
             invstds[place] = found.invstd;
             if (at.part > 0) return;

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bench.fakes import Clock
 
-from gankern.bench.timing import MIN_ROUNDS, Spread, calls_per_sample, peak_memory, ratio, rounds
+from gankern.bench.timing import MIN_LONG_ROUNDS, MIN_ROUNDS, Spread, calls_per_sample, peak_memory, ratio, rounds
 
 
 def test_rounds_run_the_sides_in_turn():
@@ -18,8 +18,9 @@ def test_rounds_end_when_the_budget_is_spent_but_not_before_the_least_number():
     clock = Clock()
     sides = {"a": clock.work("a", 1.0)}
     assert len(rounds(sides, 100, budget=8.0, clock=clock)["a"]) == 9
-    assert len(rounds(sides, 100, budget=0.0, clock=clock)["a"]) == MIN_ROUNDS
-    assert len(rounds(sides, 2, budget=0.0, clock=clock)["a"]) == 2
+    assert len(rounds(sides, 100, budget=0.7, clock=clock)["a"]) == MIN_ROUNDS
+    assert len(rounds(sides, 100, budget=0.01, clock=clock)["a"]) == MIN_LONG_ROUNDS
+    assert len(rounds(sides, 1, budget=0.01, clock=clock)["a"]) == 1
 
 
 def test_ratio_is_the_median_over_rounds_of_the_fastest_on_either_side():
@@ -38,7 +39,9 @@ def test_spread_of_one_value():
 def test_short_work_is_called_several_times_a_sample():
     clock = Clock()
     assert calls_per_sample({"a": clock.work("a", 2**-10), "b": clock.work("b", 1.0)}, clock=clock) == 3
+    clock.order.clear()
     assert calls_per_sample({"b": clock.work("b", 1.0)}, clock=clock) == 1
+    assert clock.order == ["b"]
 
 
 def test_peak_memory_sees_what_a_call_allocates_and_frees():

@@ -24,28 +24,46 @@ _FLAGS = ["-std=c++17", "-shared", "-fPIC", "-g1", "-O1", "-ffp-contract=off", "
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
-@cache
-def library(kernel: _cuda.Kernel, sources: Path) -> Any:
-    """A kernel's launcher: ``f(sizes, shared, args, count, seed)``."""
-    flags = [*_FLAGS, *(_SANITIZERS if SANITIZE else []), *(f"-D{key}={value}" for key, value in kernel.defines)]
-    text = (
-        f'#include "{_HERE / "cuda_on_cpu.h"}"\n#include "{sources / kernel.source}.cu"\n'
-        'extern "C" int launch(const unsigned* sizes, size_t shared, void** args, int count, unsigned seed) {\n'
-        f"    return cuda_on_cpu::launch({kernel.name}, sizes, shared, args, count, seed);\n}}\n"
-    )
-    digest = hashlib.sha256(repr((flags, text)).encode())
-    for path in [_HERE / "cuda_on_cpu.h", *sorted(sources.iterdir())]:
-        digest.update(path.read_bytes())
-    path = BUILD / f"{kernel.source}-{kernel.name}-{digest.hexdigest()[:24]}.so"
+def _built(name: str, text: str, *defines: str) -> Path:
+    """A shared library of the text, made once for what it is made of."""
+    flags = [*_FLAGS, *(_SANITIZERS if SANITIZE else []), *defines]
+    path = BUILD / f"{name}-{hashlib.sha256(repr((flags, text)).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         command = ["g++", *flags, "-x", "c++", "-", "-o", str(partial)]
         done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{kernel.label} does not compile for the CPU:\n{done.stderr}")
+            raise RuntimeError(f"{name} {' '.join(defines)} does not compile for the CPU:\n{done.stderr}")
         os.replace(partial, path)
-    return ctypes.CDLL(str(path)).launch
+    return path
+
+
+def _include(*paths: Path) -> str:
+    """Includes of files, with what they and the files beside them hold, for :func:`_built`."""
+    folders = {path.parent for path in paths}
+    held = hashlib.sha256()
+    for file in sorted(p for folder in folders for p in folder.iterdir() if p.suffix in {".h", ".cpp", ".cu"}):
+        held.update(file.read_bytes())
+    return f"// {held.hexdigest()}\n" + "".join(f'#include "{path}"\n' for path in paths)
+
+
+@cache
+def _load_runtime() -> None:
+    """What all kernels call, found by them because it is loaded globally."""
+    ctypes.CDLL(str(_built("runtime", _include(_HERE / "runtime.cpp"))), mode=ctypes.RTLD_GLOBAL)
+
+
+@cache
+def library(kernel: _cuda.Kernel, sources: Path) -> Any:
+    """A kernel's launcher: ``f(sizes, shared, args, count, seed)``."""
+    _load_runtime()
+    text = _include(_HERE / "cuda_on_cpu.h", sources / f"{kernel.source}.cu") + (
+        'extern "C" int launch(const unsigned* sizes, size_t shared, void** args, int count, unsigned seed) {\n'
+        f"    return cuda_on_cpu::launch({kernel.name}, sizes, shared, args, count, seed);\n}}\n"
+    )
+    defines = [f"-D{key}={value}" for key, value in kernel.defines]
+    return ctypes.CDLL(str(_built(f"{kernel.source}-{kernel.name}", text, *defines))).launch
 
 
 class Launcher:

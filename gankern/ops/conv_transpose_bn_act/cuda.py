@@ -75,7 +75,7 @@ class _Passes(passes.Passes):
         affine: Affine,
         stats: Stats,
         sums: Sums,
-        shift: Tensor | None,
+        shift: Tensor,
         eps: float,
         act: Activation,
     ) -> None:

@@ -116,7 +116,7 @@ class Passes(ABC):
         affine: Affine,
         stats: Stats,
         sums: Sums,
-        shift: Tensor | None,
+        shift: Tensor,
         eps: float,
         act: Activation,
     ) -> None:

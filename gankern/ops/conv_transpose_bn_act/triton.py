@@ -74,17 +74,17 @@ class _Passes(passes.Passes):
         affine: Affine,
         stats: Stats,
         sums: Sums,
-        shift: Tensor | None,
+        shift: Tensor,
         eps: float,
         act: Activation,
     ) -> None:
-        (weight, bias, offset), flags = _given(sums.values, *affine, shift)
-        arguments = (self.input, output, weight, bias, *stats, sums.values, offset, sums.parts, bits(eps))
+        given, flags = _given(sums.values, *affine)
+        arguments = (self.input, output, *given, *stats, sums.values, shift, sums.parts, bits(eps))
         self._launch(kernels.forward, *arguments, flags | kernels.SUMS.value, *_numbers(act), strides=sums.strides)
 
     def forward_constant(self, output: Tensor, affine: Affine, mean: Tensor, invstd: Tensor, act: Activation) -> None:
-        (weight, bias), flags = _given(mean, *affine)
-        arguments = (self.input, output, weight, bias, mean, invstd, mean, mean, mean, 0, 0)
+        given, flags = _given(mean, *affine)
+        arguments = (self.input, output, *given, mean, invstd, mean, mean, mean, 0, 0)
         self._launch(kernels.forward, *arguments, flags, *_numbers(act))
 
     def sum_grads(
@@ -119,8 +119,8 @@ class _Passes(passes.Passes):
         self._launch(kernels.input_grad, *arguments, *_numbers(act), strides=sums.strides)
 
     def finish_stats(self, sums: Sums, shift: Tensor | None, stats: Stats, eps: float) -> None:
-        (offset,), _ = _given(stats[0], shift)
         flags = kernels.SUMS.value | (0 if shift is None else kernels.SHIFT.value)
+        offset = stats[0] if shift is None else shift
         self._finish(sums, offset, stats, (stats[0], stats[0]), eps, flags)
 
     def finish_grads(self, sums: Sums, invstd: Tensor, grads: tuple[Tensor, Tensor]) -> None:
@@ -135,7 +135,7 @@ class _Passes(passes.Passes):
 
 
 def _given(other: Tensor, *tensors: Tensor | None) -> tuple[list[Tensor], int]:
-    """Weight, bias and shift, with another tensor for those that are not there, and the flags of those that are."""
+    """Weight and bias, with another tensor for those that are not there, and the flags of those that are."""
     flags = sum(1 << i for i, t in enumerate(tensors) if t is not None)
     return [other if t is None else t for t in tensors], flags
 

@@ -115,13 +115,12 @@ def _total(sums, ch, c, parts, of_part, of_kind, of_channel):
 
 
 @triton.jit
-def _statistics(first, second, shift, ch, there, flags, count, eps):
+def _statistics(first, second, shift, count, eps):
     """Mean, 1 / sqrt(var + eps) and var, of the sums of x - shift and of its square."""
     offset = first / count
     var = second / count - offset * offset
     var = tl.where(var < 0, 0, var)
-    mean = tl.load(shift + ch, there & (flags & SHIFT != 0), 0.0).to(tl.float64) + offset
-    return mean, 1 / tl.sqrt(var + eps.to(tl.int64).to(tl.float64, bitcast=True)), var
+    return shift.to(tl.float64) + offset, 1 / tl.sqrt(var + eps.to(tl.int64).to(tl.float64, bitcast=True)), var
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -193,7 +192,7 @@ def forward(
     if flags & SUMS != 0:
         first, second = _total(sums, ch, c, parts, of_part, of_kind, of_channel)
         count = n.to(tl.float64) * (1 if ROWS else plane * W)
-        found = _statistics(first, second, shift, ch, ch < c, flags, count, eps)
+        found = _statistics(first, second, tl.load(shift + ch, ch < c, 0.0), count, eps)
         center, inverse = found[0].to(A), found[1].to(A)
         if part == 0:
             tl.store(mean + ch, center, ch < c)
@@ -325,7 +324,8 @@ def finish(
     ch = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first, second = _total(sums, ch, c, parts, 2 * c, c, 1)
     if flags & SUMS != 0:
-        found = _statistics(first, second, shift, ch, ch < c, flags, n.to(tl.float64), eps)
+        offset = tl.load(shift + ch, (ch < c) & (flags & SHIFT != 0), 0.0)
+        found = _statistics(first, second, offset, n.to(tl.float64), eps)
         tl.store(mean + ch, found[0].to(A), ch < c)
         tl.store(invstd + ch, found[1].to(A), ch < c)
         tl.store(var + ch, found[2].to(A), ch < c)
