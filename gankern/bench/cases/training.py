@@ -98,7 +98,9 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
         ours={OURS: side("gankern"), OURS_CHANNELS_LAST: side("gankern", "channels_last")},
         work=n,
         unit="images",
-        tolerance=1e-1 if dtype is torch.bfloat16 else 5e-3 if network == "both" else 1e-3,
+        # An activation within a rounding error of its kink takes the other slope: stock's own gradients differ by up
+        # to 2e-3 between its memory layouts.
+        tolerance=1e-1 if dtype is torch.bfloat16 else 5e-3,
     )
 
 
