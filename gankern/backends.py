@@ -162,8 +162,8 @@ def _inherited() -> str | None:
 def requested() -> str:
     """Name in force: the innermost :func:`backend` block, else :func:`set_backend`, else ``GANKERN_BACKEND``."""
     name = _override.get() or _inherited() or _default
-    if name == "auto":
-        name = _checked(os.environ.get("GANKERN_BACKEND") or "auto", "GANKERN_BACKEND")
+    if name == "auto" and (given := os.environ.get("GANKERN_BACKEND")):
+        name = _checked(given, "GANKERN_BACKEND")
     return name
 
 

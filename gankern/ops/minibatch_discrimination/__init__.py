@@ -96,7 +96,7 @@ def l1_distance(m: Tensor) -> Tensor:
     section 3.2.
     """
     _check_m(m)
-    return small.Distance.apply(m) if small.is_small(m) else autograd.l1_distance(m)
+    return small.l1_distance(m) if small.is_small(m) else autograd.l1_distance(m)
 
 
 def _check_m(m: Tensor) -> None:

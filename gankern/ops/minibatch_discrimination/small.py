@@ -1,7 +1,4 @@
-"""Few samples on the CPU, where a kernel's call takes longer than the arithmetic: plain torch.
-
-In fewer calls than autograd would make.
-"""
+"""Few samples on the CPU, where a kernel's call takes longer than the arithmetic: plain torch."""
 
 from __future__ import annotations
 
@@ -24,6 +21,8 @@ def is_small(m: Tensor) -> bool:
 
 
 class Features(torch.autograd.Function):
+    """In fewer calls than autograd would make."""
+
     @staticmethod
     def forward(ctx: Any, m: Tensor, include_self: bool) -> Tensor:
         differences = m.unsqueeze(1) - m.unsqueeze(0)
@@ -42,17 +41,5 @@ class Features(torch.autograd.Function):
         return differences.sign().mul_(weight.unsqueeze(3)).sum(1).neg_(), None
 
 
-class Distance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, m: Tensor) -> Tensor:
-        differences = m.unsqueeze(1) - m.unsqueeze(0)
-        ctx.save_for_backward(m, differences)
-        return differences.abs().sum(3)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        m, differences = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return autograd.DistanceBackward.apply(grad_output, m)
-        weight = grad_output + grad_output.transpose(0, 1)
-        return differences.sign().mul_(weight.unsqueeze(3)).sum(1)
+def l1_distance(m: Tensor) -> Tensor:
+    return (m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)
