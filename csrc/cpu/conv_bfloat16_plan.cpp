@@ -179,9 +179,11 @@ WeightPlan plan_weight_grad(const ConvShape& s) {
     return p;
 }
 
+int64_t WeightPlan::turned() const { return groups > 1 ? rows * steps * kTile : 0; }
+
 int64_t WeightPlan::working() const {
-    int64_t gathered = by_taps ? 0 : kStep * blocks * kBlock;
-    return (parts == 1 ? sums : 0) + (kWeightSteps * 2 * kTile * (by_taps ? 1 : blocks) + gathered + 1) / 2;
+    int64_t tiles = 2 * (by_taps ? 1 : blocks) + (groups == 1 ? rows : 0);
+    return (parts == 1 ? sums : 0) + kWeightSteps * kTile / 2 * tiles;
 }
 
 }  // namespace tiles
@@ -203,7 +205,7 @@ int64_t conv_bfloat16_input_grad_scratch(const ConvShape& shape) {
 int64_t conv_bfloat16_weight_grad_scratch(const ConvShape& shape) {
     tiles::WeightPlan p = tiles::plan_weight_grad(shape);
     int64_t parts = p.parts > 1 ? p.parts * p.groups * p.sums : 0;
-    return p.border.room() + p.rows * p.steps * tiles::kTile / 2 + parts + p.threads * p.working();
+    return p.border.room() + p.turned() / 2 + parts + p.threads * p.working();
 }
 
 }  // namespace gankern

@@ -125,10 +125,11 @@ struct WeightPlan {
     int64_t sums;    // float32 values of the sums of one group and part
     int threads;
 
+    int64_t turned() const;   // values of the output's gradient, turned for all groups; one has no need to keep it
     int64_t working() const;  // float32 values of working space for one thread
 };
 
-constexpr int64_t kWeightSteps = 16;  // of pixels, at once
+constexpr int64_t kWeightSteps = 8;  // of pixels, at once
 
 WeightPlan plan_weight_grad(const ConvShape& shape);
 

@@ -1,6 +1,7 @@
 // The gradient of a convolution's weight in bfloat16: a product over the pixels of the output's gradient, turned, and
 // the input's pixels that each tap sees, in pairs.
 #include <algorithm>
+#include <vector>
 
 #include "conv_bfloat16_plan.h"
 #include "gankern/conv_bfloat16.h"
@@ -75,9 +76,8 @@ void turn(const ConvShape& s, const BFloat16* grad_output, const Pixels& pixels,
 // columns of the one are followed by four of the other: as they come from interleaving within quarters of vectors.
 template <class Row>
 GANKERN_INLINE void pair_up(const Row& row, int64_t columns, BFloat16* to) {
-    __mmask32 lanes = first_lanes(columns);
     for (int i = 0; i < kSide; ++i) {
-        __m512i a = _mm512_maskz_loadu_epi16(lanes, row(2 * i)), b = _mm512_maskz_loadu_epi16(lanes, row(2 * i + 1));
+        __m512i a = row(2 * i), b = row(2 * i + 1);
         if (columns > kSide) {
             _mm512_storeu_si512(to + i * kStep, _mm512_unpacklo_epi16(a, b));
             _mm512_storeu_si512(to + kTile + i * kStep, _mm512_unpackhi_epi16(a, b));
@@ -92,26 +92,28 @@ class WeightGrad {
     explicit WeightGrad(const ConvBFloat16WeightGrad& args) : a_(args), p_(plan_weight_grad(args.shape)), s_(p_.shape) {
         float* scratch = a_.scratch + p_.border.room();
         turned_ = reinterpret_cast<BFloat16*>(scratch);
-        parts_ = scratch + p_.rows * p_.steps * kTile / 2;
+        parts_ = scratch + p_.turned() / 2;
         working_ = parts_ + (p_.parts > 1 ? p_.parts * p_.groups * p_.sums : 0);
+        if (!p_.by_taps) find_runs();
     }
 
     void run() {
         input_ = with_border(p_.border, a_.input, a_.scratch, p_.threads);
-        parallel_for_each(p_.steps, p_.threads, [&](int, int64_t step) {
-            Pixels pixels;
-            place(s_, p_, step, &pixels);
-            for (int64_t row = 0; row < p_.rows; ++row)
-                turn(s_, a_.grad_output, pixels, row * kSide, turned_ + (row * p_.steps + step) * kTile);
-        });
+        if (p_.groups > 1) {
+            parallel_for_each(p_.steps, p_.threads, [&](int, int64_t step) {
+                Pixels pixels;
+                place(s_, p_, step, &pixels);
+                turn_all(pixels, turned_ + step * kTile, p_.steps);
+            });
+        }
         parallel_for_each(p_.groups * p_.parts, p_.threads, [&](int thread, int64_t task) {
             int64_t group = task / p_.parts, part = task % p_.parts;
             float* working = working_ + thread * p_.working();
             float* sums = p_.parts > 1 ? parts_ + task * p_.sums : working;
-            auto* right = reinterpret_cast<BFloat16*>(working + (p_.parts > 1 ? 0 : p_.sums));
+            auto* factors = reinterpret_cast<BFloat16*>(working + (p_.parts > 1 ? 0 : p_.sums));
             int64_t begin = p_.steps * part / p_.parts, end = p_.steps * (part + 1) / p_.parts;
             for (int64_t step = begin; step == begin || step < end; step += kWeightSteps)
-                add(group, step, std::min(kWeightSteps, end - step), step == begin, right, sums);
+                add(group, step, std::min(kWeightSteps, end - step), step == begin, factors, sums);
             if (p_.parts == 1) store_group(group, sums, 0, s_.out_channels);
         });
         if (p_.parts == 1) return;
@@ -136,10 +138,23 @@ class WeightGrad {
         return (i * s_.dilation[0] * s_.width + j * s_.dilation[1]) * s_.channels;
     }
 
-    // Adds up a few steps for all blocks of a group.
+    // A step of the output's gradient, turned: its tiles are so many others apart.
+    void turn_all(const Pixels& pixels, BFloat16* to, int64_t apart) const {
+        for (int64_t row = 0; row < p_.rows; ++row)
+            turn(s_, a_.grad_output, pixels, row * kSide, to + row * apart * kTile);
+    }
+
+    // Adds up a few steps for all blocks of a group; the factors are made where `right` has room for them.
     void add(int64_t group, int64_t first, int64_t steps, bool fresh, BFloat16* right, float* sums) const {
         Pixels pixels[kWeightSteps];
         for (int64_t i = 0; i < steps; ++i) place(s_, p_, first + i, pixels + i);
+        const BFloat16* left = turned_ + first * kTile;
+        int64_t apart = p_.steps;
+        if (p_.groups == 1) {
+            left = right, apart = kWeightSteps;
+            for (int64_t i = 0; i < steps; ++i) turn_all(pixels[i], right + i * kTile, apart);
+            right += p_.rows * apart * kTile;
+        }
         if (!p_.by_taps) gather(pixels, steps, right);
         TileScope scope;
         for (int64_t block = 0; block < p_.blocks; ++block) {
@@ -153,8 +168,8 @@ class WeightGrad {
             }
             finish_writes();
             for (int64_t pair = 0; pair < pairs(); ++pair) {
-                const BFloat16* up = turned_ + (2 * pair * p_.steps + first) * kTile;
-                const BFloat16* down = up + p_.steps * kTile;
+                const BFloat16* up = left + 2 * pair * apart * kTile;
+                const BFloat16* down = up + apart * kTile;
                 float* to = sums + (block * pairs() + pair) * kSums;
                 with_tiles(2 * pair + 1 < p_.rows ? 2 : 1, columns(group, block) > kSide ? 2 : 1, [&](auto tiles) {
                     if (fresh)
@@ -177,8 +192,17 @@ class WeightGrad {
             uint32_t seen = inside(s_, pixels[step], i, j);
             if (seen == 0) continue;
             const BFloat16* from = input_ + offset(i, j) + channel;
-            auto row = [&](int at) { return seen >> at & 1 ? from + pixels[step].at[at] : kZeros; };
-            pair_up(row, s_.channels - channel, to + count * 2 * kTile);
+            int64_t columns = s_.channels - channel;
+            __mmask32 lanes = first_lanes(columns);
+            auto pair = [&](auto place_of) {
+                auto row = [&](int at) { return _mm512_maskz_loadu_epi16(lanes, place_of(at)); };
+                pair_up(row, columns, to + count * 2 * kTile);
+            };
+            const int64_t* at = pixels[step].at;
+            if (seen == ~uint32_t{0})
+                pair([&](int k) { return from + at[k]; });
+            else
+                pair([&](int k) { return seen >> k & 1 ? from + at[k] : kZeros; });
             kept[count++] = step;
         }
         return count;
@@ -186,27 +210,32 @@ class WeightGrad {
 
     // Pairs of pixels of all taps side by side; none falls outside.
     void gather(const Pixels* pixels, int64_t steps, BFloat16* to) const {
-        int64_t width = p_.blocks * kBlock, filled = s_.kernel[0] * s_.kernel[1] * s_.channels;
-        int64_t run = (s_.dilation[1] == 1 ? s_.kernel[1] : 1) * s_.channels;
-        BFloat16* rows = to + p_.blocks * kWeightSteps * 2 * kTile;
+        int64_t filled = s_.kernel[0] * s_.kernel[1] * s_.channels;
         for (int64_t step = 0; step < steps; ++step) {
             const Pixels& px = pixels[step];
-            for (int at = 0; at < kStep; ++at) {
-                BFloat16* row = rows + at * width;
-                if (at >= px.count) {
-                    clear_values(filled, row);
-                    continue;
-                }
-                for (int64_t term = 0; term < filled; term += run) {
-                    int64_t tap = term / s_.channels;
-                    const BFloat16* from = input_ + px.at[at] + offset(tap / s_.kernel[1], tap % s_.kernel[1]);
-                    copy_values(from, run, row + term);
-                }
-            }
             for (int64_t block = 0; block < p_.blocks; ++block) {
-                auto row = [&](int at) { return rows + at * width + block * kBlock; };
+                auto row = [&](int at) {
+                    __m512i values = _mm512_setzero_si512();
+                    if (at >= px.count) return values;
+                    for (const Run& run : runs_[block])
+                        values = _mm512_mask_loadu_epi16(values, run.lanes, input_ + px.at[at] + run.from);
+                    return values;
+                };
                 pair_up(row, filled - block * kBlock, to + (block * kWeightSteps + step) * 2 * kTile);
             }
+        }
+    }
+
+    void find_runs() {
+        int64_t filled = s_.kernel[0] * s_.kernel[1] * s_.channels;
+        int64_t length = (s_.dilation[1] == 1 ? s_.kernel[1] : 1) * s_.channels;
+        for (int64_t column = 0; column < filled;) {
+            int64_t tap = column / length * length / s_.channels, skipped = column % length, lane = column % kBlock;
+            int64_t count = std::min(length - skipped, kBlock - lane);
+            int64_t from = offset(tap / s_.kernel[1], tap % s_.kernel[1]) + skipped - lane;
+            if (lane == 0) runs_.emplace_back();
+            runs_.back().push_back({first_lanes(count) << lane, from});
+            column += count;
         }
     }
 
@@ -269,12 +298,19 @@ class WeightGrad {
         }
     }
 
+    // Values that lie side by side in the input and in a block of columns: lanes of a vector loaded from there.
+    struct Run {
+        __mmask32 lanes;
+        int64_t from;
+    };
+
     const ConvBFloat16WeightGrad& a_;
     const WeightPlan p_;
     const ConvShape& s_;
     const BFloat16* input_ = nullptr;
     BFloat16* turned_;
     float *parts_, *working_;
+    std::vector<std::vector<Run>> runs_;  // of each block
 };
 
 }  // namespace
