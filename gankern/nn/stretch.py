@@ -139,14 +139,14 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
         return _call(steps, input, False)
     # The CPU's convolutions are faster in channels_last; the caller and other people's modules keep their layout.
     turns = input.dim() == 4 and input.device.type == "cpu" and memory_format(input) == torch.contiguous_format
-    position = 0
+    position, turned = 0, False
     for row in _rows(stretches):
         first = row[0]
         lone = len(row) == 1 and first.bn is first.activation is None
         if turns and lone and memory_format(input) == torch.contiguous_format:
             # Turning the images there and back costs more than a convolution saves.
             continue
-        input = _call(steps[position : first.start], input, turns)
+        input = _call(steps[position : first.start], input, turned)
         if len(row) > 1 and input.dim() == 4:
             input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
         else:
@@ -154,9 +154,9 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
                 input = _channels_last(input)
             for stretch in row:
                 input = stretch.run(input)
-        position = row[-1].stop
-    input = _call(steps[position:], input, turns)
-    return input.contiguous() if turns else input
+        position, turned = row[-1].stop, turns
+    input = _call(steps[position:], input, turned)
+    return input.contiguous() if turned else input
 
 
 def _channels_last(input: Tensor) -> Tensor:
@@ -165,14 +165,14 @@ def _channels_last(input: Tensor) -> Tensor:
     return input if turned else input.clone(memory_format=torch.channels_last)
 
 
-def _call(steps: Sequence[Step], input: Tensor, turns: bool) -> Tensor:
+def _call(steps: Sequence[Step], input: Tensor, turned: bool) -> Tensor:
     for step in steps:
         if isinstance(step, tuple):
             input = activate(input, *step)
             continue
         ours = isinstance(step, FusedSequential)
         known = (type(step).__module__.startswith("torch.nn.") or ours) and not block.has_hooks(step)
-        input = step(input.contiguous() if turns and not known and input.dim() == 4 else input)
+        input = step(input.contiguous() if turned and not known and input.dim() == 4 else input)
     return input
 
 
