@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ def ratios(bars: Sequence[tuple[str, Spread]]) -> Markup:
         axes.set_xscale("log", base=2)
         least, most = min(r.p20 for _, r in bars), max(r.p80 for _, r in bars)
         axes.set_xlim(min(0.9, least * 0.95), max(2.0, most * 1.05))
-        _plain_ticks(axes, "x", "{:g}x")
+        html.plain_ticks(axes, "x", "{:g}x")
         _rows_only(axes, len(bars))
 
     said = ", ".join(f"{name} {ratio.median:.2f}" for name, ratio in bars)
@@ -83,7 +82,7 @@ def lines(series: dict[str, list[tuple[int, float]]], dimension: str, unit: str,
         axes.set(xscale="log", yscale="log", xlabel=dimension, ylabel=unit)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        _plain_ticks(axes, "y", "{:g}")
+        html.plain_ticks(axes, "y")
         axes.grid(True)
 
     return html.figure(draw, label=label, caption=label)
@@ -112,17 +111,3 @@ def _rows_only(axes: Axes, rows: int) -> None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(True, axis="x")
-
-
-def _plain_ticks(axes: Axes, which: str, form: str) -> None:
-    """Ticks of a logarithmic axis as plain numbers, also where it spans less than a decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    base = 2 if which == "x" else 10
-    narrow = math.log(high / low, 10) < 2
-    subs = (1.0,) if base == 2 else (1.0, 2.0, 5.0) if narrow else (1.0,)
-    axis.set_major_locator(LogLocator(base=base, subs=subs, numticks=20))
-    axis.set_major_formatter(lambda value, _: form.format(value))
-    axis.set_minor_formatter(NullFormatter())

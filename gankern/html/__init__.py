@@ -1,6 +1,6 @@
 """Reports as one self-contained HTML page: tables, figures, light and dark. Needs jinja2 and matplotlib."""
 
-from gankern.html.figures import figure
+from gankern.html.figures import figure, plain_ticks
 from gankern.html.page import Section, code, paragraph, render_page, subheading, write_page
 from gankern.html.palettes import DARK, LIGHT, Palette
 from gankern.html.tables import Cell, Tone, table
@@ -15,6 +15,7 @@ __all__ = [
     "code",
     "figure",
     "paragraph",
+    "plain_ticks",
     "render_page",
     "subheading",
     "table",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,28 @@ def _draw(draw: Callable[[Axes, Palette], object], palette: Palette, width: str,
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(buffer.getvalue())
+
+
+def plain_ticks(axes: Axes, which: str, form: str = "{:g}") -> None:
+    """Label a logarithmic axis with plain numbers, also where it spans less than a decade.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+    which : {"x", "y"}
+    form : str
+        Format of a number.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis, (low, high) = (axes.xaxis, axes.get_xlim()) if which == "x" else (axes.yaxis, axes.get_ylim())
+    base = axis.get_transform().base  # type: ignore[attr-defined]
+    narrow = math.log10(high / low) < 2
+    axis.set_major_locator(
+        LogLocator(base=base, subs=(1.0, 2.0, 5.0) if narrow and base == 10 else (1.0,), numticks=20)
+    )
+    axis.set_major_formatter(lambda value, _: form.format(value))
+    axis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from gankern.bench.report import machine_line
-from gankern.html import Cell, Palette, Section, code, figure, paragraph, table, write_page
+from gankern.html import Cell, Palette, Section, code, figure, paragraph, plain_ticks, table, write_page
 from gankern.profile import report as reports
 from gankern.profile.results import ProfileReport
 
@@ -91,7 +91,7 @@ def _roofline_figure(report: ProfileReport) -> Markup:
 def _points(report: ProfileReport, side: str) -> list[tuple[str, float, float]]:
     """Phases that have operations to count: name, operations a byte, operations a second."""
     return [
-        (phase.name, phase.flops / phase.bytes, phase.flops / phase.seconds)
+        (phase.part or phase.name, phase.flops / phase.bytes, phase.flops / phase.seconds)
         for phase in report.sides[side].phases
         if phase.flops and phase.bytes and phase.seconds
     ]
@@ -117,8 +117,9 @@ def _roofline(axes: Axes, palette: Palette, report: ProfileReport) -> None:
                 x, y / 1e9, _MARKERS[number % len(_MARKERS)],
                 color=color, markerfacecolor=color if filled else "none", label=name if filled else None,
             )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
+    plain_ticks(axes, "x")
+    plain_ticks(axes, "y")
     axes.set_xlabel("operations a byte")
     axes.set_ylabel("GFLOP/s")
     axes.grid(True)

@@ -286,6 +286,7 @@ class CriticSteps:
         return replace(
             phase,
             device_seconds=traced.device_seconds if isinstance(self._clock, CudaClock) else None,
+            python_seconds=traced.python_seconds,
             nodes={node: spent / total for node, spent in traced.nodes.most_common(3)},
         )
 

@@ -14,12 +14,26 @@ from gankern.profile.meters import OTHER
 from gankern.profile.results import Limits, Phase, ProfileReport, StepProfile
 
 SIDES = ("phase", "stock, ms", "share", "gankern, ms", "share", "saved, ms")
-DETAIL = ("phase", "ms", "share", "GFLOP", "GFLOP/s", "MB", "GB/s", "bound by", "calls", "new MB", "worth, ms")
+DETAIL = (
+    "phase",
+    "ms",
+    "share",
+    "GFLOP",
+    "GFLOP/s",
+    "MB",
+    "GB/s",
+    "bound by",
+    "calls",
+    "Python, ms",
+    "new MB",
+    "worth, ms",
+)
 LEGEND = (
     "Shares are of the step. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share "
     "of the ceiling measured here; data that lies in a cache may pass the copy's. Bound by: which of "
-    "arithmetic, memory and the calls themselves would take the longest alone. New MB: tensors made outside of "
-    "gankern's workspace. Worth: the time above what arithmetic and memory need at least."
+    "arithmetic, memory and the calls themselves would take the longest alone. Python: when no operator ran, under the "
+    "profiler. New MB: tensors made outside of gankern's workspace. Worth: the time above what arithmetic and memory "
+    "need at least."
 )
 
 
@@ -113,6 +127,7 @@ def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float]) -> l
         _rate(phase.bytes, phase.seconds, limits.memory),
         limits.bound or "",
         str(phase.calls) if phase.calls else "",
+        _amount(phase.python_seconds, 1e-3, ".2f"),
         _amount(phase.allocated, 1e6, ".1f"),
         "" if limits.floor is None else f"{max(0.0, phase.seconds - limits.floor) * 1e3:.2f}",
         _amount(phase.device_seconds, 1e-3, ".2f") if on_gpu else _amount(phase.page_faults, 1, ".0f"),

@@ -33,6 +33,8 @@ class Phase:
         tensors, those in gankern's workspace left out; of one step.
     device_seconds : float or None
         Of the GPU's kernels, in one step.
+    python_seconds : float or None
+        In which no operator ran, in the traced step: Python and autograd's engine.
     nodes : dict of str to float
         Shares of the phase that autograd's nodes take, by name, largest first.
     """
@@ -45,6 +47,7 @@ class Phase:
     calls: int | None = None
     allocated: int | None = None
     device_seconds: float | None = None
+    python_seconds: float | None = None
     nodes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -120,7 +123,7 @@ def total(name: str, phases: Sequence[Phase]) -> Phase:
         found = [value for phase in phases if (value := getattr(phase, amount)) is not None]
         return sum(found) if found else None
 
-    amounts = ("seconds", "page_faults", "flops", "bytes", "calls", "allocated", "device_seconds")
+    amounts = ("seconds", "page_faults", "flops", "bytes", "calls", "allocated", "device_seconds", "python_seconds")
     return Phase(name, *map(added, amounts))
 
 

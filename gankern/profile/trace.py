@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +29,14 @@ class Traced:
         How many those are.
     nodes : Counter
         Microseconds of autograd's nodes in it, by name.
+    python_seconds : float
+        In which no operator ran.
     """
 
     device_seconds: float = 0.0
     kernels: int = 0
     nodes: Counter[str] = field(default_factory=Counter)
+    python_seconds: float = 0.0
 
 
 class _Intervals:
@@ -60,18 +63,55 @@ class _Intervals:
         place = bisect.bisect_right(self._starts, moment) - 1
         return self._names[place] if place >= 0 else OTHER
 
+    def changes_within(self, start: float, end: float) -> bool:
+        """Whether a phase begins or ends between two moments."""
+        place = bisect.bisect_right(self._starts, start)
+        return place < len(self._starts) and self._starts[place] < end
+
+    def pieces(self) -> Iterator[tuple[str, float, float]]:
+        """From the first phase to the end of the last: what goes on, from when and to when."""
+        yield from zip(self._names[:-2], self._starts, self._starts[1:-1], strict=False)
+
+
+def _range(event: Any) -> tuple[float, float]:
+    return event.time_range.start, event.time_range.end
+
+
+def _union(events: Iterable[Any]) -> list[tuple[float, float]]:
+    """When at least one of the events was on, in order."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(map(_range, events)):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
+
+
+def _overlap(spans: list[tuple[float, float]], start: float, end: float) -> float:
+    first = bisect.bisect_right(spans, start, key=lambda span: span[1])
+    last = bisect.bisect_left(spans, end, key=lambda span: span[0])
+    return sum(min(e, end) - max(s, start) for s, e in spans[first:last])
+
 
 def read(events: Iterable[Any]) -> dict[str, Traced]:
     """Sort the events of a profiler (`torch.profiler.profile.events`) by phase."""
     on_host = [e for e in events if e.device_type == DeviceType.CPU]
     intervals = _Intervals(e for e in on_host if e.name.startswith(PREFIX))
     found: dict[str, Traced] = {}
+    operators = []
     for event in on_host:
         if event.name.startswith(PREFIX):
             continue
+        # An operator that phases begin in is made of others.
+        if not event.name.startswith(_NODE) and not intervals.changes_within(*_range(event)):
+            operators.append(event)
         phase = found.setdefault(intervals.at(event.time_range.start), Traced())
         phase.device_seconds += sum(kernel.duration for kernel in event.kernels) / 1e6
         phase.kernels += len(event.kernels)
         if event.name.startswith(_NODE):
             phase.nodes[event.name.removeprefix(_NODE)] += event.time_range.elapsed_us()
+    busy = _union(operators)
+    for name, start, end in intervals.pieces():
+        found.setdefault(name, Traced()).python_seconds += (end - start - _overlap(busy, start, end)) / 1e6
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,21 @@ def test_the_trace_names_the_phases(critic: nn.Module, tmp_path: Path) -> None:
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {"phase: real forward", "phase: penalty", "phase: penalty/tangent"} <= names
     assert prof.profile().phase("real forward").allocated > 4 * 8 * 64 * 4
+
+
+def test_python_is_where_no_operator_runs() -> None:
+    matrix = torch.randn(1500, 1500)
+    with gankern.profile.critic_steps(warm_up=0, steps=1) as prof:
+        for _ in range(4):
+            with prof.step():
+                with prof.phase("sleep"):
+                    time.sleep(0.02)
+                with prof.phase("product"):
+                    torch.mm(matrix, matrix)
+    sleep, product = (prof.profile().phase(name) for name in ("sleep", "product"))
+    assert sleep is not None and product is not None
+    assert sleep.python_seconds == pytest.approx(0.02, rel=0.5)
+    assert product.python_seconds is not None and product.python_seconds < 0.5 * product.seconds
 
 
 def test_a_report_prints_and_saves(critic: nn.Module, tmp_path: Path) -> None:
