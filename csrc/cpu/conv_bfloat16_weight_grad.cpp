@@ -110,10 +110,10 @@ class WeightGrad {
             int64_t group = task / p_.parts, part = task % p_.parts;
             float* working = working_ + thread * p_.working();
             float* sums = p_.parts > 1 ? parts_ + task * p_.sums : working;
-            auto* factors = reinterpret_cast<BFloat16*>(working + (p_.parts > 1 ? 0 : p_.sums));
+            auto* room = reinterpret_cast<BFloat16*>(working + (p_.parts > 1 ? 0 : p_.sums));
             int64_t begin = p_.steps * part / p_.parts, end = p_.steps * (part + 1) / p_.parts;
             for (int64_t step = begin; step == begin || step < end; step += kWeightSteps)
-                add(group, step, std::min(kWeightSteps, end - step), step == begin, factors, sums);
+                add(group, step, std::min(kWeightSteps, end - step), step == begin, room, sums);
             if (p_.parts == 1) store_group(group, sums, 0, s_.out_channels);
         });
         if (p_.parts == 1) return;
@@ -144,15 +144,16 @@ class WeightGrad {
             turn(s_, a_.grad_output, pixels, row * kSide, to + row * apart * kTile);
     }
 
-    // Adds up a few steps for all blocks of a group; the factors are made where `right` has room for them.
-    void add(int64_t group, int64_t first, int64_t steps, bool fresh, BFloat16* right, float* sums) const {
+    // Adds up a few steps for all blocks of a group; the factors are made in `room`.
+    void add(int64_t group, int64_t first, int64_t steps, bool fresh, BFloat16* room, float* sums) const {
         Pixels pixels[kWeightSteps];
         for (int64_t i = 0; i < steps; ++i) place(s_, p_, first + i, pixels + i);
         const BFloat16* left = turned_ + first * kTile;
+        BFloat16* right = room;
         int64_t apart = p_.steps;
         if (p_.groups == 1) {
-            left = right, apart = kWeightSteps;
-            for (int64_t i = 0; i < steps; ++i) turn_all(pixels[i], right + i * kTile, apart);
+            left = room, apart = kWeightSteps;
+            for (int64_t i = 0; i < steps; ++i) turn_all(pixels[i], room + i * kTile, apart);
             right += p_.rows * apart * kTile;
         }
         if (!p_.by_taps) gather(pixels, steps, right);

@@ -12,6 +12,7 @@
 
 #include "gankern/parallel.h"
 #include "kernels.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace gankern {
@@ -96,11 +97,18 @@ void pack(const S* src, int64_t stride, int64_t n, int64_t c, int64_t begin, int
     constexpr int64_t L = kLanes<A>;
     for (int64_t p = begin; p < end; ++p) {
         A* panel = panels + p * c * L;
-        for (int64_t lane = 0; lane < L; ++lane) {
-            const S* row = src + (p * L + lane) * stride;
-            __builtin_prefetch(row + c);
-            bool inside = p * L + lane < n;
-            for (int64_t k = 0; k < c; ++k) panel[k * L + lane] = inside ? to_acc(row[k]) : A(0);
+        const S* rows = src + p * L * stride;
+        int64_t inside = n - p * L < L ? n - p * L : L;
+        for (int64_t first = 0; first < c; first += L) {
+            int count = static_cast<int>(c - first < L ? c - first : L);
+            Vec<A> block[L]{};
+            for (int64_t lane = 0; lane < inside; ++lane) {
+                const S* values = rows + lane * stride + first;
+                __builtin_prefetch(values + c);
+                block[lane] = load(values, count, A(0));
+            }
+            transpose(block);
+            for (int k = 0; k < count; ++k) store(panel + (first + k) * L, block[k]);
         }
     }
 }
@@ -296,20 +304,23 @@ void write_feature(const PairTensors<S>& t, const Feature<Acc<S>>& f, const Pair
     auto in_part = [&](auto* p, int64_t k) {
         return reinterpret_cast<decltype(p)>(reinterpret_cast<char*>(p) + k * stride);
     };
-    for (int64_t i = begin; i < end; ++i) {
-        if constexpr (pass != Pass::kBackward) {
-            double sum = t.self;
-            for (int64_t k = 0; k < parts; ++k) sum += in_part(first.sums, k)[i];
-            from_acc(static_cast<A>(sum), t.sums + i * t.s.b + b);
-        }
-        if constexpr (pass != Pass::kForward) {
-            A* grad = first.grad + f.row(i);
-            S* out = t.grad_m + (i * t.s.b + b) * t.s.c;
-            for (int64_t c = 0; c < t.s.c; ++c) {
-                A sum = grad[c * L];
-                for (int64_t k = 1; k < parts; ++k) sum += in_part(grad, k)[c * L];
-                from_acc(sum, out + c);
+    for (int64_t i = begin; i < end && pass != Pass::kBackward; ++i) {
+        double sum = t.self;
+        for (int64_t k = 0; k < parts; ++k) sum += in_part(first.sums, k)[i];
+        from_acc(static_cast<A>(sum), t.sums + i * t.s.b + b);
+    }
+    for (int64_t panel = begin / L; panel * L < end && pass != Pass::kForward; ++panel) {
+        for (int64_t c = 0; c < f.c; c += L) {
+            int count = static_cast<int>(f.c - c < L ? f.c - c : L);
+            Vec<A> block[L]{};
+            for (int c_in = 0; c_in < count; ++c_in) {
+                A* sums = first.grad + (panel * f.c + c + c_in) * L;
+                block[c_in] = load(sums);
+                for (int64_t k = 1; k < parts; ++k) block[c_in] += load(in_part(sums, k));
             }
+            transpose(block);
+            for (int64_t i = begin > panel * L ? begin : panel * L; i < end && i < (panel + 1) * L; ++i)
+                store(t.grad_m + (i * t.s.b + b) * f.c + c, count, block[i - panel * L]);
         }
     }
 }

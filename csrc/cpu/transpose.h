@@ -8,18 +8,19 @@
 namespace gankern {
 namespace GANKERN_ISA {
 
-template <int First, int... I>
-GANKERN_INLINE Vec<float> interleave(Vec<float> a, Vec<float> b, std::integer_sequence<int, I...>) {
-    constexpr int n = kLanes<float>;
+template <int First, class V, int... I>
+GANKERN_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int n = sizeof...(I);
     return __builtin_shufflevector(a, b, (I % 2 ? n + First + I / 2 : First + I / 2)...);
 }
 
 // Row i of a square block becomes column i: as often as halves fit into a row, rows i and i + n / 2 are interleaved.
-GANKERN_INLINE void transpose(Vec<float> (&rows)[kLanes<float>]) {
-    constexpr int n = kLanes<float>;
+template <class V, int n>
+GANKERN_INLINE void transpose(V (&rows)[n]) {
+    static_assert(sizeof(V) == n * sizeof(rows[0][0]));
     using Lanes = std::make_integer_sequence<int, n>;
     for (int round = 1; round < n; round *= 2) {
-        Vec<float> mixed[n];
+        V mixed[n];
         for (int i = 0; i < n / 2; ++i) {
             mixed[2 * i] = interleave<0>(rows[i], rows[i + n / 2], Lanes{});
             mixed[2 * i + 1] = interleave<n / 2>(rows[i], rows[i + n / 2], Lanes{});

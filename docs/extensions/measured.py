@@ -1,4 +1,7 @@
-"""Measured figures on pages, from stored results: ``<!-- measured: CASE... -->``, ``<!-- scaling: CASE DIMENSION -->``."""
+"""Measured figures on pages, from stored results of ``gankern bench``.
+
+``<!-- measured: CASE... -->`` or ``<!-- scaling: CASE DIMENSION -->`` becomes a table.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--against", metavar="VARIANT,...", help=f"stock variants, of {', '.join(VARIANTS)}")
     how.add_argument("--repeat", type=positive_int, default=25, metavar="N", help="rounds at most, default %(default)s")
     how.add_argument(
-        "--seconds", type=positive_float, default=2.5, help="seconds of rounds a case at most, default %(default)s"
+        "--seconds",
+        type=positive_float,
+        default=2.5,
+        help="seconds of rounds a case, five rounds at least (two of very long ones), default %(default)s",
     )
     how.add_argument("--quick", action="store_true", help="a few rounds only, for a first look")
     how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")

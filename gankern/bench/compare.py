@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gankern.bench.results import OURS, CaseResult, Comparison, Report, Verdict
-from gankern.bench.timing import Spread
+from gankern.bench.timing import MIN_ROUNDS, Spread
 
 #: Change of the ratio's median that is noise whatever the spreads say: the spread within a run does not show what
 #: differs between processes, such as where their memory lies.
@@ -84,6 +84,9 @@ def _judge(name: str, old: CaseResult, new: CaseResult) -> Verdict:
     if old.status != "ok" or new.status != "ok":
         broken = old.status == "ok" and new.status in ("wrong", "failed")
         return Verdict(name, "broken" if broken else "not compared", message=f"was {old.status}, is {new.status}")
+    rounds = min(old.rounds, new.rounds)
+    if rounds < MIN_ROUNDS:
+        return Verdict(name, "not compared", message=f"{rounds} rounds do not tell a change from noise")
     common = _stock(old) & _stock(new)
     if not common:
         return Verdict(name, "not compared", message="no stock variant is in both")

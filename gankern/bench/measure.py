@@ -52,7 +52,7 @@ def run_case(
     repeat : int
         Rounds.
     budget : float
-        Seconds after which no further round starts.
+        Seconds after which no further round starts, as :func:`gankern.bench.timing.rounds` takes it.
     on_checked : callable
         Told that everything is right, with the error and without any time yet.
     clock : callable

@@ -19,7 +19,7 @@ Work = Callable[[], object]
 
 MIN_SAMPLE_SECONDS = 2e-3
 MIN_ROUNDS = 5
-# Where rounds take many times the budget, noise is small beside them: two show that a first call was like another.
+# Where rounds take many times the budget, for an answer within minutes; too few to be compared with another run's.
 MIN_LONG_ROUNDS, LONG = 2, 8
 
 

@@ -142,11 +142,14 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
     position, turned = 0, False
     for row in _rows(stretches):
         first = row[0]
-        lone = len(row) == 1 and first.bn is first.activation is None
-        if turns and lone and memory_format(input) == torch.contiguous_format:
-            # Turning the images there and back costs more than a convolution saves.
-            continue
         input = _call(steps[position : first.start], input, turned)
+        position = first.start
+        if turns and memory_format(input) == torch.contiguous_format:
+            lone = len(row) == 1 and first.bn is first.activation is None
+            # Turning the images there and back costs more than a convolution saves.
+            turned = not lone
+            if lone:
+                continue
         if len(row) > 1 and input.dim() == 4:
             input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
         else:
@@ -154,7 +157,7 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
                 input = _channels_last(input)
             for stretch in row:
                 input = stretch.run(input)
-        position, turned = row[-1].stop, turns
+        position = row[-1].stop
     input = _call(steps[position:], input, turned)
     return input.contiguous() if turned else input
 

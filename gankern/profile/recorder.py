@@ -20,7 +20,7 @@ from gankern.info import info
 from gankern.profile import trace as traces
 from gankern.profile.meters import OTHER, CpuClock, CudaClock, Marks
 from gankern.profile.results import Phase, ProfileReport, StepProfile
-from gankern.profile.work import Work, WorkCounter, counting
+from gankern.profile.work import Work, WorkCounter, counting, traced
 
 _OFF: AbstractContextManager[Any] = nullcontext()
 WARM_UP, COUNTED, TRACED, TIMED, DONE = "warm-up", "counted", "traced", "timed", "done"
@@ -164,6 +164,8 @@ class CriticSteps:
             self._marks = Marks(self._counter)
         else:
             self._tools.enter_context(self._profiler())
+            self._tools.enter_context(traced())
+            self._tools.enter_context(torch.profiler.record_function(traces.PREFIX + OTHER))
             self._marks = Marks(self._clock)
 
     def _profiler(self) -> Any:

@@ -69,7 +69,7 @@ class _Intervals:
         return place < len(self._starts) and self._starts[place] < end
 
     def pieces(self) -> Iterator[tuple[str, float, float]]:
-        """From the first phase to the end of the last: what goes on, from when and to when."""
+        """From the beginning of the first span to the end of the last: what goes on, from when and to when."""
         yield from zip(self._names[:-2], self._starts, self._starts[1:-1], strict=False)
 
 
@@ -94,6 +94,11 @@ def _overlap(spans: list[tuple[float, float]], start: float, end: float) -> floa
     return sum(min(e, end) - max(s, start) for s, e in spans[first:last])
 
 
+def _is_operator(name: str) -> bool:
+    """Whether an event is a kernel at work: not a Function, a node or an optimizer, whose Python it would hold."""
+    return ("::" in name and not name.startswith("autograd::")) or name.startswith("Torch-Compiled Region")
+
+
 def read(events: Iterable[Any]) -> dict[str, Traced]:
     """Sort the events of a profiler (`torch.profiler.profile.events`) by phase."""
     on_host = [e for e in events if e.device_type == DeviceType.CPU]
@@ -103,8 +108,8 @@ def read(events: Iterable[Any]) -> dict[str, Traced]:
     for event in on_host:
         if event.name.startswith(PREFIX):
             continue
-        # An operator that phases begin in is made of others.
-        if not event.name.startswith(_NODE) and not intervals.changes_within(*_range(event)):
+        # One that phases begin in is made of others.
+        if _is_operator(event.name) and not intervals.changes_within(*_range(event)):
             operators.append(event)
         phase = found.setdefault(intervals.at(event.time_range.start), Traced())
         phase.device_seconds += sum(kernel.duration for kernel in event.kernels) / 1e6

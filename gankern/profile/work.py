@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -144,25 +144,42 @@ class WorkCounter(TorchDispatchMode):
         return run
 
 
-class _Counted:
-    """An adapter whose functions are counted."""
+class _Wrapped:
+    """An adapter whose functions are wrapped, each as it is asked for."""
 
-    def __init__(self, adapter: Any, counter: WorkCounter) -> None:
-        self._adapter, self._counter = adapter, counter
+    def __init__(self, adapter: Any, wrap: Callable[[str, Callable[..., Any]], Any]) -> None:
+        self._adapter, self._wrap = adapter, wrap
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._adapter, name)
-        return self._counter.kernel(name, value) if callable(value) and name != "refuse" else value
+        return self._wrap(name, value) if callable(value) and name != "refuse" else value
+
+
+def _layers_wrapped(wrap: Callable[[str, Callable[..., Any]], Any]) -> AbstractContextManager[None]:
+    return backends.wrapped("critic_layers", lambda adapter: _Wrapped(adapter, wrap))
 
 
 @contextmanager
 def counting() -> Iterator[WorkCounter]:
     """Count what runs inside, gankern's kernels included; what is compiled runs eagerly, since modes see no graph."""
     counter = WorkCounter()
-    layers = backends.wrapped("critic_layers", lambda adapter: _Counted(adapter, counter))
+    layers = _layers_wrapped(counter.kernel)
     _phases.inline = True
     try:
         with torch.compiler.set_stance("force_eager"), layers, counter._flops, counter:
             yield counter
     finally:
         _phases.inline = False
+
+
+def traced() -> AbstractContextManager[None]:
+    """Show gankern's kernels in torch's profiler, those too that no operator of the dispatcher calls."""
+    return _layers_wrapped(_spanned)
+
+
+def _spanned(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(f"gankern::{name}"):
+            return function(*args, **kwargs)
+
+    return run

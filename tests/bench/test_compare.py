@@ -18,7 +18,15 @@ def run(ratio: Spread, *, slowdown: float = 1.0, **changes: object) -> Report:
         "eager": Measured(Spread(*(1e-3 * slowdown * v for v in (ratio.median, ratio.p20, ratio.p80)))),
         "gankern": Measured(Spread(*[1e-3 * slowdown] * 3)),
     }
-    fields = {"status": "ok", "sides": sides, "best": "eager", "ours": "gankern", "ratio": ratio, **changes}
+    fields = {
+        "status": "ok",
+        "rounds": 25,
+        "sides": sides,
+        "best": "eager",
+        "ours": "gankern",
+        "ratio": ratio,
+        **changes,
+    }
     return Report("", MACHINE, [CaseResult("fake.forward", "", "float32", "cpu", {"batch": 2}, **fields)])
 
 
@@ -40,6 +48,11 @@ def test_verdicts_need_ranges_apart(ratio, verdict):
     assert [v.verdict for v in found.verdicts] == [verdict]
     assert found.verdicts[0].change == pytest.approx(ratio.median / 2)
     assert found.regressed == (verdict == "slower")
+
+
+def test_few_rounds_are_not_compared():
+    (verdict,) = compare(run(OLD), run(Spread(1.0, 1.0, 1.0), rounds=2), "").verdicts
+    assert verdict.verdict == "not compared" and "2 rounds" in verdict.message
 
 
 def test_small_changes_are_noise_however_narrow_the_ranges():

@@ -20,7 +20,6 @@ def test_rounds_end_when_the_budget_is_spent_but_not_before_the_least_number():
     assert len(rounds(sides, 100, budget=8.0, clock=clock)["a"]) == 9
     assert len(rounds(sides, 100, budget=0.7, clock=clock)["a"]) == MIN_ROUNDS
     assert len(rounds(sides, 100, budget=0.01, clock=clock)["a"]) == MIN_LONG_ROUNDS
-    assert len(rounds(sides, 1, budget=0.01, clock=clock)["a"]) == 1
 
 
 def test_ratio_is_the_median_over_rounds_of_the_fastest_on_either_side():

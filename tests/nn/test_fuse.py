@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gankern
-from gankern.nn import ConvBnAct2d, ConvTransposeBnAct2d
+from gankern.nn import ConvBnAct2d, ConvTransposeBnAct2d, stretch
 from gankern.nn.fuse import FusedSequential
 
 
@@ -180,3 +180,38 @@ def test_small_ones_run_stock() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-4)
     assert "gankern::conv" in {e.key for e in profile.key_averages()}
+
+
+class ToChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Seen(nn.Module):
+    """Somebody's module, with the strides of what it was given."""
+
+    strides: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.strides = x.stride()
+        return x
+
+
+@pytest.mark.parametrize("first", [nn.Identity, ToChannelsLast])
+@pytest.mark.parametrize("layers", [[nn.BatchNorm2d(8), nn.ReLU()], [nn.Conv2d(8, 8, 3), nn.ReLU()], []])
+def test_modules_in_between_are_given_the_layout_that_stock_gives(first: type[nn.Module], layers: Any) -> None:
+    stock = nn.Sequential(first(), nn.Conv2d(3, 8, 3), *layers, Seen(), nn.Conv2d(8, 4, 3))
+    fused = gankern.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 9, 9)
+    want, got = stock(x), fused(x)
+    assert fused[-2].strides == stock[-2].strides
+    assert got.stride() == want.stride()
+
+
+def test_a_lone_convolution_of_contiguous_images_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, convs = stretch.Stretch.run, []
+    monkeypatch.setattr(stretch.Stretch, "run", lambda self, input: [convs.append(self.conv), run(self, input)][1])
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Seen(), nn.Conv2d(8, 4, 3)]
+    fused = gankern.fuse(nn.Sequential(*layers))
+    fused(torch.randn(2, 3, 9, 9))
+    assert convs == [fused[0]]

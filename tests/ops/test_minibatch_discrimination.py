@@ -99,12 +99,23 @@ def test_self_pairs(include_self: bool) -> None:
     torch.testing.assert_close(ops.minibatch_discrimination(far)[:, 0], torch.tensor([-50.0, -50.0]).exp())
 
 
-@pytest.mark.kernel
-def test_distances_are_symmetric_with_zeros_on_the_diagonal() -> None:
-    for shape in [(35, 3, 5), (33, 40, 2)]:
-        d = ops.l1_distance(torch.randn(shape) * 100)
+def check_distances_are_symmetric(*shape: int) -> None:
+    for m in (torch.randn(shape), torch.randn(shape[2], *shape[:2]).permute(1, 2, 0)):
+        d = ops.l1_distance(m * 100)
         assert torch.equal(d, d.transpose(0, 1))
         assert torch.equal(d.diagonal(), torch.zeros(shape[1], shape[0]))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("shape", [(35, 3, 5), (33, 40, 2)])
+def test_distances_are_symmetric_with_zeros_on_the_diagonal(shape: tuple[int, ...]) -> None:
+    check_distances_are_symmetric(*shape)
+
+
+@pytest.mark.by_size
+@pytest.mark.parametrize("shape", [(7, 9, 37), (5, 7, 19), (3, 100, 16)])
+def test_distances_of_few_samples_are_symmetric_too(shape: tuple[int, ...]) -> None:
+    check_distances_are_symmetric(*shape)
 
 
 @pytest.mark.kernel

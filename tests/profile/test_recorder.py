@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 import gankern
 from gankern import _phases
 from gankern.profile import recorder
+from gankern.profile import trace as traces
 from gankern.profile.meters import OTHER
 
 
@@ -161,19 +165,61 @@ def test_the_trace_names_the_phases(critic: nn.Module, tmp_path: Path) -> None:
     assert prof.profile().phase("real forward").allocated > 4 * 8 * 64 * 4
 
 
+class Slow(torch.autograd.Function):
+    """Python takes 20 ms, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return x + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return grad_output * 1
+
+
 def test_python_is_where_no_operator_runs() -> None:
-    matrix = torch.randn(1500, 1500)
+    matrix, x = torch.randn(1500, 1500), torch.ones(2, requires_grad=True)
     with gankern.profile.critic_steps(warm_up=0, steps=1) as prof:
         for _ in range(4):
             with prof.step():
-                with prof.phase("sleep"):
-                    time.sleep(0.02)
+                time.sleep(0.02)
+                with prof.phase("forward"):
+                    y = Slow.apply(x)
+                with prof.phase("backward"):
+                    y.sum().backward()
                 with prof.phase("product"):
                     torch.mm(matrix, matrix)
-    sleep, product = (prof.profile().phase(name) for name in ("sleep", "product"))
-    assert sleep is not None and product is not None
-    assert sleep.python_seconds == pytest.approx(0.02, rel=0.5)
+                time.sleep(0.02)
+    found = {phase.name: phase for phase in prof.profile().phases}
+    for name, sleeps in {"forward": 1, "backward": 1, OTHER: 2}.items():
+        assert found[name].python_seconds == pytest.approx(0.02 * sleeps, rel=0.5), name
+    product = found["product"]
     assert product.python_seconds is not None and product.python_seconds < 0.5 * product.seconds
+
+
+def event(name: str, start: float, end: float) -> SimpleNamespace:
+    """One of torch's profiler, in microseconds."""
+    return SimpleNamespace(
+        name=name, device_type=DeviceType.CPU, time_range=SimpleNamespace(start=start, end=end), kernels=[]
+    )
+
+
+def test_python_of_operators_that_overlap_or_hold_phases() -> None:
+    events = [
+        event("phase: a", 0, 100),
+        event("phase: a/b", 40, 60),
+        event("gankern::penalty", 10, 90),  # made of others
+        event("aten::mm", 10, 20),
+        event("aten::mm", 15, 30),
+        event("Function", 0, 40),
+        event("autograd::engine::X", 0, 40),
+        event("aten::add", 42, 57),
+        event("aten::add", 95, 99),
+    ]
+    found = {name: traced.python_seconds * 1e6 for name, traced in traces.read(events).items()}
+    assert found == {"a": pytest.approx(80 - 20 - 4), "a/b": pytest.approx(5)}
 
 
 def test_a_report_prints_and_saves(critic: nn.Module, tmp_path: Path) -> None:

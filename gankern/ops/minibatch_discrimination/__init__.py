@@ -86,9 +86,9 @@ def l1_distance(m: Tensor) -> Tensor:
     -----
     Differentiable to any order, all by kernels; the derivative of ``|x|`` at 0 is 0, as ``torch.abs`` has it. The
     gradient is ``dL/dm[i] = sum_j (g[i, j] + g[j, i]) sign(m[i] - m[j])``; it does not depend on m except at ties, so
-    that the second derivative with respect to m is None. On the CPU, so few samples that calls cost more than the
-    arithmetic go to plain torch. Half types are computed in float32. Results have the same bits
-    on every run, for any number of threads.
+    that the second derivative with respect to m is None, or zeros for few samples. On the CPU, so few samples that
+    calls cost more than the arithmetic go to plain torch. Half types are computed in float32. Results have the same
+    bits on every run, for any number of threads.
 
     References
     ----------

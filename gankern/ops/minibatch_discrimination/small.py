@@ -42,4 +42,6 @@ class Features(torch.autograd.Function):
 
 
 def l1_distance(m: Tensor) -> Tensor:
+    # In other layouts torch adds the terms up in an order that differs between an element and its mirror.
+    m = m.contiguous()
     return (m.unsqueeze(0) - m.unsqueeze(1)).abs().sum(3)
