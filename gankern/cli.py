@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -165,6 +166,9 @@ def run_info(args: argparse.Namespace) -> int:
 
     if args.arch and not args.warmup:
         raise UsageError("argument --arch: needs --warmup")
+    for arch in args.arch or ():
+        if re.fullmatch(r"sm_\d+[af]?", arch) is None:
+            raise UsageError(f"argument --arch: expected an architecture such as sm_90, got {arch!r}")
     if args.warmup:
         try:
             for arch, count, seconds in warm_up(args.arch or ()):

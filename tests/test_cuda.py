@@ -170,6 +170,7 @@ def test_warm_up(kept: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert re.fullmatch(r"1 kernels for sm_90 ready in [\d.]+ s\n", err)
     assert json.loads(out)["kernel_cache"] == str(kept)
     assert cli.main(["info", "--warmup", "--arch", "sm_1"]) == 1
+    assert cli.main(["info", "--warmup", "--arch", "mars"]) == 2
     assert "sm_1" in capsys.readouterr().err
     assert cli.main(["info", "--arch", "sm_90"]) == 2
 

@@ -40,6 +40,8 @@ def compare(got: Results, want: Results, tolerance: float) -> float:
         raise Wrong(f"results {sorted(got)} instead of {sorted(want)}")
     worst = 0.0
     for name in want:
+        if not all(t is None or t.isfinite().all() for t in want[name]):
+            raise Wrong(f"{name}: not finite in the reference itself")
         error = relative_error(got[name], want[name])
         # Not `error > tolerance`: a NaN must not pass.
         if not error <= tolerance:

@@ -23,6 +23,7 @@ from gankern.bench.session import Session
 
 VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "func_grad", "graph")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NO_COMPILE_QUICK = {"compile": "takes its time; `--against compile` has it"}
 QUICK_REPEAT, QUICK_SECONDS, QUICK_TRAIN_SECONDS = 5, 0.5, 10.0
 EXAMPLES = """examples:
   gankern bench                                     every op
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2.5,
         help="seconds of rounds a case, five rounds at least (two of very long ones), default %(default)s",
     )
-    how.add_argument("--quick", action="store_true", help="a few rounds only, for a first look")
+    how.add_argument("--quick", action="store_true", help="a few rounds only and no torch.compile, for a first look")
     how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
     how.add_argument("--sweep", action="store_true", help="also over sizes of each case's main dimension")
     how.add_argument(
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     old = None if args.compare is None else _stored(args, report)
     cases = _cases(args, report, device, old)
     sweeps = _sweeps(args, cases)
-    args.out.mkdir(parents=True, exist_ok=True)
+    arguments.make_folder("--out", args.out)
     interrupted = False
     try:
         with session.progress:
@@ -136,14 +137,18 @@ def run(args: argparse.Namespace) -> int:
                 session.run_training(seconds=seconds, batch=args.batch, out=args.out)
     except KeyboardInterrupt:
         interrupted = True
+        if not (report.cases or report.training):
+            raise
+        print("gankern bench: interrupted: what was done so far is kept", file=sys.stderr)
     if old is not None:
         report.comparison = compare(old, report, str(args.compare))
     reports.show(report, console)
     _save(report, args, console)
     if interrupted:
         return 130
-    if args.backend and report.cases and all(case.status == "skipped" for case in report.cases):
-        raise UsageError(f"argument --backend: {report.cases[0].message}")
+    option = "backend" if args.backend else "against" if args.against else None
+    if option and report.cases and all(case.status == "skipped" for case in report.cases):
+        raise UsageError(f"argument --{option}: {report.cases[0].message}")
     regressed = report.comparison is not None and report.comparison.regressed
     return 0 if report.right and not regressed else 1
 
@@ -176,6 +181,7 @@ def _session(args: argparse.Namespace, report: Report) -> Session:
         against=_variants(args.against),
         repeat=min(args.repeat, QUICK_REPEAT) if args.quick else args.repeat,
         budget=min(args.seconds, QUICK_SECONDS) if args.quick else args.seconds,
+        without=NO_COMPILE_QUICK if args.quick and args.against is None else {},
     )
 
 
@@ -212,7 +218,7 @@ def _cases(args: argparse.Namespace, report: Report, device: torch.device, old: 
     if old is not None and not names and not mine:
         names = [case.name for case in old.cases if case.name in CASES]
         if not names:
-            raise UsageError(f"argument --compare: {args.compare} holds none of the cases that there are")
+            raise UsageError(f"argument --compare: {args.compare} holds other cases; run as then: {old.command}")
     try:
         return mine + (select(names) if names or not mine else [])
     except KeyError as unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import sys
@@ -51,11 +52,18 @@ def build(argument: str, spec: str) -> nn.Module:
         for part in name.split("."):
             factory = getattr(factory, part)
         made = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"argument {argument}: {spec}: {first_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"argument {argument}: {spec}: expected an nn.Module, got {type(made).__name__}")
     return made.train()
+
+
+def copied(*networks: nn.Module | None) -> tuple[Any, ...]:
+    """Copy networks, also where a forward has left tensors of its graph on them, as that of `spectral_norm` does."""
+    modules = [module for network in networks if network is not None for module in network.modules()]
+    left = [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(networks, {id(value): value.detach().clone() for value in left if not value.is_leaf})
 
 
 def latent_shape(generator: nn.Module) -> tuple[int, ...]:
@@ -160,11 +168,11 @@ class Subject:
         if self.generator is not None:
             z = self.latents(batch)
             given = (z, *classes) if self.generator_takes_labels else (z,)
-            fake = self._tried("--generator", self.generator, given, "--latent")
+            fake = self._tried("--generator", self.generator, given, "--latent and --labels")
             if not isinstance(fake, Tensor) or fake.shape != real.shape:
                 got = tuple(fake.shape) if isinstance(fake, Tensor) else type(fake).__name__
                 raise UsageError(f"argument --generator: expected samples of shape {tuple(real.shape)}, got {got}")
-        scores = self._tried("--critic", self.critic, (real, *classes), "--shape")
+        scores = self._tried("--critic", self.critic, (real, *classes), "--shape and --labels")
         if not isinstance(scores, Tensor) or not scores.requires_grad:
             got = "one without a gradient" if isinstance(scores, Tensor) else type(scores).__name__
             raise UsageError(f"argument --critic: expected a Tensor that depends on the parameters, got {got}")

@@ -113,7 +113,7 @@ def show(report: Report, console: Console) -> None:
         table("Against the fastest stock variant", CASE_COLUMNS, map(case_row, report.cases))
         rows = [row for case in report.cases if (row := roofline_row(case, report.machine.get("ceilings", {})))]
         if rows:
-            table("Share of the roofline", ROOFLINE_COLUMNS, rows)
+            table("Share of the roofline; data that lies in a cache may pass it", ROOFLINE_COLUMNS, rows)
     for sweep in report.sweeps:
         table(f"{sweep.name} against {sweep.dimension}", (sweep.dimension, *CASE_COLUMNS[1:]), sweep_rows(sweep))
     if report.training:

@@ -29,7 +29,7 @@ class Session:
     Attributes
     ----------
     report : Report
-    dtype, device, size, backend, against, repeat, budget
+    dtype, device, size, backend, against, without, repeat, budget
         As `gankern.bench.run_case` takes them.
     """
 
@@ -39,6 +39,7 @@ class Session:
     size: Mapping[str, int] = field(default_factory=dict)
     backend: str | None = None
     against: Sequence[str] | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
     repeat: int = 25
     budget: float = 2.5
 
@@ -96,7 +97,7 @@ class Session:
             size={**self.size, **size},
             backend=self.backend,
             against=self.against,
-            without=without,
+            without={**self.without, **without},
             repeat=self.repeat,
             budget=self.budget,
             on_checked=self._say_right,

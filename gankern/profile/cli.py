@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import gankern
-from gankern.arguments import UsageError, find_device, first_line, positive_int, shape
+from gankern.arguments import UsageError, find_device, first_line, make_folder, positive_int, shape
 from gankern.bench import ceilings
 from gankern.bench.own import LOSSES, Subject, build
 from gankern.bench.results import OURS, STOCK
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     subject = _subject(args)
     subject.check(args.batch)
+    make_folder("--out", args.out)
     console = Console()
     if not console.is_terminal:
         console.width = 140

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import gankern
 from gankern.bench import stock, timing
+from gankern.bench.own import copied
 from gankern.profile.results import Advice, describe_saving
 
 
@@ -34,7 +34,7 @@ def try_penalty(critic: nn.Module, real: Tensor, fake: Tensor, *inputs: Tensor, 
         With the seconds that each penalty and its backward pass are shorter by.
     """
     alpha = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
-    ours, theirs = copy.deepcopy(critic), copy.deepcopy(critic)
+    (ours,), (theirs,) = copied(critic), copied(critic)
 
     def run(net: nn.Module, penalty: Callable[[], Tensor]) -> None:
         net.zero_grad()

@@ -236,6 +236,8 @@ class CriticSteps:
         RuntimeError
             If no step was timed: fewer than ``warm_up + 4`` were run, or the profiler was off.
         """
+        if not self._enabled:
+            raise RuntimeError("the profiler is off (enabled=False): nothing was timed")
         if not self._timed:
             raise RuntimeError(
                 f"no step was timed: {self._done} were run, and the first {self.untimed_steps} warm up, count and trace"

@@ -43,7 +43,11 @@ def show(report: ProfileReport, console: Console) -> None:
         console.print(report.subject, style="bold", markup=False)
     if len(report.sides) > 1:
         console.print(
-            _table("Where the step's time goes", SIDES, comparison_rows(report.sides[STOCK], report.sides[OURS]))
+            _table(
+                "Where the step's time goes: means over the middle steps",
+                SIDES,
+                comparison_rows(report.sides[STOCK], report.sides[OURS]),
+            )
         )
     for name, profile in report.sides.items():
         title = f"{name}: {headline(profile, report.overhead.get(name))}"
@@ -66,7 +70,7 @@ def headline(profile: StepProfile, overhead: float | None = None) -> str:
     """A step's time, and what surrounds it, in a line."""
     seconds = profile.seconds
     parts = [
-        f"{seconds.median * 1e3:.2f} ms a step ({seconds.p20 * 1e3:.2f} to {seconds.p80 * 1e3:.2f})",
+        f"{seconds.median * 1e3:.2f} ms a step (median; {seconds.p20 * 1e3:.2f} to {seconds.p80 * 1e3:.2f})",
         f"{profile.steps} steps",
         f"{profile.device}, {profile.dtype}",
         "" if profile.peak_bytes is None else f"peak {profile.peak_bytes / 1e6:.1f} MB",

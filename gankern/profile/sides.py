@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 import gankern
 from gankern.bench import stock
-from gankern.bench.own import CLIP
+from gankern.bench.own import CLIP, copied
 from gankern.bench.results import OURS, STOCK
 from gankern.ops.gradient_penalty import PenaltyExplanation
 from gankern.profile.feed import Feed
@@ -41,7 +40,7 @@ class Side:
 
     def __init__(self, feed: Feed, changes: Changes) -> None:
         self.feed, self.subject, self.changes = feed, feed.subject, changes
-        self.critic = copy.deepcopy(self.subject.critic)
+        (self.critic,) = copied(self.subject.critic)
         if changes.fused:
             gankern.fuse(self.critic)
         params: list[Tensor] = list(self.critic.parameters())
@@ -122,7 +121,7 @@ class Side:
 def make_sides(feed: Feed) -> dict[str, Side]:
     """Stock, gankern, and stock with each single change that can make a difference, where there are several."""
     subject = feed.subject
-    fuses = any(run.reason is None for run in gankern.fusion_report(gankern.fuse(copy.deepcopy(subject.critic))))
+    fuses = any(run.reason is None for run in gankern.fusion_report(gankern.fuse(*copied(subject.critic))))
     changes = {"penalty": subject.loss == "wgan-gp", "fused": fuses, "optimizer": subject.loss == "wgan"}
     possible = [name for name, applies in changes.items() if applies]
     sides = {STOCK: Side(feed, Changes()), OURS: Side(feed, Changes(**changes))}

@@ -28,6 +28,11 @@ def test_a_wrong_value_does_not_pass(value):
         compare({"output": [torch.tensor([value])]}, {"output": [torch.ones(1)]}, 1e-2)
 
 
+def test_a_reference_that_is_not_finite_is_told_apart():
+    with pytest.raises(Wrong, match="output: not finite in the reference itself"):
+        compare({"output": [torch.ones(1)]}, {"output": [torch.tensor([math.nan])]}, 1e-2)
+
+
 def test_missing_results_do_not_pass():
     with pytest.raises(Wrong, match="gradient"):
         compare({"output": []}, {"output": [], "gradient": []}, 1e-2)

@@ -153,6 +153,26 @@ def test_ctrl_c_leaves_the_results_so_far(bench, registry, tmp_path):
     assert "fake.forward" in page and "fake.training" not in page
 
 
+def test_ctrl_c_before_anything_is_done_leaves_an_older_result(bench, registry, tmp_path, capsys):
+    assert bench("fake.forward") == 0
+    before = results(tmp_path)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    object.__setattr__(registry["fake.forward"], "setup", interrupt)
+    capsys.readouterr()
+    assert bench("fake.forward") == 130
+    assert capsys.readouterr().err.endswith("gankern bench: error: interrupted\n")
+    assert results(tmp_path) == before
+
+
+def test_out_must_be_a_folder(bench, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert bench("fake.forward", "--out", str(tmp_path / "file")) == 2
+    assert "argument --out: cannot make the folder" in capsys.readouterr().err
+
+
 def test_main_trains_and_leaves_digits(bench, tmp_path, monkeypatch):
     from gankern.bench import training
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
 from gankern import cli
 from gankern.arguments import UsageError
@@ -58,6 +59,12 @@ class Conditional(nn.Module):
         return self.rest(self.up(z * self.embedding(y)[:, :, None, None]))
 
 
+def spectral_norm_critic() -> nn.Module:
+    """By hooks, which leave a tensor of its graph on each module."""
+    layers = [nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(128, 1)]
+    return nn.Sequential(*(spectral_norm(m) if hasattr(m, "weight") else m for m in layers))
+
+
 def images() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 3 * 64), nn.Unflatten(1, (3, 8, 8)), nn.Tanh())
 
@@ -67,6 +74,7 @@ SUBJECTS = {
     "patch": (patch, images, (3, 8, 8), None),
     "points": (points, lambda: nn.Linear(7, 2), (2,), None),
     "projection": (Projection, Conditional, (3, 8, 8), 10),
+    "spectral norm": (spectral_norm_critic, images, (3, 8, 8), None),
 }
 
 
@@ -109,9 +117,9 @@ def test_notes_tell_what_is_fused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": (3, 9)}, "argument --critic: called with (4, 3, 9) (see --shape): RuntimeError"),
+        ({"shape": (3, 9)}, "argument --critic: called with (4, 3, 9) (see --shape and --labels): RuntimeError"),
         ({"generator": nn.Linear(7, 3)}, "argument --generator: expected samples of shape (4, 2), got (4, 3)"),
-        ({"latent": (3,)}, "argument --generator: called with (4, 3) (see --latent): RuntimeError"),
+        ({"latent": (3,)}, "argument --generator: called with (4, 3) (see --latent and --labels): RuntimeError"),
         (
             {"critic": nn.Flatten()},
             "argument --critic: expected a Tensor that depends on the parameters, got",

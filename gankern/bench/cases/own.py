@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from gankern.bench import stock
 from gankern.bench.cases.case import OURS_CHANNELS_LAST, Case, Run, Sides, Size, gankern, to_channels_last
 from gankern.bench.check import Results
-from gankern.bench.own import CLIP, Subject
+from gankern.bench.own import CLIP, Subject, copied
 from gankern.bench.results import OURS
 
 # An activation within a rounding error of its kink takes the other slope: stock's own gradients differ by up to 1e-2
@@ -45,7 +44,7 @@ class Networks:
     generator: nn.Module | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.critic, self.generator = copy.deepcopy((self.subject.critic, self.subject.generator))
+        self.critic, self.generator = copied(self.subject.critic, self.subject.generator)
         networks = [network for network in (self.critic, self.generator) if network is not None]
         for network in networks:
             if self.variant == "channels_last":
@@ -211,12 +210,12 @@ def fusion_notes(subject: Subject) -> dict[str, list[str]]:
     notes = {}
     for name, network in (("critic", subject.critic), ("generator", subject.generator)):
         if network is not None:
-            runs = gankern().fusion_report(gankern().fuse(copy.deepcopy(network)))
+            runs = gankern().fusion_report(gankern().fuse(*copied(network)))
             lines = [f"{run.module or name}: {' + '.join(run.names)}: {run.reason or 'fused'}" for run in runs]
             notes[f"fuse({name})"] = lines or ["nothing to fuse"]
     if subject.loss == "wgan-gp":
         real = subject.samples(4)
         classes = subject.classes(4)
-        found = gankern().explain(gankern().gradient_penalty, copy.deepcopy(subject.critic), real, real, *classes)
+        found = gankern().explain(gankern().gradient_penalty, *copied(subject.critic), real, real, *classes)
         notes["gradient_penalty"] = str(found).splitlines()
     return notes
