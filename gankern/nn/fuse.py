@@ -43,8 +43,8 @@ def fuse(module: M) -> M:
 
     What cannot run fused runs stock: :func:`fusion_report` tells, and why. So does, on the CPU, a chain where model and
     batch are so small that calls from Python cost more than the fused passes save, as for a generator's single image,
-    and a lone convolution of contiguous images with neither batch norm nor activation. Under ``torch.compile`` all is
-    left to the compiler but for sequentials.
+    and a lone convolution of contiguous images with neither batch norm nor activation, unless a run before it has
+    turned them to channels_last. Under ``torch.compile`` all is left to the compiler but for sequentials.
 
     Parameters
     ----------

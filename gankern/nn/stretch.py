@@ -145,11 +145,10 @@ def _run(steps: Sequence[Step], stretches: list[Stretch], input: Tensor) -> Tens
         input = _call(steps[position : first.start], input, turned)
         position = first.start
         if turns and memory_format(input) == torch.contiguous_format:
-            lone = len(row) == 1 and first.bn is first.activation is None
-            # Turning the images there and back costs more than a convolution saves.
-            turned = not lone
-            if lone:
+            # Turning the images there and back for it alone costs more than a convolution saves.
+            if not turned and len(row) == 1 and first.bn is first.activation is None:
                 continue
+            turned = True
         if len(row) > 1 and input.dim() == 4:
             input = conv2d_acts(input, [block.layer(s.conv, *s.act) for s in row if s.conv is not None])
         else:
