@@ -152,8 +152,11 @@ class MinibatchDiscrimination(nn.Module):
         n, part = m.size(0), m.size(0) // groups
         ranks = over_ranks.world_size(self.process_group)
         if ranks > 1:
-            self._check_ranks(n, groups, m.device)
-            m = over_ranks.gather(m, self.process_group).view(ranks, groups, part, *m.shape[1:])
+            # Imported where it is needed: torch.compile, which it marks its functions with, takes longer than torch.
+            from gankern.nn import gathering
+
+            self._check_ranks(gathering.gather_ints((n, groups), m.device, self.process_group))
+            m = gathering.gather(m, self.process_group).view(ranks, groups, part, *m.shape[1:])
             m = m.transpose(1, 2).flatten(0, 1)
         elif groups > 1:
             m = m.unflatten(0, (groups, part)).transpose(0, 1)
@@ -165,8 +168,7 @@ class MinibatchDiscrimination(nn.Module):
             features = features.unflatten(0, (ranks, part))[over_ranks.rank(self.process_group)]
         return features.unflatten(1, (groups, self.out_features)).transpose(0, 1).reshape(n, self.out_features)
 
-    def _check_ranks(self, n: int, groups: int, device: torch.device) -> None:
-        sizes = over_ranks.gather_ints((n, groups), device, self.process_group)
+    def _check_ranks(self, sizes: list[list[int]]) -> None:
         if any(other != sizes[0] for other in sizes):
             received = ", ".join(f"{samples} in {parts}" for samples, parts in sizes)
             raise ValueError(f"input must have equally many samples and groups on all ranks; got {received}")

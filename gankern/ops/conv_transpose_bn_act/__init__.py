@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gankern import _native
 from gankern.ops import _check
-from gankern.ops.conv_transpose_bn_act import autograd, distributed
+from gankern.ops.conv_transpose_bn_act import autograd
 from gankern.ops.conv_transpose_bn_act.convolution import Convolution, affine, folds, normalised
 
 __all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
@@ -90,7 +91,7 @@ def batch_norm_act(
         raise ValueError(f"input must have shape (N, C, ...); got {tuple(input.shape)}")
     _check_norm(input.size(1), input, running_mean, running_var, weight, bias, "weight", "bias")
     _check_options(training, momentum, eps, activation, negative_slope)
-    group = distributed.group_of(process_group, training)
+    group = _group_of(process_group, training)
     if group is None:
         _check_statistics(input.shape, training, running_mean, running_var)
     return _norm(
@@ -172,7 +173,7 @@ def conv_transpose2d_bn_act(
         )
     ]
     _check_output_size(size)
-    group = distributed.group_of(process_group, training)
+    group = _group_of(process_group, training)
     if group is None:
         _check_statistics((input.size(0), weight.size(1) * groups, *size), training, running_mean, running_var)
 
@@ -260,7 +261,7 @@ def conv2d_bn_act(
         for i, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
     _check_output_size(size)
-    group = distributed.group_of(process_group, training)
+    group = _group_of(process_group, training)
     if group is None:
         _check_statistics((input.size(0), weight.size(0), *size), training, running_mean, running_var)
 
@@ -331,7 +332,21 @@ def _norm(
     tensors = (input, running_mean, running_var, weight, bias)
     if group is None:
         return autograd.batch_norm_act(*tensors, training, momentum, eps, activation, negative_slope, sums)
+    # Its import is torch.compile's, which takes longer than torch's own.
+    from gankern.ops.conv_transpose_bn_act import distributed
+
     return distributed.batch_norm_act(*tensors, momentum, eps, activation, negative_slope, group)
+
+
+def _group_of(process_group: Any, training: bool) -> Any:
+    """The group to share statistics with; None where this rank's are all there is."""
+    if process_group is None:
+        return None
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or None; got {type(process_group).__name__}"
+        )
+    return process_group if training and process_group.size() > 1 else None
 
 
 def _pair(name: str, value: Size2, least: int = 0) -> tuple[int, int]:

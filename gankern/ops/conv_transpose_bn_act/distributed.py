@@ -16,23 +16,6 @@ from gankern._layout import dense
 from gankern.ops.conv_transpose_bn_act import autograd, reference
 
 
-def group_of(process_group: Any, training: bool) -> Any:
-    """The group to share statistics with; None where this rank's are all there is.
-
-    Raises
-    ------
-    TypeError
-        If process_group is neither a process group nor None.
-    """
-    if process_group is None:
-        return None
-    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-        raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup or None; got {type(process_group).__name__}"
-        )
-    return process_group if training and process_group.size() > 1 else None
-
-
 class _AllReduce(torch.autograd.Function):
     """Sum over the ranks. The gradient of a sum that every rank reads is the sum of the ranks' gradients."""
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from gankern import backends
+from gankern import _compiling, backends
 from gankern.ops import _check
 from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.gradient_penalty.autograd import Critic
@@ -221,7 +220,7 @@ def _expect_gradients(critic: Critic, loss: Tensor) -> None:
     The penalty's node hands every parameter its gradient from outside DDP's forward, and DDP's hooks reduce it together
     with the rest of the loss's; without this a penalty that is the whole loss would not be reduced.
     """
-    if isinstance(critic, OptimizedModule):
+    if _compiling.is_compiled(critic):
         critic = critic._orig_mod
     if (
         isinstance(critic, DistributedDataParallel)
@@ -268,7 +267,7 @@ def _warn_once() -> None:
 
 
 # Dynamo looks through functools.cache, and then cannot trace a warning.
-@torch.compiler.assume_constant_result
+@_compiling.constant
 def _warn() -> None:
     _warn_once()
 

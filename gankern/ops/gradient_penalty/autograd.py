@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from gankern import _cuda, _library, _phases, _triton, backends, workspace
+from gankern import _compiling, _cuda, _library, _phases, _triton, backends, workspace
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import CriticLayers, Scope
 from gankern.ops.gradient_penalty import cpu, reference
@@ -36,7 +35,7 @@ def inner_module(critic: Critic) -> Critic:
     while isinstance(critic, nn.Module):
         if isinstance(critic, DistributedDataParallel):
             critic = critic.module
-        elif isinstance(critic, OptimizedModule):
+        elif _compiling.is_compiled(critic):
             critic = critic._orig_mod
         else:
             break
@@ -111,8 +110,8 @@ def _register_call(critic: nn.Module, template: Any) -> int:
 
 
 # Dynamo runs these while it traces and keeps the number.
-_register_module_constant = torch._dynamo.assume_constant_result(_register_module)
-_register_call_constant = torch._dynamo.assume_constant_result(_register_call)
+_register_module_constant = _compiling.constant(_register_module)
+_register_call_constant = _compiling.constant(_register_call)
 
 
 def module_handle(critic: nn.Module) -> int:

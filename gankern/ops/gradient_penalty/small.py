@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
-from gankern import _phases, backends
+from gankern import _compiling, _phases, backends
 from gankern.ops.gradient_penalty.autograd import check_input_gradient, check_scores, first_order_only, torch_may_run
 
 # Multiplications of a forward pass that pay for the calls of gankern's layers, measured: for each convolution or linear
@@ -32,7 +31,9 @@ def is_small(critic: Callable[..., Tensor], points: Tensor, params: Sequence[Ten
     """
     if not params or not torch.is_grad_enabled() or not torch_may_run(points):
         return False
-    if not isinstance(critic, nn.Module) or isinstance(critic, DistributedDataParallel | OptimizedModule):
+    if not isinstance(critic, nn.Module) or isinstance(critic, DistributedDataParallel):
+        return False
+    if _compiling.is_compiled(critic):
         return False
     if any(isinstance(m, _ConvNd) and max(m.stride) > 1 for m in critic.modules()):
         return False
