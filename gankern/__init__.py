@@ -3,22 +3,24 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gankern import nn, ops, optim, penalties, workspace
-from gankern.backends import BackendUnavailable, backend, explain, set_backend
-from gankern.capture import CaptureError, capture
-from gankern.info import info
-from gankern.nn.fuse import fuse, fusion_report, unfuse
-from gankern.ops.gradient_penalty import gradient_penalty
-from gankern.ops.weight_clip import clip_weights_
-
 if TYPE_CHECKING:
-    from gankern import profile
+    from gankern import data as data
+    from gankern import models as models
+    from gankern import nn, ops, optim, penalties, profile, workspace
+    from gankern import train as train
+    from gankern._capture import CapturedStep, CaptureError, capture
+    from gankern._info import info
+    from gankern.backends import BackendUnavailable, backend, explain, set_backend
+    from gankern.nn.fuse import fuse, fusion_report, unfuse
+    from gankern.ops.gradient_penalty import gradient_penalty
+    from gankern.ops.weight_clip import clip_weights_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
     "CaptureError",
+    "CapturedStep",
     "backend",
     "capture",
     "clip_weights_",
@@ -37,9 +39,35 @@ __all__ = [
     "workspace",
 ]
 
+# A name's module is imported when the name is first used: `gankern --help` needs no torch.
+_MODULE_OF = {
+    "BackendUnavailable": "gankern.backends",
+    "CaptureError": "gankern._capture",
+    "CapturedStep": "gankern._capture",
+    "backend": "gankern.backends",
+    "capture": "gankern._capture",
+    "clip_weights_": "gankern.ops.weight_clip",
+    "explain": "gankern.backends",
+    "fuse": "gankern.nn.fuse",
+    "fusion_report": "gankern.nn.fuse",
+    "gradient_penalty": "gankern.ops.gradient_penalty",
+    "info": "gankern._info",
+    "set_backend": "gankern.backends",
+    "unfuse": "gankern.nn.fuse",
+}
+_MODULES = {"data", "models", "nn", "ops", "optim", "penalties", "profile", "train", "workspace"}
+
 
 def __getattr__(name: str) -> Any:
-    # The profiler's imports take longer than all others together.
-    if name == "profile":
-        return importlib.import_module("gankern.profile")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"gankern.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -50,7 +50,7 @@ def missing() -> str | None:
 
         nvrtc.getVersion()
     except Exception as error:
-        return f"needs CuPy and NVRTC (pip install 'gankern[cuda13]' or 'gankern[cuda12]'): {error}"
+        return f"needs CuPy and NVRTC (pip install '.[cuda13]' or '.[cuda12]' in a clone of gankern): {error}"
     return None
 
 

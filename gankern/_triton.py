@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gankern import backends
+from gankern.arguments import install_hint
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,7 +28,7 @@ def interprets() -> bool:
 @cache
 def missing() -> str | None:
     """Why kernels cannot run here, whatever the tensors; None if they can."""
-    return None if find_spec("triton") is not None else "needs triton (pip install 'gankern[triton]')"
+    return None if find_spec("triton") is not None else f"needs triton ({install_hint('triton')})"
 
 
 def refuse(*tensors: Tensor) -> str | None:

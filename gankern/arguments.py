@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,21 @@ def shape(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"expected positive integers such as 3,64,64, got {text!r}")
     return tuple(map(int, sizes))
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Ask whether the one of some words that is nearest to a wrong one was meant, in brackets; empty if none is near.
+
+    Case, and a dash or an underscore, do not count.
+    """
+    plain = {name.lower().replace("_", "-"): name for name in known}
+    found = difflib.get_close_matches(word.lower().replace("_", "-"), plain, 1)
+    return f" (did you mean {plain[found[0]]!r}?)" if found else ""
+
+
+def install_hint(extra: str) -> str:
+    """How to install what an optional part of gankern needs."""
+    return f"pip install '.[{extra}]' in a clone of gankern"
 
 
 def find_device(name: str) -> torch.device:

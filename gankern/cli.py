@@ -6,39 +6,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gankern.arguments import UsageError, find_device, positive_float, positive_int, seed_int
-
-# gankern.models.MODELS, without importing it for --help.
-MODELS = ("dcgan", "wgan", "wgan-gp")
-
-INFO_EXAMPLE = "example: gankern info --json"
-BENCH_EXAMPLE = "example: gankern bench --help"
-PROFILE_EXAMPLE = "example: gankern profile wgan-gp --steps 20"
-TRAIN_EXAMPLE = "example: gankern train wgan-gp --data digits --steps 300 --out runs/a"
-SAMPLE_EXAMPLE = "example: gankern sample runs/a --n 64 --out digits.png"
-
-
-class Completion(argparse.Action):
-    """Print a shell's completion script."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
-        try:
-            import shtab
-        except ModuleNotFoundError:
-            parser.error("argument --print-completion: needs shtab: pip install 'gankern[completion]'")
-        print(shtab.complete(build_parser(with_arguments_of=("bench", "profile")), args[1]))
-        parser.exit()
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+from gankern.arguments import UsageError, find_device, install_hint
+from gankern.commands import build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,17 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 on success, 1 on failure, 2 on bad usage, 130 after Ctrl-C. Bad usage that argparse finds ends in SystemExit.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    command = argv[0] if argv else ""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    command = args.command
+    if command is None:
+        parser.print_help()
+        return 0
+    run, extra = COMMANDS[command]
     try:
-        args = build_parser(with_arguments_of=(command,)).parse_args(argv)
-        run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except ModuleNotFoundError as error:
-        extra = {"bench": "bench", "profile": "bench", "train": "train", "sample": "train"}.get(command)
         if extra is None:
             raise
-        return _fail(command, f"needs {error.name}: pip install 'gankern[{extra}]'", 1)
+        return _fail(command, f"needs {error.name}: {install_hint(extra)}", 1)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
     except UsageError as error:
@@ -78,91 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
-def build_parser(*, with_arguments_of: Collection[str] = ()) -> argparse.ArgumentParser:
-    """Make the parser; the arguments of ``bench`` and ``profile`` only on request, since they need torch."""
-    parser = Parser(
-        prog="gankern",
-        description="Kernel-accelerated GANs for PyTorch.",
-        epilog=TRAIN_EXAMPLE,
-    )
-    parser.add_argument(
-        "--print-completion",
-        action=Completion,
-        choices=("bash", "zsh"),
-        help='print a completion script: eval "$(gankern --print-completion bash)"',
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    info = commands.add_parser("info", help="show the machine, versions and backends", epilog=INFO_EXAMPLE)
-    info.add_argument("--json", action="store_true", help="print JSON")
-    info.add_argument("--warmup", action="store_true", help="first compile every CUDA kernel into the cache")
-    info.add_argument("--arch", action="append", help="architecture to compile for, such as sm_90 (default: the GPUs')")
-    info.set_defaults(run=run_info)
-
-    bench = commands.add_parser("bench", help="time gankern against stock PyTorch", epilog=BENCH_EXAMPLE)
-    bench.set_defaults(run=run_bench)
-    if "bench" in with_arguments_of:
-        from gankern.bench.cli import add_arguments
-
-        add_arguments(bench)
-
-    profile = commands.add_parser("profile", help="show where a critic step's time goes", epilog=PROFILE_EXAMPLE)
-    profile.set_defaults(run=run_profile)
-    if "profile" in with_arguments_of:
-        from gankern.profile import cli as profile_cli
-
-        profile_cli.add_arguments(profile)
-
-    train = commands.add_parser("train", help="train a GAN", epilog=TRAIN_EXAMPLE)
-    _add_train_arguments(train)
-    train.set_defaults(run=run_train)
-
-    sample = commands.add_parser("sample", help="draw images from a trained GAN", epilog=SAMPLE_EXAMPLE)
-    sample.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder that `gankern train` wrote")
-    sample.add_argument("--n", type=positive_int, default=64, help="number of images (default 64)")
-    sample.add_argument("--out", type=Path, help="PNG file to write (default RUN_DIR/sample.png)")
-    sample.add_argument("--seed", type=seed_int, default=0, help="seed of the latents (default 0)")
-    sample.set_defaults(run=run_sample)
-    return parser
-
-
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", choices=MODELS, help=", ".join(MODELS))
-    parser.add_argument(
-        "--steps", type=positive_int, required=True, help="generator steps, those before a resume included"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--data", help="'digits' (default), or the path of an IDX file, a .npz file or a folder of images"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
-    model = parser.add_argument_group("model", "the paper's defaults, unless given")
-    model.add_argument("--ops", choices=("gankern", "stock"), help="what the model runs on (default gankern)")
-    model.add_argument("--image-size", type=positive_int, help="side of the images, a power of two (default 32)")
-    model.add_argument("--width", type=positive_int, help="channels of the layers next to the image (default 32)")
-    model.add_argument("--latent-dim", type=positive_int, help="size of the latent vector")
-    model.add_argument("--batch-size", type=positive_int, help="images per critic step")
-    model.add_argument("--n-critic", type=positive_int, help="critic steps per generator step")
-    model.add_argument("--lr", type=positive_float, help="learning rate of both optimizers")
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=seed_int, help="seed of parameters, latents and shuffles (default 0)")
-    run.add_argument("--device", default="cpu", help="torch device to train on (default cpu)")
-    run.add_argument("--threads", type=positive_int, help="torch's threads")
-    run.add_argument("--sample-every", type=positive_int, default=100, help="steps between sample grids (default 100)")
-    run.add_argument(
-        "--checkpoint-every", type=positive_int, default=100, help="steps between checkpoints (default 100)"
-    )
-    run.add_argument(
-        "--log-every", type=positive_int, default=10, help="steps between readings of the losses (default 10)"
-    )
-    run.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    run.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
 def run_info(args: argparse.Namespace) -> int:
     """Run ``gankern info``."""
+    from gankern._info import format_info, info, warm_up
     from gankern.backends import BackendUnavailable
-    from gankern.info import format_info, info, warm_up
 
     if args.arch and not args.warmup:
         raise UsageError("argument --arch: needs --warmup")
@@ -272,6 +166,16 @@ def run_sample(args: argparse.Namespace) -> int:
 def _fail(command: str, message: str, code: int) -> int:
     print(f"gankern {command}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+#: What each command runs, and the extra that brings what it imports.
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str | None]] = {
+    "info": (run_info, None),
+    "bench": (run_bench, "bench"),
+    "profile": (run_profile, "bench"),
+    "train": (run_train, "train"),
+    "sample": (run_sample, "train"),
+}
 
 
 if __name__ == "__main__":

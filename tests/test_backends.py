@@ -13,7 +13,7 @@ import torch
 
 import gankern
 from gankern import _native, backends, ops
-from gankern.info import format_info
+from gankern._info import format_info
 
 ISAS = ("baseline", "avx2", "avx512")
 
@@ -101,7 +101,7 @@ def test_info_is_json_and_one_page() -> None:
 
 
 def test_kernels_share_torchs_threads() -> None:
-    code = "import gankern, os; print([l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l])"
+    code = "import gankern.ops, os; print([l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert len(set(eval(loaded))) == 1, "two OpenMP runtimes in one process"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gankern
-from gankern.capture import CapturedStep
+from gankern._capture import CapturedStep
 
 
 class Recorded:

@@ -1,13 +1,18 @@
 import json
 import re
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from gankern import cli, models
+import gankern
+from gankern import backends, cli, commands, models
+from gankern.bench import cli as bench_cli
+from gankern.bench import own
+from gankern.profile import cli as profile_cli
 from gankern.train import load_checkpoint, loop
 
 SMALL = ["--image-size", "8", "--width", "4", "--latent-dim", "4", "--batch-size", "4", "--n-critic", "1", "--quiet"]
@@ -44,11 +49,84 @@ def one_line(capsys):
     return err.strip()
 
 
-def test_models_are_those_there_are():
-    assert set(cli.MODELS) == set(models.MODELS)
+def test_choices_are_what_there_is():
+    assert set(commands.MODELS) == set(models.MODELS)
+    assert (commands.BACKENDS, commands.LOSSES) == (backends.NAMES, own.LOSSES)
+    assert set(commands.DTYPES) == bench_cli.DTYPES.keys() == profile_cli.DTYPES.keys()
 
 
-@pytest.mark.parametrize("command", ["info", "bench", "train", "sample"])
+def test_help_version_and_wrong_arguments_load_no_torch():
+    code = """
+import contextlib, io, sys
+from gankern.cli import main
+quiet = io.StringIO()
+for line in sys.argv[1:]:
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), contextlib.suppress(SystemExit):
+        main(line.split())
+modules = {name.partition(".")[0] for name in sys.modules} - {"gankern", "site", *sys.stdlib_module_names}
+print(sorted(m for m in modules if not m.startswith("_")), len(sys.modules) < 250)
+"""
+    lines = ["", "--help", "--version", *(f"{command} --help" for command in cli.COMMANDS)]
+    lines += ["fly", "train", "train vae", "bench --fast", "profile wgan-gp --steps none", "sample"]
+    done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"gankern {gankern.__version__}\n"
+
+
+def test_no_command_is_help(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: gankern") and all(command in out for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["trian"], "train"),
+        (["Bench"], "bench"),
+        (["train", "dcgn"], "dcgan"),
+        (["train", "wgangp"], "wgan-gp"),
+        (["train", "dcgan", "--steps=1", "--out=a", "--batchsize", "4"], "--batch-size"),
+        (["train", "dcgan", "--step=4"], None),
+        (["train", "dcgan", "--steps=1", "--out=a", "--N_Critic=4"], "--n-critic"),
+        (["bench", "--againts", "eager"], "--against"),
+        (["bench", "gradient_penality.conv"], "gradient_penalty.conv"),
+        (["bench", "gradient-penalty"], "gradient_penalty"),
+        (["bench", "clip_weights", "--against", "Channels-Last"], "channels_last"),
+        (["bench", "gradient_penalty", "--sizes", "bach=2"], "batch"),
+        (["profile", "wgan-gp", "--Device", "cpu"], "--device"),
+        (["profile", "wgan-gp", "--xyz"], None),
+    ],
+)
+def test_what_was_probably_meant(argv, meant, capsys):
+    message = usage_error(argv, capsys)
+    assert message.startswith(f"gankern{f' {argv[0]}' if len(argv) > 1 else ''}: error: ")
+    assert f"(did you mean {meant!r}?)" in message if meant else "did you mean" not in message
+
+
+@pytest.mark.parametrize("name", ["wgan_gp", "WGAN-GP"])
+def test_a_model_by_another_spelling(name):
+    assert commands.build_parser().parse_args(["profile", name]).model == "wgan-gp"
+    with pytest.raises(ValueError, match=r"name: expected .* got 'wgan_gpp' \(did you mean 'wgan-gp'\?\)"):
+        models.build("wgan_gpp")
+
+
+@pytest.mark.parametrize("command", ["bench", "profile dcgan", "train dcgan --steps 1 --out run"])
+def test_one_name_of_an_option_and_its_older_one(command, capsys):
+    for option in ("--batch-size", "--batch"):
+        assert commands.build_parser().parse_args([*command.split(), option, "3"]).batch_size == 3
+    with pytest.raises(SystemExit):
+        cli.main([command.split()[0], "--help"])
+    assert not re.search(r"--batch\b(?!-size)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "profile", "train", "sample"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])
@@ -66,14 +144,14 @@ def test_completion(shell, capsys):
 
 def test_completion_without_shtab(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
-    message = "gankern: error: argument --print-completion: needs shtab: pip install 'gankern[completion]'"
-    assert usage_error(["--print-completion", "bash"], capsys) == message
+    message = "gankern: error: argument --print-completion: needs shtab: pip install '.[completion]' in a clone"
+    assert usage_error(["--print-completion", "bash"], capsys).startswith(message)
 
 
 def test_an_extra_that_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gankern.bench.cli", None)
     assert cli.main(["bench"]) == 1
-    assert one_line(capsys).endswith("pip install 'gankern[bench]'")
+    assert one_line(capsys).endswith("pip install '.[bench]' in a clone of gankern")
 
 
 def test_info(capsys):
@@ -84,7 +162,7 @@ def test_info(capsys):
 
 
 @pytest.mark.parametrize("ops", ["gankern", "stock"])
-@pytest.mark.parametrize("model", cli.MODELS)
+@pytest.mark.parametrize("model", commands.MODELS)
 def test_train(tmp_path, data, model, ops, capsys):
     out = tmp_path / "run"
     argv = ["train", model, "--data", data, "--steps", "2", "--out", str(out), "--seed", "3", "--ops", ops, *SMALL]
@@ -170,7 +248,6 @@ def test_ctrl_c(tmp_path, data, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["fly"], "argument COMMAND: invalid choice: 'fly'"),
         (["info", "--yaml"], "unrecognized arguments: --yaml"),
         (["train", "vae"], "argument MODEL: invalid choice: 'vae'"),

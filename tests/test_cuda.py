@@ -17,7 +17,7 @@ from cuda_on_cpu.launcher import Launcher
 
 import gankern
 from gankern import _cuda, backends, cli
-from gankern.info import warm_up
+from gankern._info import warm_up
 
 KERNEL = _cuda.kernel("weight_clip", "clip_weights", torch.float32)
 
@@ -140,7 +140,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     _cuda.missing.cache_clear()
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
     try:
-        assert "gankern[cuda13]" in (_cuda.missing() or "")
+        assert ".[cuda13]" in (_cuda.missing() or "")
     finally:
         _cuda.missing.cache_clear()
 

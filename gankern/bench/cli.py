@@ -6,13 +6,12 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from gankern import arguments, backends, dispatch
-from gankern.arguments import UsageError, positive_float, positive_int
+from gankern import arguments, dispatch
+from gankern.arguments import UsageError, closest
 from gankern.bench import ceilings, own, page
 from gankern.bench import report as reports
 from gankern.bench.cases import CASES, Case, select
@@ -20,75 +19,11 @@ from gankern.bench.cases.own import fusion_notes, own_cases
 from gankern.bench.compare import compare, machine_differences
 from gankern.bench.results import Report
 from gankern.bench.session import Session
+from gankern.commands import VARIANTS
 
-VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "func_grad", "graph")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NO_COMPILE_QUICK = {"compile": "takes its time; `--against compile` has it"}
 QUICK_REPEAT, QUICK_SECONDS, QUICK_TRAIN_SECONDS = 5, 0.5, 10.0
-EXAMPLES = """examples:
-  gankern bench                                     every op
-  gankern bench gradient_penalty critic_step        two groups of cases
-  gankern bench --main                              every op, then training on digits
-  gankern bench --device cuda --dtype bfloat16      every op, on a GPU
-  gankern bench critic_step.wgan-gp --dtype bfloat16 --against eager,autocast
-  gankern bench minibatch_discrimination.training --sweep
-  gankern bench gradient_penalty --sizes batch=16,64 --sizes image_size=16,32,64
-  gankern bench --compare out/bench/bench.json --out out/now
-  gankern bench --critic mymodule:make_critic --generator mymodule:make_generator --shape 3,64,64
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `gankern bench`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="a case or a group of cases; every op by default")
-    parser.add_argument("--list", action="store_true", help="list the cases")
-    parser.add_argument("--main", action="store_true", help="the main job: every op, then training on digits")
-    parser.add_argument(
-        "--train-seconds", type=positive_float, default=110.0, help="seconds of training in --main, default %(default)s"
-    )
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
-    how.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="default %(default)s")
-    how.add_argument("--batch", type=positive_int, metavar="N", help="batch size in place of each case's own")
-    how.add_argument("--backend", choices=("auto", *backends.NAMES), help="what gankern's side runs on; default auto")
-    how.add_argument("--against", metavar="VARIANT,...", help=f"stock variants, of {', '.join(VARIANTS)}")
-    how.add_argument("--repeat", type=positive_int, default=25, metavar="N", help="rounds at most, default %(default)s")
-    how.add_argument(
-        "--seconds",
-        type=positive_float,
-        default=2.5,
-        help="seconds of rounds a case, five rounds at least (two of very long ones), default %(default)s",
-    )
-    how.add_argument("--quick", action="store_true", help="a few rounds only and no torch.compile, for a first look")
-    how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
-    how.add_argument("--sweep", action="store_true", help="also over sizes of each case's main dimension")
-    how.add_argument(
-        "--sizes", action="append", default=[], metavar="DIM=N,...", help="also over these sizes; may be repeated"
-    )
-    how.add_argument(
-        "--compare", type=Path, metavar="JSON", help="what has changed since a stored result; exit code 1 if slower"
-    )
-
-    how.add_argument(
-        "--tune", action="store_true", help="also find each op's fastest backend on this GPU, for auto to go by"
-    )
-
-    yours = parser.add_argument_group("your own networks", "MODULE is imported from the current folder or installed")
-    yours.add_argument("--critic", metavar="MODULE:FACTORY", help="makes a critic: critic(x), or critic(x, labels)")
-    yours.add_argument("--generator", metavar="MODULE:FACTORY", help="makes a generator of such samples")
-    yours.add_argument("--shape", type=arguments.shape, metavar="C,H,W", help="shape of a sample, such as 3,64,64 or 2")
-    yours.add_argument("--latent", type=arguments.shape, metavar="N,...", help="shape of a latent; found by default")
-    yours.add_argument("--loss", choices=own.LOSSES, help=f"default {own.LOSSES[0]}")
-    yours.add_argument("--labels", type=positive_int, metavar="K", help="the critic takes labels of K classes")
-
-    out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default %(default)s")
-    out.add_argument("--json", type=Path, metavar="FILE", help="default bench.json in --out")
-    out.add_argument("--html", type=Path, metavar="FILE", help="default bench.html in --out")
-    out.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 _tune(args, cases, console)
             if args.main:
                 seconds = QUICK_TRAIN_SECONDS if args.quick else args.train_seconds
-                session.run_training(seconds=seconds, batch=args.batch, out=args.out)
+                session.run_training(seconds=seconds, batch=args.batch_size, out=args.out)
     except KeyboardInterrupt:
         interrupted = True
         if not (report.cases or report.training):
@@ -176,7 +111,7 @@ def _session(args: argparse.Namespace, report: Report) -> Session:
         report,
         dtype=DTYPES[args.dtype],
         device=args.device,
-        size={"batch": args.batch} if args.batch else {},
+        size={"batch": args.batch_size} if args.batch_size else {},
         backend=args.backend,
         against=_variants(args.against),
         repeat=min(args.repeat, QUICK_REPEAT) if args.quick else args.repeat,
@@ -223,7 +158,8 @@ def _cases(args: argparse.Namespace, report: Report, device: torch.device, old: 
         return mine + (select(names) if names or not mine else [])
     except KeyError as unknown:
         known = ", ".join(CASES)
-        raise UsageError(f"argument CASE: unknown case {unknown.args[0]!r}; known: {known}") from None
+        hint = closest(unknown.args[0], {part for name in CASES for part in (name, name.partition(".")[0])})
+        raise UsageError(f"argument CASE: unknown case {unknown.args[0]!r}{hint}; known: {known}") from None
 
 
 def _subject(args: argparse.Namespace, device: torch.device) -> own.Subject:
@@ -240,7 +176,7 @@ def _subject(args: argparse.Namespace, device: torch.device) -> own.Subject:
         device,
         DTYPES[args.dtype],
     )
-    subject.check(args.batch or 4)
+    subject.check(args.batch_size or 4)
     return subject
 
 
@@ -254,8 +190,9 @@ def _sweeps(args: argparse.Namespace, cases: Sequence[Case]) -> list[tuple[Case,
         except argparse.ArgumentTypeError:
             raise UsageError(f"argument --sizes: expected a dimension and sizes, batch=8,16; got {text!r}") from None
         if not any(dimension in case.size for case in cases):
-            known = ", ".join(dict.fromkeys(name for case in cases for name in case.size))
-            raise UsageError(f"argument --sizes: no case has a dimension {dimension!r}; there are {known}")
+            names = dict.fromkeys(name for case in cases for name in case.size)
+            known = f"{closest(dimension, names)}; there are {', '.join(names)}"
+            raise UsageError(f"argument --sizes: no case has a dimension {dimension!r}{known}")
     sweeps = [(case, dimension, sizes) for case in cases for dimension, sizes in given if dimension in case.size]
     if args.sweep:
         named = {dimension for dimension, _ in given}
@@ -270,7 +207,9 @@ def _variants(names: str | None) -> list[str] | None:
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in VARIANTS:
-            raise UsageError(f"argument --against: unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+            raise UsageError(
+                f"argument --against: unknown variant {name!r}{closest(name, VARIANTS)}; known: {', '.join(VARIANTS)}"
+            )
     return chosen
 
 

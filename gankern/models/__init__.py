@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gankern.arguments import closest
 from gankern.models.dcgan import DCGAN
 from gankern.models.gan import GAN
 from gankern.models.wgan import WGAN
@@ -41,7 +42,7 @@ def build(name: str, *, image_size: int = 32, channels: int = 1, ops: str = "gan
         If the name or a setting is not valid; the message names the argument and what was received.
     """
     if name not in MODELS:
-        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}{closest(str(name), MODELS)}")
     return MODELS[name](image_size=image_size, channels=channels, ops=ops, **overrides)
 
 

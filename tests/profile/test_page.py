@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from browser import SCREENS, opened
 
+from gankern._info import info
 from gankern.bench.timing import Spread
-from gankern.info import info
 from gankern.profile.meters import OTHER
 from gankern.profile.report import headline
 from gankern.profile.results import Advice, Phase, ProfileReport, StepProfile
