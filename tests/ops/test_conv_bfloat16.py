@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import layouts
+from oracle import assert_as_accurate, layouts
 from torch import Tensor, nn
 
 import gankern
@@ -131,13 +131,6 @@ def gradients(function: Callable[..., Tensor], tensors: list[Tensor], second: bo
     return [output.detach(), *found]
 
 
-def assert_as_accurate(ours: list[Tensor], stock: list[Tensor], exact: list[Tensor], unit: float) -> None:
-    for i, (got, same, want) in enumerate(zip(ours, stock, exact, strict=True)):
-        assert got.dtype == same.dtype, i
-        error, allowed = ((t.double() - want).norm() for t in (got, same))
-        assert error <= 2 * allowed + unit * want.norm(), (i, error, allowed)
-
-
 def row(transposed: bool) -> list[Layer]:
     def layer(k: int, c: int, size: int, stride: int, activation: str) -> Layer:
         options = ConvOptions((stride, stride), (1, 1), (1, 1), transposed, (0, 0), 1)
@@ -169,7 +162,8 @@ def test_rows_are_as_accurate_as_stock(transposed: bool, autocast: bool, second:
     assert ours[0].dtype == torch.bfloat16
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     # A second derivative of three biases has a unit in the last place by chance.
-    assert_as_accurate(ours, stock, exact, 2**-7 if second else 1e-6)
+    for i, found in enumerate(zip(ours, stock, exact, strict=True)):
+        assert_as_accurate(*found, str(i), units=1 if second else 0)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -201,10 +195,8 @@ def test_fused_models_are_as_accurate_as_stock(dtype: torch.dtype, training: boo
             output = model(given)
         output.sum(dtype=torch.float64).add(output.double().square().sum()).backward()
         found.append([inference, output.detach(), *(p.grad for p in model.parameters())])
-    for got, same, want in zip(*found, strict=True):
-        assert got.dtype == same.dtype
-        error, allowed = ((t.double() - want).norm() for t in (got, same))
-        assert error <= 2 * allowed + 2**-8 * want.norm()
+    for results in zip(*found, strict=True):
+        assert_as_accurate(*results, units=0.5)
 
 
 def test_kernels_run_under_autocast_and_in_bfloat16() -> None:

@@ -10,7 +10,7 @@ from oracle import assert_as_accurate, layouts
 from torch import Tensor
 
 import gankern
-from gankern import _triton, backends
+from gankern import backends
 from gankern.ops import conv2d_act
 from gankern.ops.conv_act import conv2d_acts, reference
 from gankern.ops.conv_act import gpu as module
@@ -73,11 +73,6 @@ def names(case: Case) -> str:
     return f"{'transposed' if case.options.transposed else 'plain'}-{case.shape}-{case.channels}"
 
 
-def units(dtype: torch.dtype) -> float:
-    # Triton's interpreter cuts bfloat16 off where a GPU rounds.
-    return 3 if dtype == torch.bfloat16 and _triton.interprets() else 1
-
-
 def kernels(x: Tensor) -> Any:
     return backends.select("conv2d_act", x)
 
@@ -105,7 +100,7 @@ def test_kernels_are_as_accurate_as_stock(gpu: torch.device, given: Case, dtype:
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     assert ours[2].stride() == w.stride()
     for name, *found in zip(("output", "input", "weight"), ours, stock, exact, strict=True):
-        assert_as_accurate(*found, name, units(dtype))
+        assert_as_accurate(*found, name)
 
 
 @pytest.mark.parametrize("given", [CASES[1], CASES[7]], ids=names)
@@ -137,7 +132,7 @@ def test_on_the_way_to_memory(gpu: torch.device, dtype: torch.dtype, activation:
     run = kernels(x)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     got = run.conv(x, w, b, given.options, activation, 0.3, scale.to(acc), shift.to(acc))
-    assert_as_accurate(got, *results, units=units(dtype))
+    assert_as_accurate(got, *results)
 
     grad = torch.randn_like(got)
     activated = reference.activate(x, activation, 0.3)
@@ -146,7 +141,7 @@ def test_on_the_way_to_memory(gpu: torch.device, dtype: torch.dtype, activation:
         plain = reference.conv_input_grad(grad.to(kind), w.to(kind), x.to(kind), given.options)
         results.append(reference.activate_backward(plain, activated.to(kind), activation, 0.3))
     got = run.conv_input_grad(grad, w, activated, given.options, activation, 0.3)
-    assert_as_accurate(got, *results, units=units(dtype))
+    assert_as_accurate(got, *results)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

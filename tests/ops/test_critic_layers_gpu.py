@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate
+from oracle import assert_as_accurate, cuts
 from torch import Tensor
 
-from gankern import _triton, backends
+from gankern import backends
 from gankern.ops.conv_act.reference import ConvOptions
 from gankern.ops.critic_layers import CriticLayers, Scope, reference
 
@@ -21,11 +21,6 @@ NAMES = ("output", "grad_input", "grad_weight", "grad_bias", "d2_grad_output", "
 
 def adapter(*tensors: Tensor) -> Any:
     return backends.select("critic_layers", *tensors)
-
-
-def units(dtype: torch.dtype) -> float:
-    """Triton's interpreter cuts bfloat16 off where a GPU rounds."""
-    return 3 if dtype == torch.bfloat16 and _triton.interprets() else 1
 
 
 def norm_results(module: Any, x: Tensor, grad: Tensor, tangent: Tensor, affine: list[Any], groups: int) -> list[Tensor]:
@@ -49,7 +44,7 @@ def check_norm(given: tuple[Tensor, ...], affine: list[Any], groups: int, dtype:
         # What cancels leaves rounding errors of the terms, not of the difference.
         floor = e.norm() * 2e-6 + 1e-5 * given[0][0].numel() ** 0.5
         if dtype != torch.float32 or (g.double() - e).norm() > floor:
-            assert_as_accurate(g, s.to(dtype), e, f"{name} {dtype}", units(dtype))
+            assert_as_accurate(g, s.to(dtype), e, f"{name} {dtype}")
 
 
 # Around packs, a block's threads and the tiles; the largest are slow without a GPU.
@@ -155,7 +150,7 @@ def test_avg_pool_kernels(gpu: torch.device, kernel: tuple[int, int]) -> None:
                 for m, t in ((adapter(x), dtype), (reference, dtype), (reference, torch.float64))
             ]
             for name, got, stock, exact in zip(("forward", "backward"), *sides, strict=True):
-                assert_as_accurate(got, stock, exact, f"{name} {dtype}", units(dtype))
+                assert_as_accurate(got, stock, exact, f"{name} {dtype}")
 
 
 OPTIONS = ConvOptions((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
@@ -180,7 +175,7 @@ def test_convolution_with_bias_and_activation_has_the_bits_of_torch(
             plain = reference.conv(x, weight, None, OPTIONS) + bias.view(-1, 1, 1)
             want = F.relu(plain) if activation == "relu" or slope == 0 else F.leaky_relu(plain, slope)
             want = plain if activation == "none" else want
-            close = 0 if activation != "none" and units(dtype) == 1 else 4 * torch.finfo(dtype).eps
+            close = 0 if activation != "none" and not cuts(dtype) else 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(got, want, rtol=close, atol=4 * close, equal_nan=True)
             assert got.is_contiguous(memory_format=order)
         bare = conv(x, weight, None, OPTIONS, "relu")
