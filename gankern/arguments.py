@@ -41,6 +41,26 @@ def seed_int(text: str) -> int:
     return int(text)
 
 
+def image_size(text: str) -> int:
+    """Type of arguments that are sides of images that models make."""
+    size = positive_int(text)
+    if size < 8 or size.bit_count() != 1:
+        raise argparse.ArgumentTypeError(f"expected a power of two of at least 8, got {text!r}")
+    return size
+
+
+def file_path(text: str) -> Path:
+    """Type of arguments that are paths."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return Path(text)
+
+
+def data_spec(text: str) -> str:
+    """Type of arguments that name a data set: a path is made absolute, so that a run can be resumed from anywhere."""
+    return text if text == "digits" else str(file_path(text).resolve())
+
+
 def shape(text: str) -> tuple[int, ...]:
     """Type of arguments that are shapes, such as ``3,64,64``."""
     sizes = text.split(",")

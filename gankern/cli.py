@@ -7,10 +7,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from gankern.arguments import UsageError, find_device, install_hint
+from gankern._files import FileError
+from gankern.arguments import UsageError, install_hint
 from gankern.commands import build_parser
 
 
@@ -40,17 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _fail(command, f"needs {error.name}: {install_hint(extra)}", 1)
-    except KeyboardInterrupt:
-        return _fail(command, "interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        print(f"gankern {command}: interrupted {interrupt}".rstrip(), file=sys.stderr)
+        return 130
     except UsageError as error:
         return _fail(command, str(error), 2)
-    except OSError as error:
+    except (FileError, OSError) as error:
         return _fail(command, str(error), 1)
-    except ValueError as error:
-        from gankern.data import DataError
-        from gankern.train import CheckpointError
-
-        return _fail(command, str(error), 1 if isinstance(error, DataError | CheckpointError) else 2)
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -91,76 +86,16 @@ def run_profile(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """Run ``gankern train``."""
-    import torch
+    from gankern.train.cli import run_train
 
-    from gankern import data, models
-    from gankern.train import fit
-
-    device = find_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    names = ("image_size", "ops", "width", "latent_dim", "batch_size", "n_critic", "lr")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.resume:
-        config, seed, spec = _settings_of_run(args, given)
-    else:
-        config, seed, spec = {"model": args.model, **given}, args.seed or 0, _data_spec(args.data or "digits")
-    images = data.load(spec, image_size=config.get("image_size", 32))
-    config.setdefault("channels", images.shape[1])
-
-    torch.manual_seed(seed)
-    gan = models.from_config(config)
-    history = fit(
-        gan,
-        images,
-        steps=args.steps,
-        out=args.out,
-        seed=seed,
-        sample_every=args.sample_every,
-        checkpoint_every=args.checkpoint_every,
-        log_every=args.log_every,
-        resume=args.resume,
-        progress=not args.quiet,
-        tensorboard=args.tensorboard,
-        device=device,
-        metadata={"data": spec},
-    )
-    step, critic, generator, _ = history.rows()[-1]
-    print(f"{args.out}: step {step}, critic loss {critic:.4f}, generator loss {generator:.4f}")
-    return 0
-
-
-def _settings_of_run(args: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, Any], int, str]:
-    """Model settings, seed and data of the run to resume, which arguments may repeat but not change."""
-    from gankern.train import load_config
-
-    saved = load_config(args.out)
-    asked = {"model": args.model, **given, "seed": args.seed, "data": args.data and _data_spec(args.data)}
-    known = {**saved["model"], "seed": saved["seed"], "data": saved.get("data", asked["data"] or "digits")}
-    for name, value in asked.items():
-        if value is not None and value != known[name]:
-            option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
-            raise UsageError(f"argument {option}: the run to resume has {known[name]}, got {value}")
-    return saved["model"], known["seed"], known["data"]
-
-
-def _data_spec(spec: str) -> str:
-    """Make a path absolute, so that a run can be resumed from anywhere."""
-    return spec if spec == "digits" else str(Path(spec).resolve())
+    return run_train(args)
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Run ``gankern sample``."""
-    from gankern import models
-    from gankern.train import load_checkpoint, sample, save_grid
+    from gankern.train.cli import run_sample
 
-    state = load_checkpoint(args.run_dir)
-    gan = models.from_config(state["config"])
-    gan.load_state_dict(state["gan"])
-    out = args.out or args.run_dir / "sample.png"
-    save_grid(sample(gan, args.n, args.seed), out)
-    print(out)
-    return 0
+    return run_sample(args)
 
 
 def _fail(command: str, message: str, code: int) -> int:

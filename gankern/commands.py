@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gankern import __version__
-from gankern.arguments import closest, install_hint, positive_float, positive_int, seed_int, shape
+from gankern.arguments import (
+    closest,
+    data_spec,
+    file_path,
+    image_size,
+    install_hint,
+    positive_float,
+    positive_int,
+    seed_int,
+    shape,
+)
 
 # Those of gankern.models, .backends and .bench, without importing torch.
 MODELS = ("dcgan", "wgan", "wgan-gp")
@@ -204,14 +214,14 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive_int, required=True, help="generator steps, those before a resume included"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=file_path, required=True, help="folder to write")
     parser.add_argument(
-        "--data", help="'digits' (default), or the path of an IDX file, a .npz file or a folder of images"
+        "--data", type=data_spec, help="'digits' (default), or an IDX file, a .npz file or a folder of images"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     model = parser.add_argument_group("model", "the paper's defaults, unless given")
     model.add_argument("--ops", choices=("gankern", "stock"), help="what the model runs on (default gankern)")
-    model.add_argument("--image-size", type=positive_int, help="side of the images, a power of two (default 32)")
+    model.add_argument("--image-size", type=image_size, help="side of the images, a power of two (default 32)")
     model.add_argument("--width", type=positive_int, help="channels of the layers next to the image (default 32)")
     model.add_argument("--latent-dim", type=positive_int, help="size of the latent vector")
     _add_batch_size(model, help="images per critic step")
@@ -234,7 +244,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = SAMPLE_EXAMPLE
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder that `gankern train` wrote")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=file_path, help="folder that `gankern train` wrote")
     parser.add_argument("--n", type=positive_int, default=64, help="number of images (default 64)")
-    parser.add_argument("--out", type=Path, help="PNG file to write (default RUN_DIR/sample.png)")
+    parser.add_argument("--out", type=file_path, help="image to write (default RUN_DIR/sample.png)")
     parser.add_argument("--seed", type=seed_int, default=0, help="seed of the latents (default 0)")

@@ -241,7 +241,7 @@ def test_ctrl_c(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(loop, "generator_step", interrupted_step)
     assert cli.main(["train", "dcgan", "--data", data, "--steps", "9", "--out", str(tmp_path / "run"), *SMALL]) == 130
-    assert one_line(capsys) == "gankern train: error: interrupted"
+    assert one_line(capsys).startswith("gankern train: interrupted after step 1 of 9; ")
     assert load_checkpoint(tmp_path / "run")["step"] == 1
 
 
@@ -291,12 +291,12 @@ def test_bad_train_option(tmp_path, option, value, message, capsys):
 
 def test_image_size_that_no_model_has(tmp_path, data, capsys):
     argv = ["train", "dcgan", "--data", data, "--steps", "1", "--out", str(tmp_path / "run"), "--image-size", "30"]
-    assert "image_size: expected a power of two of at least 8, got 30" in usage_error(argv, capsys)
+    assert "argument --image-size: expected a power of two of at least 8, got '30'" in usage_error(argv, capsys)
 
 
 def test_batch_size_beyond_the_data(tmp_path, data, capsys):
     argv = ["train", "dcgan", "--data", data, "--steps", "1", "--out", str(tmp_path / "run"), *SMALL]
-    assert "batch_size: expected 1 to 6" in usage_error([*argv, "--batch-size", "7"], capsys)
+    assert "argument --batch-size: expected 1 to 6" in usage_error([*argv, "--batch-size", "7"], capsys)
 
 
 def test_missing_data(tmp_path, capsys):

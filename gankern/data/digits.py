@@ -29,4 +29,7 @@ def read_digits() -> np.ndarray:
         raise DataError(f"{path}: expected the digits as gzipped CSV, found: {error}") from error
     if table.shape != (SHAPE[0], 785):
         raise DataError(f"{path}: expected 5000 rows of 784 pixels and a label, found shape {table.shape}")
-    return table[:, :784].astype(np.uint8).reshape(SHAPE)
+    table = table[:, :784]
+    if not ((table >= 0) & (table <= 255) & (table == table.round())).all():
+        raise DataError(f"{path}: expected pixels in 0..255, found others")
+    return table.astype(np.uint8).reshape(SHAPE)

@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from gankern._files import open_file
 from gankern.data.errors import DataError
+from gankern.data.memory import beyond_memory
 
 UBYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
+#: Deflate packs a run of equal bytes no tighter.
+_DEFLATE_RATIO = 1032
 
 
 def read_idx(path: Path) -> np.ndarray:
     """Read images, (N, H, W) uint8, from an IDX file, gzipped or not."""
-    content = path.read_bytes()
-    if content.startswith(GZIP_MAGIC):
+    with open_file(path, DataError, "an IDX file") as file:
+        is_packed = file.read(2) == GZIP_MAGIC
+        room = file.seek(0, io.SEEK_END) * (_DEFLATE_RATIO if is_packed else 1)
+        file.seek(0)
         try:
-            content = gzip.decompress(content)
+            if is_packed:
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    return _read_images(unpacked, path, room)
+            return _read_images(file, path, room)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: expected a whole gzip file, found: {error}") from error
-    if len(content) < 4 or content[:2] != b"\0\0":
+            kind = "a whole gzip file" if is_packed else "a file that can be read"
+            raise DataError(f"{path}: expected {kind}, found: {error}") from error
+
+
+def _read_images(file: IO[bytes] | gzip.GzipFile, path: Path, room: int) -> np.ndarray:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != b"\0\0":
         raise DataError(
             f"{path}: expected an IDX file (magic 0x00000803), a .npz file or a folder of images, "
-            f"found a file that begins with 0x{content[:4].hex()}"
+            f"found a file that begins with 0x{magic.hex()}"
         )
-    kind, ndim = content[2], content[3]
+    kind, ndim = magic[2], magic[3]
     if kind != UBYTE:
         raise DataError(f"{path}: expected IDX data of unsigned bytes (type 0x08), found type 0x{kind:02x}")
     if ndim != 3:
         hint = ", which holds labels" if ndim == 1 else ""
         raise DataError(f"{path}: expected IDX data of 3 dimensions, images by rows by columns, found {ndim}{hint}")
-    start = 4 + 4 * ndim
-    if len(content) < start:
-        raise DataError(f"{path}: expected an IDX header of {start} bytes, found {len(content)}")
-    shape = struct.unpack(">3I", content[4:start])
-    if len(content) - start != math.prod(shape):
-        raise DataError(
-            f"{path}: expected {math.prod(shape)} bytes of pixels for shape {shape}, found {len(content) - start}"
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    sizes = file.read(12)
+    if len(sizes) < 12:
+        raise DataError(f"{path}: expected an IDX header of 16 bytes, found {4 + len(sizes)}")
+    shape = struct.unpack(">3I", sizes)
+    expected = f"{path}: expected {math.prod(shape)} bytes of pixels for shape {shape}, found"
+    if math.prod(shape) > room:
+        raise DataError(f"{expected} a file that cannot hold them")
+    if too_much := beyond_memory(math.prod(shape)):
+        raise DataError(f"{path}: expected images that fit in memory, found {too_much}")
+    # Up to the end, where gzip compares its checksum.
+    parts, found = [], 0
+    while found <= math.prod(shape) and (part := file.read(1 << 20)):
+        found += len(part)
+        parts.append(part)
+    if found != math.prod(shape):
+        raise DataError(f"{expected} {found}")
+    return np.frombuffer(b"".join(parts), np.uint8).reshape(shape)

@@ -1,6 +1,7 @@
 """The training loop of every reference GAN."""
 
-from gankern.train.checkpoint import CheckpointError, load_checkpoint
+from gankern.train.checkpoint import load_checkpoint
+from gankern.train.errors import CheckpointError
 from gankern.train.history import History
 from gankern.train.loop import fit
 from gankern.train.run import load_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from gankern._files import make_folder, write_file
 from gankern.models.gan import GAN
-from gankern.train.files import replacing
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def sample(gan: GAN, n: int, seed: int = 0) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path | str, *, columns: int | None = None, gap: int = 2) -> None:
-    """Write images side by side into one PNG.
+    """Write images side by side into one file, in the format that its suffix names.
 
     Parameters
     ----------
@@ -39,8 +40,14 @@ def save_grid(images: Tensor, path: Path | str, *, columns: int | None = None, g
         Images a row; by default the grid is about square.
     gap : int
         Black pixels between images.
+
+    Raises
+    ------
+    ValueError
+        If the channels are others, or Pillow cannot write what the suffix names.
     """
     path = Path(path)
+    form = image_format(path)
     n, channels, height, width = images.shape
     if channels not in (1, 3):
         raise ValueError(f"images: expected 1 or 3 channels, got {channels}")
@@ -54,6 +61,24 @@ def save_grid(images: Tensor, path: Path | str, *, columns: int | None = None, g
         .reshape(rows * (height + gap), columns * (width + gap), channels)
     )
     array = grid[: -gap or None, : -gap or None].squeeze(2).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG")
+    content = io.BytesIO()
+    try:
+        Image.fromarray(array).save(content, format=form)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"path: expected a format that holds this image, got {path.suffix}: {error}") from error
+    make_folder(path.parent)
+    write_file(path, content.getbuffer())
+
+
+def image_format(path: Path) -> str:
+    """Pillow's name of the format that a path's suffix asks for.
+
+    Raises
+    ------
+    ValueError
+        If Pillow writes none of that suffix.
+    """
+    form = Image.registered_extensions().get(path.suffix.lower())
+    if form not in Image.SAVE:
+        raise ValueError(f"path: expected the suffix of an image that Pillow writes, such as .png, got {str(path)!r}")
+    return form

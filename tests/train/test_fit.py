@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import signal
 import sys
 import types
@@ -9,8 +10,7 @@ import torch
 from PIL import Image
 
 from gankern import models, train
-from gankern.train import loop
-from gankern.train.files import replacing
+from gankern.train import loop, progress
 
 SMALL = {"image_size": 8, "width": 4, "latent_dim": 4, "batch_size": 4, "n_critic": 2}
 NAMES = sorted(models.MODELS)
@@ -158,15 +158,6 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path, images):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError, match="disk"), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("disk")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
-
-
 def test_tensorboard(tmp_path, images, monkeypatch):
     scalars = []
 
@@ -202,9 +193,23 @@ def test_missing_tensorboard(tmp_path, images, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_progress_bar(images, capsys):
+def test_lines_where_stderr_is_no_terminal(images, capsys, monkeypatch):
     train.fit(build(), images, steps=2, log_every=1)
-    assert "images/s" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines(keepends=True)
+    assert re.fullmatch(r"dcgan: step 2 of 2: critic -?[\d.]+, generator -?[\d.]+, \d+ images/s\n", line)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    train.fit(build(), images, steps=2, log_every=1)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and "\r" not in err
+    fit(build(), images, steps=1)
+    assert not capsys.readouterr().err
+
+
+def test_bar_on_a_terminal(images, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.fit(build(), images, steps=2, log_every=1)
+    err = capsys.readouterr().err
+    assert "\rdcgan: 100%" in err and "images/s" in err and "step 2 of 2" not in err
 
 
 @pytest.mark.parametrize("name", ["steps", "sample_every", "checkpoint_every", "log_every"])
@@ -247,7 +252,9 @@ def test_resume_without_a_checkpoint(tmp_path, images):
 def test_resume_with_another_model(tmp_path, images, overrides):
     fit(build(), images, steps=1, out=tmp_path)
     (name,) = overrides
-    with pytest.raises(train.CheckpointError, match=rf"^{name}: expected .*, which the run began with, got "):
+    with pytest.raises(
+        train.CheckpointError, match=rf"^{name}: expected .*, as in .*checkpoint.pt, which the run began with, got "
+    ):
         fit(build(**overrides), images, steps=2, out=tmp_path, resume=True)
 
 
