@@ -12,7 +12,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install test bench scaling browser docs lint format sanitize wheel clean
+.PHONY: help install test fuzz bench scaling browser docs lint format sanitize wheel clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,11 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
 test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalty'
 	$(SANITIZED) python -m pytest -m cuda_on_cpu -n auto --timeout 600 $(ARGS) || [ $$? -eq 5 ]
 	python -m pytest -m 'not cuda_on_cpu' $(ARGS)
+
+# The night's run; a failure prints a program of a few lines. `python -m fuzz --seed 7` shows one.
+N ?= 2000
+fuzz: $(STAMP)  ## Run N random networks against stock PyTorch: make fuzz N=20000 ARGS='--seed-start 7000'
+	PYTHONPATH=.:tests python -m fuzz -n $(N) $(ARGS)
 
 bench: $(STAMP)  ## Train and time the reference GANs and the ops against stock PyTorch, into out/bench
 	gankern bench --main $(ARGS)
