@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -134,7 +136,8 @@ class CapturedStep(Generic[T]):
                 )
         with torch.no_grad():
             for kept, given in zip(self._inputs, inputs, strict=True):
-                kept.copy_(given, non_blocking=True)
+                # A copy of pinned memory goes on after this returns: the caller may fill it anew by then.
+                kept.copy_(given, non_blocking=not given.is_pinned())
 
     def _aside(self) -> T:
         """The step on the stream that it is captured on, so that its buffers belong there."""
@@ -148,15 +151,40 @@ class CapturedStep(Generic[T]):
         return output
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._output = self._step(*self._inputs)
+            graph, self._output = record(partial(self._step, *self._inputs), self._stream, self._generators)
         except Exception as error:
             raise CaptureError(
                 f"step cannot be captured: {error}\nA graph cannot wait for the device: look for .item(), a printed "
                 "tensor, a Python number made of one, or an optimizer without capturable=True."
             ) from error
         self._graph = graph
+
+
+def record(work: Callable[[], T], stream: Any, generators: Sequence[torch.Generator] = ()) -> tuple[Any, T]:
+    """A CUDA graph of some work, captured on a stream, and what the work returned.
+
+    Where it cannot be captured, the current stream and the generators are as before.
+    """
+    here = torch.cuda.current_stream()
+    graph = _graph(generators)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            output = work()
+    except BaseException:
+        # torch leaves its own stream current, and generators in a state in which they draw for graphs only. The end of
+        # any capture frees them, and other graphs that draw from them keep their states.
+        torch.cuda.set_stream(here)
+        del graph
+        with suppress(RuntimeError), torch.cuda.graph(_graph(generators), stream=stream):
+            torch.empty(1, device=stream.device).zero_()
+        torch.cuda.set_stream(here)
+        raise
+    return graph, output
+
+
+def _graph(generators: Sequence[torch.Generator]) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    return graph

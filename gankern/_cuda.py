@@ -20,6 +20,9 @@ _HERE = Path(__file__).parent
 #: Beside the package where it was installed, in the source tree otherwise.
 SOURCES = next((p for p in (_HERE / "cuda_sources", _HERE.parent / "csrc" / "cuda") if p.is_dir()), _HERE)
 
+# Bytes of dynamic shared memory that a block gets without asking.
+_SHARED_BY_DEFAULT = 48 * 1024
+
 #: Names of the storage types in csrc/cuda/device.h.
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "half"}
 
@@ -68,7 +71,20 @@ def refuse(*tensors: Tensor) -> str | None:
         return "torch finds no GPU"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is built for ROCm"
-    return missing()
+    return missing() or next((why for t in tensors if (why := _unknown(t.get_device()))), None)
+
+
+@cache
+def _unknown(device: int) -> str | None:
+    """Why NVRTC cannot compile for a GPU: it is older or younger than the GPUs that NVRTC knows."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    known = nvrtc.getSupportedArchs()
+    if 10 * major + minor in known:
+        return None
+    release = ".".join(map(str, nvrtc.getVersion()))
+    return f"NVRTC {release} compiles for sm_{min(known)} to sm_{max(known)}; got a GPU of sm_{major}{minor}"
 
 
 def adapter(module: str) -> backends.Later:
@@ -90,16 +106,26 @@ def compile_kernel(wanted: Kernel, arch: str, verbose: bool = False) -> tuple[by
     RuntimeError
         With the compiler's log, where the source does not compile.
     """
+    return _compiled(wanted, arch, "getCUBIN", ["--ptxas-options=-v"] if verbose else [])
+
+
+def ptx(wanted: Kernel, arch: str) -> str:
+    """A kernel in PTX, for an architecture such as ``compute_90``; for tests."""
+    code, _ = _compiled(wanted, arch, "getPTX")
+    return code.decode() if isinstance(code, bytes) else code
+
+
+def _compiled(wanted: Kernel, arch: str, read: str, more: Sequence[str] = ()) -> tuple[Any, str]:
     from cupy_backends.cuda.libs import nvrtc
 
     source, headers = _texts(wanted.source)
-    options = (*_options(wanted, arch), *(["--ptxas-options=-v"] if verbose else []))
+    options = (*_options(wanted, arch), *more)
     program = nvrtc.createProgram(
         source.decode(), f"{wanted.source}.cu", list(headers.values()), [name.encode() for name in headers]
     )
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        return getattr(nvrtc, read)(program), nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         raise RuntimeError(f"NVRTC cannot compile {wanted.label} for {arch}: {error}\n{log}") from error
@@ -162,15 +188,39 @@ def _function(wanted: Kernel, device: int) -> Any:
 def _launch(
     wanted: Kernel, grid: Sequence[int], block: Sequence[int], args: list[Any], shared: int, device: torch.device
 ) -> None:
-    import cupy
-
     stream = torch.cuda.current_stream(device)
     with torch.cuda.device(device):
         function = _function(wanted, stream.device_index)
-        if shared > 48 * 1024:
-            function.max_dynamic_shared_size_bytes = shared
+        if shared > _SHARED_BY_DEFAULT:
+            _allow_shared(function, shared)
         # CuPy raises where the launch fails.
-        function(tuple(grid), tuple(block), tuple(args), shared, cupy.cuda.ExternalStream(stream.cuda_stream))
+        function(tuple(grid), tuple(block), tuple(args), shared, _stream(stream.cuda_stream))
+
+
+class _Address(NamedTuple):
+    """A stream by CUDA's stream protocol."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
+@cache
+def _stream(address: int) -> Any:
+    """CuPy's object of a stream of torch's."""
+    import cupy
+
+    # CuPy 13 has no other way; CuPy 14 warns of it.
+    external = getattr(cupy.cuda.Stream, "from_external", None)
+    return cupy.cuda.ExternalStream(address) if external is None else external(_Address(address))
+
+
+def _allow_shared(function: Any, size: int) -> None:
+    """Let a kernel's blocks have more dynamic shared memory than they have by default."""
+    from cupy_backends.cuda.api import driver
+
+    driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
 
 
 #: What starts a kernel; tests put in its place one that records the call or runs it on the CPU.
@@ -181,13 +231,14 @@ def launch(
     wanted: Kernel,
     grid: int | Sequence[int],
     block: int,
-    *args: Tensor | float | None,
+    *args: Tensor | float | np.ndarray | None,
     device: torch.device,
     shared: int = 0,
 ) -> None:
     """Start a kernel on torch's current stream of the device; nothing where the grid is empty.
 
-    Tensors reach it as pointers and None as a null pointer, integers as ``long long``, floats as ``double``.
+    Tensors reach it as pointers and None as a null pointer, integers as ``long long``, floats as ``double``, numpy's
+    record of shape () as a struct.
     """
     blocks = (grid,) if isinstance(grid, int) else tuple(grid)
     if 0 in blocks:
@@ -195,7 +246,9 @@ def launch(
     launcher(wanted, (*blocks, 1, 1)[:3], (block, 1, 1), [_argument(a) for a in args], shared, device)
 
 
-def _argument(value: Tensor | float | None) -> Any:
+def _argument(value: Tensor | float | np.ndarray | None) -> Any:
+    if isinstance(value, np.ndarray):
+        return value
     if value is None:
         return np.uintp(0)
     if isinstance(value, Tensor):

@@ -22,7 +22,12 @@ logger = logging.getLogger("gankern")
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 #: Backends of an op that ``auto`` passes over but where the GPU has measured them to be the fastest: see dispatch.py.
-NOT_BY_AUTO = {"conv2d_act": ("cuda", "triton")}
+NOT_BY_AUTO = {
+    "conv2d_act": ("cuda", "triton"),
+    # A launch for each tensor, where stock makes a few for all of them.
+    "clip_weights_": ("triton",),
+    "rmsprop_clip_": ("triton",),
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -41,14 +46,17 @@ class Explanation:
         Backend that runs it; None where the one asked for by name cannot.
     refused : dict of str to str
         Why each other backend does not run it.
+    notes : tuple of str
+        Of an op that is made of others, what runs each.
     """
 
     op: str
     chosen: str | None
     refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.chosen or 'no backend'}"]
+        lines = [f"{self.op}: {self.chosen or 'no backend'}", *(f"  {note}" for note in self.notes)]
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.refused.items()])
 
 

@@ -24,7 +24,7 @@ MODELS = ("dcgan", "wgan", "wgan-gp")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 LOSSES = ("wgan-gp", "wgan", "gan")
 DTYPES = ("bfloat16", "float32")
-VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "func_grad", "graph")
+VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "capturable", "func_grad", "graph")
 
 INFO_EXAMPLE = "example: gankern info --json"
 BENCH_EXAMPLES = """examples:
@@ -144,7 +144,9 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
+    how.add_argument(
+        "--dtype", choices=(*DTYPES, "tf32"), default="float32", help="default %(default)s; tf32: with TF32 allowed"
+    )
     _add_batch_size(how, help="batch size in place of each case's own")
     how.add_argument("--backend", choices=("auto", *BACKENDS), help="what gankern's side runs on; default auto")
     how.add_argument("--against", metavar="VARIANT,...", help=f"stock variants, of {', '.join(VARIANTS)}")

@@ -1,7 +1,8 @@
 """What a GPU has measured to be the fastest backend of an op, by type and size.
 
 ``gankern bench --device cuda --tune`` measures and writes a file for each kind of GPU beside the compiled kernels;
-``auto`` goes by it.
+``auto`` goes by it. Another backend may sum up in another order: results have the same bits on every run with the same
+table, not across tables.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from gankern import _cuda, backends
+
+#: The type of a table's row for float32 where convolutions round to it.
+TF32 = "tf32"
 
 #: {op: {dtype: {log2 of the number of elements: backend}}}
 Table = Mapping[str, Mapping[str, Mapping[int, str]]]
@@ -38,8 +42,17 @@ def fastest(op: str, *tensors: Tensor) -> str | None:
     if not tensors or tensors[0].device.type != "cuda":
         return None
     dtype, size = key(*tensors)
-    sizes = _of_device(tensors[0].device.index or 0).get(op, {}).get(dtype, {})
+    types = _of_device(tensors[0].device.index or 0).get(op, {})
+    sizes = types.get(TF32, {}) if dtype == "float32" and convolves_in_tf32() else {}
+    sizes = sizes or types.get(dtype, {})
     return sizes[min(sizes, key=lambda known: abs(known - size))] if sizes else None
+
+
+def convolves_in_tf32() -> bool:
+    """Whether torch lets convolutions of float32 round their factors to TF32, as it does by default."""
+    # Since torch 2.9 by operator; the old flag cannot be read where operators differ.
+    by_operator = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if by_operator is None else by_operator.fp32_precision == "tf32"
 
 
 @cache

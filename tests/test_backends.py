@@ -35,6 +35,21 @@ def test_auto_picks_the_kernels_and_says_why_not_others() -> None:
     assert "float16" in half.refused["cpu"]
 
 
+def test_a_block_tells_what_runs_each_of_its_parts() -> None:
+    options = {"training": True, "stride": 2, "padding": 1}
+    for op, shape in ((ops.conv_transpose2d_bn_act, (4, 6, 4, 4)), (ops.conv2d_bn_act, (6, 4, 4, 4))):
+        x, w = torch.randn(2, 4, 6, 6), torch.randn(shape)
+        found = gankern.explain(op, x, w, None, None, None, None, None, **options)
+        assert found.chosen == "cpu"
+        assert "convolution: backend cpu" in str(found)
+        for different in ({"x": x.double(), "w": w.double()}, {"groups": 2}):
+            given = {"x": x, "w": w, **different}
+            more = {k: v for k, v in given.items() if k == "groups"}
+            found = gankern.explain(op, given["x"], given["w"], None, None, None, None, None, **options, **more)
+            assert "convolution: torch's own" in str(found)
+            assert "batch norm and activation: cpu" in str(found)
+
+
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(2, 3)

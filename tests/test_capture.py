@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gankern
-from gankern._capture import CapturedStep
+from gankern._capture import CapturedStep, record
 
 
 class Recorded:
@@ -20,13 +20,18 @@ class Recorded:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.step: Any = None
+        self.current = self.Stream(None)
+        #: Of the default generator and those of a capture: whether they draw for graphs only.
+        self.capturing = False
 
     def Stream(self, device: Any) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: self.calls.append("wait"))
+        return SimpleNamespace(wait_stream=lambda other: self.calls.append("wait"), device="cpu")
 
-    def current_stream(self, device: Any) -> Any:
-        return self.Stream(device)
+    def current_stream(self, device: Any = None) -> Any:
+        return self.current
+
+    def set_stream(self, stream: Any) -> None:
+        self.current = stream
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
@@ -45,14 +50,17 @@ class Recorded:
 
     @contextmanager
     def graph(self, graph: Any, stream: Any) -> Iterator[None]:
+        """Left by an error as torch leaves it: neither the stream nor the generators are as before."""
         self.calls.append("capture")
+        before, self.current, self.capturing = self.current, stream, True
         yield
+        self.current, self.capturing = before, False
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     recorded = Recorded()
-    for name in ("Stream", "current_stream", "stream", "device", "CUDAGraph", "graph"):
+    for name in ("Stream", "current_stream", "set_stream", "stream", "device", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(recorded, name))
     return recorded
 
@@ -105,6 +113,30 @@ def test_a_step_that_waits_is_refused(cuda: Recorded) -> None:
     assert not step_.captured
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_a_failed_capture_stream_and_generators_are_as_before(cuda: Recorded, error: Any) -> None:
+    """A generator in the state of a capture raises at the next draw, and so do graphs that draw from it."""
+    generator, before = torch.Generator(), cuda.current_stream()
+
+    def step() -> None:
+        raise error
+
+    with pytest.raises(error):
+        record(step, cuda.Stream(None), [generator])
+    assert cuda.current_stream() is before
+    assert not cuda.capturing
+    assert cuda.calls == [("generator", generator), "capture"] * 2
+
+
+def test_pinned_inputs_are_copied_before_the_call_returns(monkeypatch: pytest.MonkeyPatch, cuda: Recorded) -> None:
+    pinned, pageable = torch.zeros(3), torch.zeros(3)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: tensor is pinned)
+    copied: list[bool] = []
+    monkeypatch.setattr(Tensor, "copy_", lambda kept, given, non_blocking: copied.append(non_blocking))
+    CapturedStep(lambda x, y: x, [torch.zeros(3), torch.zeros(3)], 1, ())(pinned, pageable)
+    assert copied == [False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -152,5 +184,8 @@ def test_waiting_on_a_gpu_is_refused() -> None:
     x = torch.ones(3, device="cuda")
     step = gankern.capture(lambda x: x.sum().item(), x, warmup=1)
     step(x)
+    here = torch.cuda.current_stream()
     with pytest.raises(gankern.CaptureError, match="cannot be captured"):
         step(x)
+    assert torch.cuda.current_stream() == here
+    assert torch.rand(3, device="cuda").isfinite().all(), "random numbers can be drawn"

@@ -7,18 +7,21 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from cuda_on_cpu.launcher import Launcher
+from cupy.cuda.function import Function
 
 import gankern
-from gankern import _cuda, backends, cli
+from gankern import _cuda, backends, cli, ops  # noqa: F401 registers the ops
 from gankern._info import warm_up
 
+# What CuPy says of either of CUDA's interfaces.
+NO_DRIVER = r"CUDA driver version is insufficient|failed to load libcuda"
 KERNEL = _cuda.kernel("weight_clip", "clip_weights", torch.float32)
 
 
@@ -75,50 +78,97 @@ def test_an_error_of_the_compiler_is_shown() -> None:
         _cuda.compile_kernel(KERNEL._replace(defines=(("STORAGE", "nothing"),)), "sm_90")
 
 
-class Module(ModuleType):
-    """CuPy where there is no GPU: remembers what it is asked."""
+class Device:
+    """torch.cuda.device where there is no GPU: remembers what it was."""
 
-    def __init__(self) -> None:
-        super().__init__("cupy")
-        self.loaded: list[bytes] = []
-        self.launched: list[tuple[Any, ...]] = []
-        self.cuda = SimpleNamespace(ExternalStream=lambda address: ("stream", address))
+    seen: ClassVar[list[torch.device]] = []
 
-        def function(*arguments: Any) -> None:
-            self.launched.append(arguments)
+    def __init__(self, device: torch.device) -> None:
+        self.seen.append(device)
 
-        self.function = function
-        self.compiled = SimpleNamespace(load=self.loaded.append, get_function=lambda name: self.function)
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """CuPy itself, up to CUDA's driver, which is not there: cuda:1 with a stream of torch's and a kernel's function."""
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    stream = SimpleNamespace(cuda_stream=77, device_index=1)
+    function = Function.__new__(Function)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(_cuda, "_function", lambda wanted, device: function)
+    Device.seen.clear()
+    _cuda._stream.cache_clear()
+    yield function
+    _cuda._stream.cache_clear()
+
+
+def test_cupy_takes_a_launch(no_driver: Any) -> None:
+    """Stream and arguments pass CuPy's own checks, without a warning: all that fails is the driver."""
+    x, device, struct = torch.ones(3), torch.device("cuda", 1), np.zeros((), np.dtype([("a", np.int64, 400)]))
+    for shared in (16, 64 << 10):
+        with pytest.raises(RuntimeError, match=NO_DRIVER):
+            _cuda.launch(KERNEL, (5, 2), 64, x, None, 2, 0.5, struct, device=device, shared=shared)
+    assert Device.seen == [device, device]
+    with pytest.raises(TypeError, match="Unsupported type"):  # CuPy looks at the arguments first
+        _cuda.launcher(KERNEL, (1, 1, 1), (1, 1, 1), ["no argument"], 0, device)
+
+
+def test_more_shared_memory_is_asked_of_the_driver(no_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    # CuPy's Function has no attribute for it.
+    monkeypatch.setattr(_cuda, "_allow_shared", lambda function, size: asked.append((function, size)))
+    for shared in (48 << 10, 49 << 10):
+        with pytest.raises(RuntimeError, match=NO_DRIVER):
+            _cuda.launch(KERNEL, 1, 64, device=torch.device("cuda", 1), shared=shared)
+    assert asked == [(no_driver, 49 << 10)]
+
+
+def test_a_stream_is_made_once(no_driver: Any) -> None:
+    stream = _cuda._stream(77)
+    assert stream.ptr == 77
+    assert _cuda._stream(77) is stream
+    assert _cuda._stream(78) is not stream
 
 
 def test_launches_on_torchs_current_stream(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = Module()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, "cupy.cuda.function", SimpleNamespace(Module=lambda: cupy.compiled))
+    loaded: list[bytes] = []
+    launched: list[tuple[Any, ...]] = []
+    # As many positional arguments as CuPy's Function takes.
+    module = SimpleNamespace(load=loaded.append, get_function=lambda name: lambda *args: launched.append(args))
+    monkeypatch.setattr("cupy.cuda.function.Module", lambda: module)
     stream = SimpleNamespace(cuda_stream=77, device_index=1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index - 1))
-    devices: list[Any] = []
-
-    class Device:
-        def __init__(self, device: Any) -> None:
-            devices.append(device)
-
-        def __enter__(self) -> None: ...
-        def __exit__(self, *args: Any) -> None: ...
-
     monkeypatch.setattr(torch.cuda, "device", Device)
+    Device.seen.clear()
     _cuda._function.cache_clear()
     x, device = torch.ones(3), torch.device("cuda", 1)
     for _ in range(2):
         _cuda.launch(KERNEL, (5, 2), 64, x, None, 2, 0.5, device=device, shared=16)
     _cuda._function.cache_clear()
-    assert cupy.loaded == [_cuda.cubin(KERNEL, "sm_90")]
-    assert devices == [device, device]
-    grid, block, args, shared, on = cupy.launched[0]
-    assert (grid, block, shared, on) == ((5, 2, 1), (64, 1, 1), 16, ("stream", 77))
+    assert loaded == [_cuda.cubin(KERNEL, "sm_90")]
+    assert Device.seen == [device, device]
+    grid, block, args, shared, on = launched[0]
+    assert (grid, block, shared, on.ptr) == ((5, 2, 1), (64, 1, 1), 16, 77)
     assert args == (x.data_ptr(), 0, 2, 0.5)
     assert [a.dtype for a in args] == [np.uintp, np.uintp, np.int64, np.float64]
+
+
+def test_a_gpu_that_nvrtc_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, get_device=lambda: 0)
+    for capability, known in {(9, 0): True, (9, 9): False, (7, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        _cuda._unknown.cache_clear()
+        reason = _cuda.refuse(on_gpu)
+        assert (reason is None) is known
+        assert known or re.search(
+            rf"NVRTC [\d.]+ compiles for sm_\d+ to .*got a GPU of sm_{capability[0]}", reason or ""
+        )
+    _cuda._unknown.cache_clear()
 
 
 def test_empty_grids_are_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:

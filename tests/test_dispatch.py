@@ -65,6 +65,29 @@ def test_the_nearest_size_that_was_measured_decides() -> None:
     assert "not measured" in backends.explain_call("conv2d_act", torch.ones(2)).refused["cuda"]
 
 
+def test_float32_in_tf32_is_a_type_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"float32": {10: "reference"}, "tf32": {10: "triton"}}
+    dispatch.save("A GPU / 80 GB", {"l1_distance": rows, "conv2d_act": {"float32": {10: "cuda"}}})
+    for tf32, name in ((True, "triton"), (False, "reference")):
+        monkeypatch.setattr(dispatch, "convolves_in_tf32", lambda tf32=tf32: tf32)
+        assert chosen("l1_distance", 1 << 10) == name
+        assert chosen("conv2d_act", 1 << 10) == "cuda"
+
+
+def test_tf32_is_read_by_torchs_old_and_new_flags() -> None:
+    """Of which the old one cannot be read once the new ones differ from operator to operator."""
+    try:
+        for allowed in (False, True):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert dispatch.convolves_in_tf32() is allowed
+        if hasattr(torch.backends.cudnn, "conv"):
+            for precision in ("ieee", "tf32"):
+                torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+                assert dispatch.convolves_in_tf32() is (precision == "tf32")
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
 def test_another_gpu_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.save("A GPU / 80 GB", {"l1_distance": {"float32": {10: "reference"}}})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Another")

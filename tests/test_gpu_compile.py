@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -17,6 +18,28 @@ from gankern import _cuda, backends
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 STATIC_SHARED = 48 << 10
 KERNELS = {k.label: k for adapter in backends.adapters("cuda") for k in adapter.KERNELS}
+
+
+def test_triton_kernels_are_started_on_their_tensors_device() -> None:
+    """Triton launches on the current device: only _triton.start makes it the tensors'."""
+    package = Path(_cuda.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        subscripts = [call.func for call in calls if isinstance(call.func, ast.Subscript)]
+        grids = [s for s in subscripts if isinstance(s.slice, ast.Tuple) or ast.unparse(s.slice) == "grid"]
+        assert len(grids) == (path.name == "_triton.py"), f"{path}: {[ast.unparse(s) for s in grids]}"
+
+
+# Kernels whose packs are made in registers: the compiler splits a struct's store.
+PACKED = ("interpolate", "penalty_tail", "norm_apply", "clip_weights", "rmsprop_clip", "bias_act", "avg_pool")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packs_are_stored_16_bytes_at_a_time(name: str) -> None:
+    kernels = [k for k in KERNELS.values() if k.name == name and ("STORAGE", "half") not in k.defines]
+    assert kernels
+    for kernel in (kernels[0], kernels[-1]):
+        assert "st.global.v4" in _cuda.ptx(kernel, "compute_90"), kernel.label
 
 
 @pytest.mark.timeout(1200)

@@ -87,22 +87,6 @@ __device__ inline double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline float add_rn(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline double add_rn(double a, double b) { return __dadd_rn(a, b); }
 
-// N neighbours in registers, read and written at once: where N is not 1 they are aligned to their size.
-template <class S, int N>
-struct Lanes {
-    Acc<S> at[N];
-    __device__ Lanes() {}
-    __device__ explicit Lanes(const S* p) {
-        auto packed = *reinterpret_cast<const Pack<S, N>*>(p);
-        for (int k = 0; k < N; ++k) at[k] = get(&packed.values[k]);
-    }
-    __device__ void store(S* p) const {
-        Pack<S, N> packed;
-        for (int k = 0; k < N; ++k) put(&packed.values[k], at[k]);
-        *reinterpret_cast<Pack<S, N>*>(p) = packed;
-    }
-};
-
 // One access for a whole pack of 16 bytes.
 template <int N, class S>
 __device__ inline Pack<S, N> load_pack(const S* p) {
@@ -123,6 +107,22 @@ __device__ inline void store_pack(S* p, const Pack<S, N>& pack) {
 #endif
     *reinterpret_cast<Pack<S, N>*>(p) = pack;
 }
+
+// N neighbours in registers, read and written at once: where N is not 1 they are aligned to their size.
+template <class S, int N>
+struct Lanes {
+    Acc<S> at[N];
+    __device__ Lanes() {}
+    __device__ explicit Lanes(const S* p) {
+        auto packed = load_pack<N>(p);
+        for (int k = 0; k < N; ++k) at[k] = get(&packed.values[k]);
+    }
+    __device__ void store(S* p) const {
+        Pack<S, N> packed;
+        for (int k = 0; k < N; ++k) put(&packed.values[k], at[k]);
+        store_pack(p, packed);
+    }
+};
 
 // d += a * b on a warp's matrix units, 16 rows by 8 columns. With g = lane / 4 and t = lane % 4, a lane holds of d the
 // rows g (d[0], d[1]) and g + 8 (d[2], d[3]) of the columns 2t and 2t + 1; of a the rows g (a[0], a[2]) and g + 8

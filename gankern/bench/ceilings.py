@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from gankern.bench.gpu import products_in_tf32
+
 #: Keys of what :func:`measure` finds, beside ``{dtype}_flops``.
 COPY, CACHED_COPY, CALL = "copy_bytes", "cached_copy_bytes", "call_seconds"
 #: Bytes up to which tensors are taken to lie in a cache: less than a core's second level, or a GPU's.
@@ -43,7 +45,11 @@ def measure(
     device = torch.device(device)
     found = {COPY: _copy(_COPIED[device.type], device), CACHED_COPY: _copy(CACHED_BYTES // 2, device)}
     for dtype in dtypes:
-        found[flops_key(dtype)] = max(_product(n, dtype, device) for n in _SIDES[device.type])
+        with products_in_tf32(False):
+            found[flops_key(dtype)] = max(_product(n, dtype, device) for n in _SIDES[device.type])
+    if device.type == "cuda":
+        with products_in_tf32(True):
+            found["tf32_flops"] = max(_product(n, torch.float32, device) for n in _SIDES["cuda"])
     one = torch.zeros(1, device=device)
     found[CALL] = _seconds(lambda: [one.add_(1) for _ in range(_CALLS)], device) / _CALLS
     return found

@@ -6,6 +6,8 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,8 +22,9 @@ from gankern.bench.compare import compare, machine_differences
 from gankern.bench.results import Report
 from gankern.bench.session import Session
 from gankern.commands import VARIANTS
+from gankern.dispatch import TF32
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, TF32: torch.float32, "bfloat16": torch.bfloat16}
 NO_COMPILE_QUICK = {"compile": "takes its time; `--against compile` has it"}
 QUICK_REPEAT, QUICK_SECONDS, QUICK_TRAIN_SECONDS = 5, 0.5, 10.0
 
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("argument --device: --main runs on the CPU; name cases instead")
     if args.tune and device.type != "cuda":
         raise UsageError(f"argument --tune: needs --device cuda; got {args.device!r}")
+    if args.dtype == TF32 and device.type != "cuda":
+        raise UsageError(f"argument --dtype: tf32 needs --device cuda; got {args.device!r}")
     report = Report(shlex.join(["gankern", *sys.argv[1:]]), _machine(device))
     session = _session(args, report)
     old = None if args.compare is None else _stored(args, report)
@@ -91,9 +96,10 @@ def run(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace, cases: Sequence[Case], console: Console) -> None:
     from gankern.bench.tune import tune
 
-    table = tune(cases, dtype=DTYPES[args.dtype], device=args.device, say=console.print)
-    path = dispatch.save(torch.cuda.get_device_name(args.device), table)
-    console.print(f"wrote {path}", style="dim", soft_wrap=True)
+    gpu = torch.cuda.get_device_name(args.device)
+    how: dict[str, Any] = {"dtype": DTYPES[args.dtype], "tf32": args.dtype == TF32, "device": args.device}
+    tune(cases, **how, say=console.print, keep=partial(dispatch.save, gpu))
+    console.print(f"wrote {dispatch.path(gpu)}", style="dim", soft_wrap=True)
 
 
 def _machine(device: torch.device) -> dict[str, object]:
@@ -109,7 +115,9 @@ def _session(args: argparse.Namespace, report: Report) -> Session:
         raise UsageError(f"argument --backend: {args.backend} is not available: {reason}")
     return Session(
         report,
+        keep=partial(report.save, _json(args)),
         dtype=DTYPES[args.dtype],
+        tf32=args.dtype == TF32,
         device=args.device,
         size={"batch": args.batch_size} if args.batch_size else {},
         backend=args.backend,
@@ -213,8 +221,12 @@ def _variants(names: str | None) -> list[str] | None:
     return chosen
 
 
+def _json(args: argparse.Namespace) -> Any:
+    return args.json or args.out / "bench.json"
+
+
 def _save(report: Report, args: argparse.Namespace, console: Console) -> None:
-    json, html = args.json or args.out / "bench.json", args.html or args.out / "bench.html"
+    json, html = _json(args), args.html or args.out / "bench.html"
     report.save(json)
     page.write(report, html)
     written = [json, html]

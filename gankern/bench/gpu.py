@@ -1,16 +1,41 @@
-"""What only a GPU has: runs as CUDA graphs."""
+"""What only a GPU has: runs as CUDA graphs, and products of float32 in TF32."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from gankern._capture import record
 from gankern.bench.cases import Run
+from gankern.dispatch import TF32
+
+__all__ = ["GRAPH", "TF32", "TF32_TOLERANCE", "graphed", "products_in_tf32", "with_graphs"]
 
 #: Follows the name of a side that runs as a graph.
 GRAPH = " graph"
 _WARM_UP = 3
+
+
+#: Relative error in norm that TF32's 10 bits of a factor leave at the cases' sizes, and some.
+TF32_TOLERANCE = 2e-3
+
+
+@contextmanager
+def products_in_tf32(allowed: bool) -> Iterator[None]:
+    """Let convolutions and matrix products of float32 round their factors to TF32, or not, on both sides."""
+    # By torch's old flags, which set all operators alike: Inductor reads them, and cannot where operators differ.
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = allowed
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def with_graphs(
@@ -45,9 +70,7 @@ def graphed(run: Run) -> Run:
         for _ in range(_WARM_UP):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = run()
+    graph, results = record(run, stream)
 
     def replay() -> dict[str, object]:
         graph.replay()

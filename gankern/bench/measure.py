@@ -24,6 +24,7 @@ def run_case(
     case: Case,
     *,
     dtype: torch.dtype = torch.float32,
+    tf32: bool = False,
     device: str = "cpu",
     size: Mapping[str, int] | None = None,
     backend: str | None = None,
@@ -43,6 +44,9 @@ def run_case(
         What to run.
     dtype, device, size, tiny
         Passed to the case's setup; `size` replaces those of its sizes that it names, `tiny` all of them.
+    tf32 : bool, optional
+        Whether products of float32 may be rounded to TF32, on both sides: a type of its own, with a tolerance of its
+        own. Only on a GPU.
     backend : str, optional
         For gankern's sides, as `gankern.backend` takes it; the one in force by default.
     against : collection of str, optional
@@ -68,7 +72,7 @@ def run_case(
     result = CaseResult(
         case.name,
         case.measures,
-        str(dtype).removeprefix("torch."),
+        gpu.TF32 if tf32 else str(dtype).removeprefix("torch."),
         device,
         sizes,
         "skipped",
@@ -79,12 +83,14 @@ def run_case(
     too_large = _too_large(case.needs(sizes, dtype), device)
     if "reference" in too_large:
         return replace(result, message=f"the reference {too_large['reference']}")
-    with nullcontext() if backend is None else gankern.backend(backend):
+    with nullcontext() if backend is None else gankern.backend(backend), gpu.products_in_tf32(tf32):
         result = replace(result, backend=backends.requested())
         torch.compiler.reset()
         torch.manual_seed(0)
         try:
             sides = case.setup(sizes, dtype, device)
+            if tf32:
+                sides = replace(sides, tolerance=max(sides.tolerance, gpu.TF32_TOLERANCE))
             runs, error, left_out = checked(sides, against, {**too_large, **(without or {})})
             if torch.device(device).type == "cuda":
                 runs, left_out = gpu.with_graphs(runs, sides.ours.keys(), left_out, against)

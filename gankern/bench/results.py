@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from gankern._files import write_file
 from gankern.bench.timing import Spread
 
 SCHEMA = 1
@@ -187,9 +188,9 @@ class Report:
         return all(status in ("ok", "skipped") for status in statuses)
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
+        """Write as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n")
+        write_file(path, (json.dumps(dataclasses.asdict(self), indent=1, default=str) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Report:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,12 +29,16 @@ class Session:
     Attributes
     ----------
     report : Report
-    dtype, device, size, backend, against, without, repeat, budget
+    keep : callable
+        Called after each result: what is done so far outlasts the process.
+    dtype, tf32, device, size, backend, against, without, repeat, budget
         As `gankern.bench.run_case` takes them.
     """
 
     report: Report
+    keep: Callable[[], None] = lambda: None
     dtype: torch.dtype = torch.float32
+    tf32: bool = False
     device: str = "cpu"
     size: Mapping[str, int] = field(default_factory=dict)
     backend: str | None = None
@@ -54,6 +58,7 @@ class Session:
         for case in cases:
             self.progress.update(task, description=case.name)
             self.report.cases.append(self._run(case, {}, case.not_in_main if main else {}))
+            self.keep()
             self.progress.advance(task)
         self.progress.update(task, description="cases")
 
@@ -66,6 +71,7 @@ class Session:
             for size in sorted(set(sizes)):
                 self._log(f"{case.name} {dimension}={size}")
                 sweep.points.append(self._run(case, {dimension: size}, NO_COMPILE if self.against is None else {}))
+                self.keep()
                 self.progress.advance(task)
 
     def run_training(self, *, seconds: float, batch: int | None, out: Path) -> None:
@@ -85,6 +91,7 @@ class Session:
                 progress=lambda done, task=task: self.progress.update(task, completed=done),  # type: ignore[misc]
             )
             self.report.training.append(result)
+            self.keep()
             self.progress.update(task, completed=1.0)
             self._log(_line(reports.training_row(result)))
             save_grid(sample(gan, 64), out / f"digits-{model}.png")
@@ -93,6 +100,7 @@ class Session:
         result = run_case(
             case,
             dtype=self.dtype,
+            tf32=self.tf32,
             device=self.device,
             size={**self.size, **size},
             backend=self.backend,

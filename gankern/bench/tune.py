@@ -10,11 +10,12 @@ import torch
 
 import gankern
 from gankern import backends, dispatch
-from gankern.bench import timing
+from gankern.bench import gpu, timing
 from gankern.bench.cases import Case, Run
 from gankern.bench.check import Results, Wrong, compare
 
 BACKENDS = ("cuda", "triton", "reference")
+Table = dict[str, dict[str, dict[int, str]]]
 
 
 def tune(
@@ -26,33 +27,44 @@ def tune(
     budget: float = 0.5,
     clock: timing.Clock = time.perf_counter,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, dict[str, dict[int, str]]]:
+    tf32: bool = False,
+    keep: Callable[[Table], object] = lambda table: None,
+) -> Table:
     """Time every backend that gets a case right, at each of the case's sizes.
+
+    An op made of others, such as a convolution with batch norm, chooses for each of those: it is passed over.
 
     Parameters
     ----------
     cases : iterable of Case
         Those of the type that measure an op, forward and backward; others are passed over.
-    dtype, device, repeat, budget, clock
+    dtype, tf32, device, repeat, budget, clock
         As `gankern.bench.run_case` takes them.
     say : callable
         Told each result in a line.
+    keep : callable
+        Given what is known, after each result.
 
     Returns
     -------
     dict
         As `gankern.dispatch.save` takes it.
     """
-    table: dict[str, dict[str, dict[int, str]]] = {}
+    table: Table = {}
     for case in cases:
         if not (case.is_op and case.name.endswith(".training") and dtype in case.dtypes):
             continue
         dimension, sizes = next(iter(case.sizes.items()), ("", ()))
         for size in [{}, *({dimension: n} for n in sizes)]:
-            fastest, keys = _fastest(case, {**case.size, **size}, dtype, device, repeat, budget, clock, say)
+            with gpu.products_in_tf32(tf32):
+                fastest, keys = _fastest(case, {**case.size, **size}, dtype, tf32, device, repeat, budget, clock, say)
             say(f"{case.name} {', '.join(f'{k}={v}' for k, v in {**case.size, **size}.items())}: {fastest or 'none'}")
+            if not keys:
+                break
             for kind, log_size in keys if fastest else ():
+                kind = gpu.TF32 if tf32 else kind
                 table.setdefault(case.group, {}).setdefault(kind, {})[log_size] = str(fastest)
+            keep(table)
     return table
 
 
@@ -60,6 +72,7 @@ def _fastest(
     case: Case,
     size: dict[str, int],
     dtype: torch.dtype,
+    tf32: bool,
     device: str,
     repeat: int,
     budget: float,
@@ -69,14 +82,14 @@ def _fastest(
     """The backend with the lowest median, and the keys of the op's calls."""
     torch.manual_seed(0)
     sides = case.setup(size, dtype, device)
-    want = sides.reference()
+    want, tolerance = sides.reference(), max(sides.tolerance, gpu.TF32_TOLERANCE if tf32 else 0.0)
     runs: dict[str, Run] = {}
     with backends.watched() as calls:
         for name in BACKENDS:
             for variant, run in sides.ours.items():
                 on = partial(_on, name, run)
                 try:
-                    compare(on(), want, sides.tolerance)
+                    compare(on(), want, tolerance)
                 except (Wrong, gankern.BackendUnavailable) as error:
                     say(f"{case.name}: {name} left out: {error}")
                     continue

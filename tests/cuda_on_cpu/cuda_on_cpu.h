@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace cuda_on_cpu {
 

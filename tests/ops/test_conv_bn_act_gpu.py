@@ -13,7 +13,7 @@ from oracle import assert_as_accurate, cuts, layouts, run
 from torch import Tensor
 
 from gankern import backends, ops
-from gankern.ops.conv_transpose_bn_act import cuda, passes, reference
+from gankern.ops.conv_transpose_bn_act import cpu, cuda, passes, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "none")
@@ -289,6 +289,29 @@ def test_statistics_of_a_block_come_with_its_convolution(gpu: torch.device, monk
     grads = torch.autograd.grad(output, (x, w), grad)
     for got, want in zip(grads, torch.autograd.grad(exact, wide[:2], grad.double()), strict=True):
         assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("norm", [reference, cpu])
+def test_another_backend_normalises_what_a_kernel_has_convolved(
+    gpu: torch.device, norm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a table that was measured may have it: statistics come with the convolution to whoever normalises."""
+    if norm is cpu and gpu.type != "cpu":
+        pytest.skip("the CPU's kernels take no tensors of the GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    x, w = torch.randn(3, 4, 5, 5, device=gpu), torch.randn(4, 6, 4, 4, device=gpu)
+    weight, bias = torch.randn(6, device=gpu), torch.randn(6, device=gpu)
+    inputs = [t.requires_grad_() for t in (x, w, weight, bias)]
+    sides = []
+    for function, kind in ((ops, torch.float32), (reference, torch.float64)):
+        own = [t.detach().to(kind).requires_grad_() for t in inputs]
+        stats = torch.zeros(6, device=gpu, dtype=kind), torch.ones(6, device=gpu, dtype=kind)
+        with backends.wrapped("batch_norm_act", lambda adapter: norm):
+            block = function.conv_transpose2d_bn_act
+            output = block(*own[:2], None, *stats, *own[2:], training=True, stride=2, padding=1)
+            sides.append([output, *stats, *torch.autograd.grad(output.square().sum(), own)])
+    for got, want in zip(*sides, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_the_kernels_are_cut_to_fill_the_gpu() -> None:

@@ -11,6 +11,7 @@ from oracle import assert_as_accurate
 from torch import Tensor, nn
 
 import gankern
+from gankern import _cuda
 from gankern.ops.weight_clip import autograd
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -86,7 +87,7 @@ def test_layouts_and_lists_that_a_kernel_cannot_walk(gpu: torch.device) -> None:
 
 
 def test_steps_follow_new_memory(gpu: torch.device) -> None:
-    """Tables are kept by address: other gradients, other parameters and freed memory must be seen."""
+    """Other gradients, other parameters and freed memory must be seen."""
     model = nn.Linear(7, 9).to(gpu)
     stock = copy.deepcopy(model)
     ours = gankern.optim.RMSprop(model.parameters(), lr=0.1, clip=0.3)
@@ -119,3 +120,36 @@ def test_learning_rate_and_bound_on_the_device(gpu: torch.device, momentum: floa
         run(sides[2], grads, averages[2], [], buffers[2], 0.0, *options, 0.0, lr, clip)
     torch.testing.assert_close(sides[1], sides[0], rtol=0, atol=0)
     torch.testing.assert_close(sides[2], sides[0])
+
+
+def test_more_tensors_than_a_launch_takes(gpu: torch.device) -> None:
+    """As many elements as two chunks among them, and empty ones, in any order."""
+    sizes = [3 + i % 7 if i % 11 else (0, 4097, 9000)[i % 3] for i in range(150)]
+    params = [torch.randn(size, device=gpu) for size in sizes]
+    stock = [p.clone().requires_grad_() for p in params]
+    want = [p.clamp(-0.5, 0.5) for p in params]
+    gankern.clip_weights_(params, 0.5)
+    assert all(torch.equal(p, w) for p, w in zip(params, want, strict=True))
+    ours = [p.detach().clone().requires_grad_() for p in stock]
+    for side in (stock, ours):
+        for i, p in enumerate(side):
+            p.grad = torch.full_like(p, 1.0 + i)
+    torch.optim.RMSprop(stock, lr=0.1).step()
+    gankern.optim.RMSprop(ours, lr=0.1).step()
+    torch.testing.assert_close(ours, stock)
+
+
+def test_a_launch_holds_all_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured graph may be replayed after anything that the host kept is gone: nothing is copied to the device."""
+    launched: list[Any] = []
+    monkeypatch.setattr(_cuda, "launcher", lambda *call: launched.append(call))
+    params, grads, averages = ([torch.randn(n) for n in (5, 4097)] for _ in range(3))
+    with monkeypatch.context() as patched, gankern.backend("cuda"):
+        for name in ("tensor", "empty", "empty_like"):
+            patched.setattr(torch, name, lambda *args, **kwargs: pytest.fail("allocates"))
+        autograd.rmsprop_clip_(params, grads, averages, [], [], 0.1, 0.9, 1e-3, 0.0, 0.0, False, None)
+    (_, grid, _, (lists, *_), *_) = launched[0]
+    assert grid == (3, 1, 1)
+    assert lists["at"][:3, :2].tolist() == [[t.data_ptr() for t in row] for row in (params, grads, averages)]
+    assert (lists["sizes"][:2].tolist(), lists["first"][:2].tolist(), lists["count"]) == ([5, 4097], [0, 1], 2)
+    assert lists.nbytes + 13 * 8 <= 4096, "a kernel's arguments"

@@ -38,6 +38,8 @@ def _weights_case(size: Size, dtype: torch.dtype, device: str, *, optimizer: boo
     params = _critic_parameters(size, dtype, device)
     gradients = [torch.randn_like(p) for p in params]
 
+    capturable = optimizer and torch.device(device).type == "cuda"
+
     def side(clip: Callable[..., object] | None, to: torch.dtype = dtype, **options: Any) -> Run:
         """Clip copies of the parameters; with `clip` None, gankern's optimizer does it within its step."""
         own = [nn.Parameter(p.detach().to(to, copy=True)) for p in params]
@@ -64,6 +66,8 @@ def _weights_case(size: Size, dtype: torch.dtype, device: str, *, optimizer: boo
         stock={
             "eager": side(stock.clip_loop, foreach=False),
             "foreach": side(stock.clip_foreach, foreach=True),
+            # What a CUDA graph needs.
+            **({"capturable": side(stock.clip_foreach, foreach=True, capturable=True)} if capturable else {}),
         },
         ours={OURS: side(None if optimizer else gankern().clip_weights_)},
         work=sum(p.numel() for p in params),

@@ -12,6 +12,7 @@ from torch import Tensor
 from gankern import backends
 from gankern._layout import memory_format
 from gankern._native import acc_dtype
+from gankern.dispatch import convolves_in_tf32
 from gankern.ops.conv_act import reference
 from gankern.ops.conv_act.reference import ConvOptions
 
@@ -112,7 +113,7 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def allows_tf32(dtype: torch.dtype) -> bool:
     """Whether products may be rounded as torch's own convolutions round them."""
-    return dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return dtype == torch.float32 and convolves_in_tf32()
 
 
 def parts(pixels: int, tiles: int, depth: int) -> tuple[int, int]:

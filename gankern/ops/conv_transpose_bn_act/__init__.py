@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gankern import _native
+from gankern import _native, backends
 from gankern.ops import _check
 from gankern.ops.conv_transpose_bn_act import autograd
-from gankern.ops.conv_transpose_bn_act.convolution import Convolution, affine, folds, normalised
+from gankern.ops.conv_transpose_bn_act.convolution import Convolution, affine, explain_block, folds, normalised
 
 __all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
+
+for _op, _transposed in (("conv_transpose2d_bn_act", True), ("conv2d_bn_act", False)):
+    backends.register_explainer(_op, partial(explain_block, _transposed))
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

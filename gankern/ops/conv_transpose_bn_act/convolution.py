@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gankern import _native, backends
 from gankern._layout import autocast, like_layout, memory_format
+from gankern.backends import Explanation
 from gankern.ops.conv_act import conv2d_acts, conv2d_statistics, cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
@@ -78,6 +79,23 @@ class Convolution(NamedTuple):
         alone = input.size(2) == input.size(3) == 1 and self.groups == 1
         whole = not any((*self.padding, *self.output_padding)) and self.dilation == (1, 1)
         return self.transposed and alone and whole
+
+
+def explain_block(transposed: bool, found: Explanation, input: Tensor, weight: Tensor, *_: Any, **options: Any) -> Any:
+    """What runs a block: the backend of its normalisation, and a note on the convolution's."""
+    pairs = {
+        name: value if isinstance(value, tuple) else (value, value)
+        for name, default in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1))
+        for value in [options.get(name, default)]
+    }
+    conv = Convolution(transposed, **pairs, groups=options.get("groups", 1))
+    norm = backends.explain_call("batch_norm_act", input)
+    by = "torch's own"
+    if conv.is_plain(input, weight) and not conv.is_product(input):
+        chosen = backends.explain_call("conv2d_act", input, weight).chosen
+        by = by if chosen in (None, "reference") else f"backend {chosen}"
+    notes = (f"convolution: {by}", f"batch norm and activation: {norm.chosen or 'no backend'}")
+    return Explanation(found.op, norm.chosen, norm.refused, notes=notes)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from gankern import workspace
 from gankern._layout import like_layout, memory_format
 from gankern._native import ACTIVATIONS, DTYPES, acc_dtype, address, kernels, refuse
+from gankern.ops.conv_transpose_bn_act import reference
 
-__all__ = ["backward", "forward_eval", "forward_train", "refuse", "statistics"]
+__all__ = ["backward", "forward_eval", "forward_train", "forward_train_from_sums", "refuse", "statistics"]
 
 
 def _shape(input: Tensor, activation: str, negative_slope: float) -> Any:
@@ -56,6 +57,20 @@ def forward_train(
         eps,
     )
     return output, mean, invstd, var
+
+
+def forward_train_from_sums(
+    input: Tensor,
+    sums: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As in passes.py."""
+    mean, invstd, var = reference.statistics_of_sums(input, sums, eps)
+    return forward_eval(input, weight, bias, mean, invstd, activation, negative_slope), mean, invstd, var
 
 
 def statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gankern._native import acc_dtype
 from gankern.ops.conv_act.reference import activate
 
 
@@ -110,6 +111,29 @@ def forward_train(
     mean, invstd, var = statistics(wide, eps)
     output = activate(_normalize(wide, weight, bias, mean, invstd), activation, negative_slope)
     return output.to(input.dtype), mean, invstd, var
+
+
+def statistics_of_sums(input: Tensor, sums: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`statistics`, of the sums of an input's values and of their squares: (parts, 2, C) in float64."""
+    count = input.numel() // input.size(1)
+    mean, square = sums.sum(0) / count
+    var = (square - mean * mean).clamp(min=0)
+    acc = acc_dtype(input.dtype)
+    return mean.to(acc), (var + eps).rsqrt().to(acc), var.to(acc)
+
+
+def forward_train_from_sums(
+    input: Tensor,
+    sums: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As in passes.py."""
+    mean, invstd, var = statistics_of_sums(input, sums, eps)
+    return forward_eval(input, weight, bias, mean, invstd, activation, negative_slope), mean, invstd, var
 
 
 def forward_eval(

@@ -63,7 +63,8 @@ class _Passes(passes.Passes):
         sizes = (s.n, s.c, s.hw if s.rows else s.hw // s.values, units)
         types = _triton.types(self.input.dtype)
         constants = {k: v for k, v in (types | self._tiles).items() if k in kernel.arg_names}
-        kernel[(across * parts,)](*arguments, *sizes, *strides, **constants, num_warps=_WARPS)
+        sized, device = (*arguments, *sizes, *strides), self.input.device
+        _triton.start(kernel, (across * parts,), *sized, device=device, **constants, num_warps=_WARPS)
 
     def sum_values(self, sums: Sums, shift: Tensor) -> None:
         self._launch(kernels.sum_values, self.input, sums.values, shift, strides=sums.strides)
@@ -131,7 +132,8 @@ class _Passes(passes.Passes):
     ) -> None:
         s, accumulated = self.shape, _triton.types(self.input.dtype)["A"]
         arguments = (sums.values, shift, sums.parts, *stats, *grads, s.n * s.hw, bits(eps), flags, s.c, accumulated)
-        kernels.finish[(-(-s.c // kernels.COLUMNS.value),)](*arguments, num_warps=_WARPS)
+        grid, device = (-(-s.c // kernels.COLUMNS.value),), self.input.device
+        _triton.start(kernels.finish, grid, *arguments, device=device, num_warps=_WARPS)
 
 
 def _given(other: Tensor, *tensors: Tensor | None) -> tuple[list[Tensor], int]:

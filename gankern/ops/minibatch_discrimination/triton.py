@@ -193,7 +193,9 @@ def _run(order: int, m: Tensor, grad_output: Tensor, cotangent: Tensor, include_
     sums = torch.empty((count, b, n) if order != 1 else (count, 0), dtype=wide, device=m.device)
     grads = torch.empty((count, b, chunks * dims, n) if order > 0 else (count, 0), dtype=wide, device=m.device)
     rows = _samples_innermost(m)
-    _features[(blocks * count,)](
+    _triton.start(
+        _features,
+        (blocks * count,),
         m.contiguous(),
         rows,
         cotangent.contiguous(),
@@ -208,6 +210,7 @@ def _run(order: int, m: Tensor, grad_output: Tensor, cotangent: Tensor, include_
         count,
         size,
         int(include_self),
+        device=m.device,
         A=_triton.types(m.dtype)["A"],
         **constants,
         **_OPTIONS,

@@ -174,7 +174,8 @@ def _pairs(m: Tensor, tangent: Tensor | None) -> Tensor:
     tile = _tile(m.dtype, tangent is not None)
     grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(n, tile["COLUMNS"]) * triton.cdiv(b, _LANES),)
     constants = _triton.types(m.dtype) | {"TANGENT": tangent is not None, **tile, "LANES": _LANES}
-    _distance[grid](values, tangents, output, n, b, c, **constants, num_warps=1)
+    arguments = (values, tangents, output, n, b, c)
+    _triton.start(_distance, grid, *arguments, device=m.device, **constants, num_warps=1)
     return output
 
 
@@ -196,9 +197,8 @@ def distance_backward(grad_output: Tensor, m: Tensor) -> Tensor:
     count, size = cut(n, blocks, _BLOCKS, _LEAST)
     grads = torch.empty((count, n, c, b), dtype=acc_dtype(m.dtype), device=m.device)
     constants = {"A": _triton.types(m.dtype)["A"], "DIMS": _DIMS, "ROWS": rows, "LANES": _LANES}
-    _distance_backward[(blocks * count,)](
-        grad_output.contiguous(), _features_innermost(m), grads, n, b, c, size, **constants, num_warps=1
-    )
+    arguments = (grad_output.contiguous(), _features_innermost(m), grads, n, b, c, size)
+    _triton.start(_distance_backward, (blocks * count,), *arguments, device=m.device, **constants, num_warps=1)
     return grad_m.copy_(total(grads).transpose(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of weight clipping: one launch for a whole list."""
+"""Triton kernels of weight clipping: a launch for each tensor, since Triton has no structs to hand a list over in."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import itertools
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gankern import _triton
-from gankern._triton import refuse
+from gankern._triton import bits, refuse
 from gankern.ops.weight_clip import reference
 from gankern.ops.weight_clip.flat import all_alike, is_dense, split
-from gankern.ops.weight_clip.table import CHUNK, numbers, table
 
 __all__ = ["COMPILED", "clip_weights", "refuse", "rmsprop_clip"]
 
 
 @triton.jit
-def _pointer(addresses, tensor, T: tl.constexpr):
-    return tl.load(addresses + tensor).to(tl.pointer_type(T))
+def _number(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _number_or(bits, address):
+    """A number, or the one on the device where there is an address; the other is 0."""
+    there = address.to(tl.int64).to(tl.pointer_type(tl.float64))
+    return _number(bits) + tl.load(there, address != 0, 0.0)
 
 
 @triton.jit
@@ -30,103 +37,107 @@ def _clamp(x, c):
     return tl.where(x > c, c, x)
 
 
-@triton.jit
-def _clip_weights(
-    chunks, addresses, sizes, c, T: tl.constexpr, A: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
-    block = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * block)
-    begin = tl.load(chunks + 2 * block + 1)
-    size = tl.load(sizes + tensor)
-    param = _pointer(addresses, tensor, T)
-    bound = tl.load(c).to(A)
-    for start in range(0, CHUNK, BLOCK):
-        i = begin + start + tl.arange(0, BLOCK)
-        tl.store(param + i, _clamp(tl.load(param + i, i < size).to(A), bound).to(T), i < size)
+@triton.jit(do_not_specialize=["c"])
+def _clip_weights(param, size, c, T: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    tl.store(param + i, _clamp(tl.load(param + i, mask).to(A), _number(c).to(A)).to(T), mask)
 
 
-@triton.jit
+_NUMBERS = ("lr", "lr_at", "alpha", "eps", "weight_decay", "momentum", "sign", "c", "c_at")
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _rmsprop_clip(
-    chunks,
-    addresses,
-    sizes,
-    count,
-    numbers,
+    param,
+    grad,
+    square_avg,
+    grad_avg,
+    buffer,
+    size,
+    lr,
+    lr_at,
+    alpha,
+    eps,
+    weight_decay,
+    momentum,
+    sign,
+    c,
+    c_at,
     T: tl.constexpr,
     A: tl.constexpr,
     CENTERED: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    lr = tl.load(numbers).to(A)
-    alpha = tl.load(numbers + 1).to(A)
-    rest = tl.load(numbers + 2).to(A)
-    eps = tl.load(numbers + 3).to(A)
-    weight_decay = tl.load(numbers + 4).to(A)
-    momentum = tl.load(numbers + 5).to(A)
-    sign = tl.load(numbers + 6).to(A)
-    c = tl.load(numbers + 7).to(A)
-    block = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * block)
-    begin = tl.load(chunks + 2 * block + 1)
-    size = tl.load(sizes + tensor)
-    param = _pointer(addresses, tensor, T)
-    grad = _pointer(addresses + count, tensor, T)
-    square_avg = _pointer(addresses + 2 * count, tensor, T)
-    for start in range(0, CHUNK, BLOCK):
-        i = begin + start + tl.arange(0, BLOCK)
-        mask = i < size
-        p = tl.load(param + i, mask).to(A)
-        d = tl.load(grad + i, mask).to(A) * sign + p * weight_decay
-        v = tl.load(square_avg + i, mask, 1.0).to(A) * alpha + d * d * rest
-        tl.store(square_avg + i, v.to(T), mask)
-        if CENTERED:
-            grad_avg = _pointer(addresses + 3 * count, tensor, T)
-            mean = tl.load(grad_avg + i, mask).to(A) * alpha + d * rest
-            tl.store(grad_avg + i, mean.to(T), mask)
-            v -= mean * mean
-        update = d / (tl.sqrt(v) + eps)
-        if MOMENTUM:
-            buffer = _pointer(addresses + (3 + CENTERED) * count, tensor, T)
-            update += tl.load(buffer + i, mask).to(A) * momentum
-            tl.store(buffer + i, update.to(T), mask)
-        tl.store(param + i, _clamp(p - update * lr, c).to(T), mask)
+    kept = _number(alpha).to(A)
+    rest = (1 - _number(alpha)).to(A)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    p = tl.load(param + i, mask).to(A)
+    d = tl.load(grad + i, mask).to(A) * _number(sign).to(A) + p * _number(weight_decay).to(A)
+    v = tl.load(square_avg + i, mask, 1.0).to(A) * kept + d * d * rest
+    tl.store(square_avg + i, v.to(T), mask)
+    if CENTERED:
+        mean = tl.load(grad_avg + i, mask).to(A) * kept + d * rest
+        tl.store(grad_avg + i, mean.to(T), mask)
+        v -= mean * mean
+    update = d / (tl.sqrt(v) + _number(eps).to(A))
+    if MOMENTUM:
+        update += tl.load(buffer + i, mask).to(A) * _number(momentum).to(A)
+        tl.store(buffer + i, update.to(T), mask)
+    p -= update * _number_or(lr, lr_at).to(A)
+    tl.store(param + i, _clamp(p, _number_or(c, c_at).to(A)).to(T), mask)
 
 
 # Bytes of each array at a time: a thread's registers hold as much of five of them.
 _BYTES = 2048
 
-_SIGNATURE = {"chunks": "*i64", "addresses": "*i64", "sizes": "*i64"}
+_ARRAYS = ("param", "grad", "square_avg", "grad_avg", "buffer")
 
-#: Every specialisation that may be launched: kernel, types of its arguments, constants.
+#: Every specialisation that may be launched on arrays that begin at multiples of 16 bytes, or at others.
 COMPILED = [
-    _triton.Compiled(kernel, _SIGNATURE | types, constants | {"CHUNK": CHUNK, "BLOCK": _BYTES // dtype.itemsize}, dtype)
+    _triton.Compiled(
+        kernel,
+        dict.fromkeys(arrays, "T*") | {"size": "i64"} | dict.fromkeys(numbers, "i64"),
+        constants | {"BLOCK": _BYTES // dtype.itemsize},
+        dtype,
+        divisible=divisible,
+    )
     for dtype in _triton.TYPES
-    for kernel, types, constants in [
-        (_clip_weights, {"c": "*fp64"}, {}),
+    for kernel, arrays, numbers, constants in [
+        (_clip_weights, _ARRAYS[:1], ("c",), {}),
         *(
-            (_rmsprop_clip, {"count": "i32", "numbers": "*fp64"}, {"CENTERED": c, "MOMENTUM": m})
+            (_rmsprop_clip, _ARRAYS, _NUMBERS, {"CENTERED": c, "MOMENTUM": m})
             for c, m in itertools.product((False, True), repeat=2)
         ),
     ]
+    for divisible in ((), (*arrays, "size"))
 ]
 
 
-def _constants(tensor: Tensor) -> dict[str, Any]:
-    return _triton.types(tensor.dtype) | {"CHUNK": CHUNK, "BLOCK": _BYTES // tensor.element_size()}
+def _start(kernel: Any, arrays: tuple[Tensor, ...], *numbers: int, **constants: Any) -> None:
+    first = arrays[0]
+    block = _BYTES // first.element_size()
+    constants |= _triton.types(first.dtype) | {"BLOCK": block}
+    size = first.numel()
+    _triton.start(kernel, (triton.cdiv(size, block),), *arrays, size, *numbers, device=first.device, **constants)
 
 
 def clip_weights(params: list[Tensor], c: float) -> None:
-    dense = [p for p in params if is_dense(p) and p.numel()]
+    dense = [p for p in params if is_dense(p)]
     if len(dense) < len(params):
         reference.clip_weights([p for p in params if not is_dense(p)], c)
-    if dense:
-        found = table([dense])
-        grid = (len(found.chunks),)
-        _clip_weights[grid](
-            found.chunks, found.addresses, found.sizes, numbers(dense[0].device, c), **_constants(dense[0])
-        )
+    for param in dense:
+        _start(_clip_weights, (param,), bits(c))
+
+
+def _given(value: float | Tensor) -> tuple[tuple[int, int], Any]:
+    """A number and its address on the device, one of them 0; and what is to be kept there."""
+    if not isinstance(value, Tensor):
+        return (bits(value), 0), None
+    there = value.to(torch.float64)
+    return (0, there.data_ptr()), there
 
 
 def rmsprop_clip(
@@ -135,38 +146,23 @@ def rmsprop_clip(
     square_avgs: list[Tensor],
     grad_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
-    lr: float,
+    lr: float | Tensor,
     alpha: float,
     eps: float,
     weight_decay: float,
     momentum: float,
     maximize: bool,
-    clip: float | None,
+    clip: float | Tensor | None,
 ) -> None:
     lists: list[Any] = [params, grads, square_avgs, grad_avgs, momentum_buffers]
     options: tuple[Any, ...] = (lr, alpha, eps, weight_decay, momentum, maximize, clip)
     if not all_alike(lists):
         lists, others = split(lists)
         reference.rmsprop_clip(*others, *options)
-    if not lists[0]:
-        return
-    found = table([tensors for tensors in lists if tensors])
-    device, given = lists[0][0].device, [lr, math.inf if clip is None else clip]
-    known = [0.0 if isinstance(v, Tensor) else v for v in given]
-    values = numbers(device, known[0], alpha, 1 - alpha, eps, weight_decay, momentum, -1 if maximize else 1, known[1])
-    if any(isinstance(v, Tensor) for v in given):
-        # On the device already: they are read there.
-        values = values.clone()
-        for at, value in zip((0, 7), given, strict=True):
-            if isinstance(value, Tensor):
-                values[at : at + 1].copy_(value.view(1))
-    _rmsprop_clip[(len(found.chunks),)](
-        found.chunks,
-        found.addresses,
-        found.sizes,
-        len(lists[0]),
-        values,
-        **_constants(lists[0][0]),
-        CENTERED=bool(lists[3]),
-        MOMENTUM=bool(lists[4]),
-    )
+    (rate, rate_there), (bound, bound_there) = _given(lr), _given(math.inf if clip is None else clip)
+    numbers = (bits(alpha), bits(eps), bits(weight_decay), bits(momentum), bits(-1.0 if maximize else 1.0))
+    centered, with_momentum = bool(lists[3]), bool(lists[4])
+    params = lists[0]
+    for arrays in zip(*(tensors or params for tensors in lists), strict=True):
+        _start(_rmsprop_clip, arrays, *rate, *numbers, *bound, CENTERED=centered, MOMENTUM=with_momentum)
+    del rate_there, bound_there
