@@ -39,7 +39,7 @@ __all__ = [
     "workspace",
 ]
 
-# A name's module is imported when the name is first used: `gankern --help` needs no torch.
+# Imported when the first name is used: `gankern --help` needs no torch.
 _MODULE_OF = {
     "BackendUnavailable": "gankern.backends",
     "CaptureError": "gankern._capture",
@@ -59,12 +59,15 @@ _MODULES = {"data", "models", "nn", "ops", "optim", "penalties", "profile", "tra
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"gankern.{name}")
-    else:
+    if name not in _MODULE_OF and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Whatever is used, torch then knows all operators, as a graph that was saved needs them.
+    importlib.import_module("gankern.ops")
+    value = (
+        importlib.import_module(f"gankern.{name}")
+        if name in _MODULES
+        else getattr(importlib.import_module(_MODULE_OF[name]), name)
+    )
     globals()[name] = value
     return value
 

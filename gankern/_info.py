@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import gankern.ops  # noqa: F401  registers every room's kernels
 from gankern import _cuda, _native, _triton, backends, workspace
 
 _PACKAGES = ("gankern", "torch", "numpy", "triton", "cupy-cuda12x", "cupy-cuda13x", "mlxtend", "matplotlib")

@@ -19,7 +19,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-import gankern
+import gankern.ops
 from gankern import _triton, backends
 
 TARGETS = {

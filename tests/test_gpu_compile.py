@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import gankern.ops  # noqa: F401  registers every kernel
 from gankern import _cuda, backends
 
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}

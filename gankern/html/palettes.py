@@ -21,7 +21,7 @@ class Palette:
     accent, better, worse : str
         Links and lone series; faster than the other side, slower or wrong.
     series : tuple of str
-        Lines and bars of several series, in order; told apart by the colour-blind too.
+        Lines and bars of several series, in order; the first eight are told apart by the colour-blind too.
     """
 
     name: str
@@ -46,7 +46,22 @@ LIGHT = Palette(
     accent="#1f5fbf",
     better="#1f5fbf",
     worse="#b34700",
-    series=("#1f5fbf", "#b34700", "#117a52", "#8a3fb0", "#8a6d00", "#a8275c", "#57606a", "#00788a"),
+    series=(
+        "#1f5fbf",
+        "#b34700",
+        "#117a52",
+        "#8a3fb0",
+        "#8a6d00",
+        "#a8275c",
+        "#57606a",
+        "#00788a",
+        "#d01fd0",
+        "#2f4a00",
+        "#471259",
+        "#f0407f",
+        "#7d7de0",
+        "#0b0b9e",
+    ),
 )
 DARK = Palette(
     name="dark",
@@ -58,5 +73,20 @@ DARK = Palette(
     accent="#78b0ff",
     better="#78b0ff",
     worse="#ff9d57",
-    series=("#78b0ff", "#ff9d57", "#4fd19b", "#cf9bf0", "#e0c04a", "#ff8bb5", "#a0aab6", "#4fd0e0"),
+    series=(
+        "#78b0ff",
+        "#ff9d57",
+        "#4fd19b",
+        "#cf9bf0",
+        "#e0c04a",
+        "#ff8bb5",
+        "#a0aab6",
+        "#4fd0e0",
+        "#5c8a00",
+        "#b436f5",
+        "#e8432a",
+        "#2f7fd6",
+        "#7dff3a",
+        "#ff3dd8",
+    ),
 )

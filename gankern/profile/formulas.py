@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+import gankern.ops  # noqa: F401  registers the operators
+
 Shape = Sequence[int]
 
 

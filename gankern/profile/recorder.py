@@ -6,6 +6,7 @@ import shlex
 import statistics
 import sys
 import warnings
+from collections import Counter
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from gankern.profile.results import Phase, ProfileReport, StepProfile
 from gankern.profile.work import Work, WorkCounter, counting, traced
 
 _OFF: AbstractContextManager[Any] = nullcontext()
+#: Steps under torch's profiler: a single one may be disturbed.
+TRACED_STEPS = 3
 WARM_UP, COUNTED, TRACED, TIMED, DONE = "warm-up", "counted", "traced", "timed", "done"
 
 
@@ -63,7 +66,7 @@ class CriticSteps:
             raise ValueError(f"device must be a CPU or a CUDA device; got {str(device)!r}")
         self._enabled, self._trace = enabled, None if trace is None else Path(trace)
         # The step after those under torch's own tools finds its memory and caches as they were.
-        self._schedule = [WARM_UP] * warm_up + [COUNTED, TRACED, WARM_UP] + [TIMED] * steps
+        self._schedule = [WARM_UP] * warm_up + [COUNTED] + [TRACED] * TRACED_STEPS + [WARM_UP] + [TIMED] * steps
         self._device = None if device is None else torch.device(device)
         self._done = 0
         self._stack: list[_Span] = []
@@ -74,7 +77,7 @@ class CriticSteps:
         self._timed: list[Marks] = []
         self._counter: WorkCounter | None = None
         self._work: dict[str, Work] = {}
-        self._traced: dict[str, traces.Traced] = {}
+        self._traced: list[dict[str, traces.Traced]] = []
         self._clock: CpuClock | CudaClock = CpuClock()
 
     def __enter__(self) -> CriticSteps:
@@ -177,8 +180,8 @@ class CriticSteps:
     def _read_trace(self, profiler: Any) -> None:
         if self._mode != TRACED:
             return
-        self._traced = traces.read(profiler.events())
-        if self._trace is not None:
+        self._traced.append(traces.read(profiler.events()))
+        if self._trace is not None and len(self._traced) == TRACED_STEPS:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self._trace))
 
@@ -234,7 +237,7 @@ class CriticSteps:
         Raises
         ------
         RuntimeError
-            If no step was timed: fewer than ``warm_up + 4`` were run, or the profiler was off.
+            If no step was timed: fewer than ``warm_up + 6`` were run, or the profiler was off.
         """
         if not self._enabled:
             raise RuntimeError("the profiler is off (enabled=False): nothing was timed")
@@ -285,13 +288,16 @@ class CriticSteps:
         phase = Phase(name, seconds, faults, *work)
         if not self._traced:
             return phase
-        traced = self._traced.get(name, traces.Traced())
-        total = sum(traced.nodes.values())
+        traced = [step.get(name, traces.Traced()) for step in self._traced]
+        nodes = sum((step.nodes for step in traced), Counter[str]())
+        # The profiler makes a step longer: what it finds is a share.
+        python = statistics.median(step.python_seconds / step.seconds if step.seconds else 0.0 for step in traced)
+        on_device = statistics.median(step.device_seconds for step in traced)
         return replace(
             phase,
-            device_seconds=traced.device_seconds if isinstance(self._clock, CudaClock) else None,
-            python_seconds=traced.python_seconds,
-            nodes={node: spent / total for node, spent in traced.nodes.most_common(3)},
+            device_seconds=on_device if isinstance(self._clock, CudaClock) else None,
+            python_seconds=python * seconds,
+            nodes={node: spent / nodes.total() for node, spent in nodes.most_common(3)},
         )
 
 
@@ -333,7 +339,7 @@ def critic_steps(
 ) -> CriticSteps:
     """Profile the critic steps of a loop, as it stands.
 
-    The first `warm_up` steps run as they are, one is counted by torch's FlopCounterMode, one traced by torch's
+    The first `warm_up` steps run as they are, one is counted by torch's FlopCounterMode, three are traced by torch's
     profiler, one runs as it is; the following are timed by a clock alone, up to `steps`, and all after those run as if
     there were no profiler. The parts of `gankern.gradient_penalty` mark themselves.
 
@@ -347,7 +353,7 @@ def critic_steps(
         By default the current CUDA device where the process uses one, else the CPU. On a GPU the clock is events on the
         current stream.
     trace : path, optional
-        Chrome trace (Perfetto reads it too) to write of one step, the phases named in it.
+        Chrome trace (Perfetto reads it too) to write of the last step traced, the phases named in it.
 
     Returns
     -------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -13,28 +14,21 @@ from gankern.bench.results import OURS, STOCK
 from gankern.profile.meters import OTHER
 from gankern.profile.results import Limits, Phase, ProfileReport, StepProfile
 
-SIDES = ("phase", "stock, ms", "share", "gankern, ms", "share", "saved, ms")
-DETAIL = (
-    "phase",
-    "ms",
-    "share",
-    "GFLOP",
-    "GFLOP/s",
-    "MB",
-    "GB/s",
-    "bound by",
-    "calls",
-    "Python, ms",
-    "new MB",
-    "worth, ms",
-)
+SIDES = ("phase", "stock, ms", "of step", "gankern, ms", "of step", "saved, ms")
+TIME = ("phase", "ms", "of step", "Python, ms", "worth, ms", "bound by", "calls")
+WORK = ("phase", "GFLOP", "GFLOP/s", "MB", "GB/s", "new MB")
+#: What the columns mean, in the order of the tables.
 LEGEND = (
-    "Shares are of the step. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share "
-    "of the ceiling measured here; data that lies in a cache may pass the copy's. Bound by: which of "
-    "arithmetic, memory and the calls themselves would take the longest alone. Python: when no operator ran, under the "
-    "profiler. New MB: tensors made outside of gankern's workspace. Worth: the time above what arithmetic and memory "
-    "need at least."
+    "Python: when no operator ran, the median share over steps under torch's profiler. Worth: the time above what "
+    "arithmetic and memory need at least. Bound by: which of arithmetic, memory and the calls themselves would take "
+    "the longest alone. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share of "
+    "the ceiling measured here; data that lies in a cache may pass the copy's. New MB: tensors made outside of "
+    "gankern's workspace."
 )
+# Characters of a line where the output goes to no terminal.
+_WIDTH = 140
+
+Rows = list[list[str]]
 
 
 def show(report: ProfileReport, console: Console) -> None:
@@ -50,8 +44,11 @@ def show(report: ProfileReport, console: Console) -> None:
             )
         )
     for name, profile in report.sides.items():
-        title = f"{name}: {headline(profile, report.overhead.get(name))}"
-        console.print(_table(title, detail_columns(profile), detail_rows(profile, report.ceilings)))
+        line = headline(profile, report.overhead.get(name))
+        console.print(f"\n{name}: {line}", style="bold", markup=False, highlight=False)
+        for columns, rows in detail_tables(profile, report.ceilings):
+            console.print(_table("", columns, rows))
+            console.print()
     if report.sides:
         console.print(LEGEND, style="dim", markup=False)
     for advice in report.advice:
@@ -61,7 +58,8 @@ def show(report: ProfileReport, console: Console) -> None:
 
 def as_text(report: ProfileReport) -> str:
     """What `show` prints."""
-    console = Console(file=io.StringIO(), width=140, record=True)
+    width = shutil.get_terminal_size((_WIDTH, 24)).columns
+    console = Console(file=io.StringIO(), width=width, record=True)
     show(report, console)
     return console.export_text()
 
@@ -83,10 +81,10 @@ def comparison_rows(stock: StepProfile, ours: StepProfile) -> list[list[str]]:
     """Cells under `SIDES`."""
     sides = [profile.grouped() | {"step": profile.whole} for profile in (stock, ours)]
     steps = [profile.mean_seconds for profile in (stock, ours)]
-    return [_compared(name, [side.get(name) for side in sides], steps) for name in _in_order(*sides)]
+    return [_compared(name, [side.get(name) for side in sides], steps) for name in in_order(*sides)]
 
 
-def _in_order(*sides: Iterable[str]) -> list[str]:
+def in_order(*sides: Iterable[str]) -> list[str]:
     """Names of all sides, parts under their group, the rest of the step and the step itself last."""
     names = list(dict.fromkeys(name for side in sides for name in side))
     groups = list(dict.fromkeys(name.partition("/")[0] for name in names))
@@ -106,36 +104,39 @@ def _compared(name: str, phases: Sequence[Phase | None], steps: Sequence[float])
     return [*cells, f"{(stock - ours) * 1e3:+.2f}"]
 
 
-def detail_columns(profile: StepProfile) -> tuple[str, ...]:
-    """Headings of `detail_rows`."""
-    return (*DETAIL, "kernels, ms" if profile.device != "cpu" else "page faults")
-
-
-def detail_rows(profile: StepProfile, ceilings: dict[str, float]) -> list[list[str]]:
-    """Cells under `detail_columns`."""
-    grouped = profile.grouped() | {"step": profile.whole}
-    return [_detail(grouped[name], profile, ceilings) for name in _in_order(grouped)]
-
-
-def _detail(phase: Phase, profile: StepProfile, ceilings: dict[str, float]) -> list[str]:
-    members = [p for p in profile.phases if phase.name in (p.group, p.name, "step")] or [phase]
-    limits = Limits.of(members, profile.dtype, ceilings)
+def detail_tables(profile: StepProfile, ceilings: dict[str, float]) -> list[tuple[Sequence[str], Rows]]:
+    """Columns and rows of the tables of one side: its phases' time, and their work."""
     on_gpu = profile.device != "cpu"
-    return [
-        _indented(phase.name),
-        f"{phase.seconds * 1e3:.2f}",
-        f"{phase.seconds / profile.mean_seconds:.1%}",
-        _amount(phase.flops, 1e9, ".3f"),
-        _rate(phase.flops, phase.seconds, limits.compute),
-        _amount(phase.bytes, 1e6, ".1f"),
-        _rate(phase.bytes, phase.seconds, limits.memory),
-        limits.bound or "",
-        str(phase.calls) if phase.calls else "",
-        _amount(phase.python_seconds, 1e-3, ".2f"),
-        _amount(phase.allocated, 1e6, ".1f"),
-        "" if limits.floor is None else f"{max(0.0, phase.seconds - limits.floor) * 1e3:.2f}",
-        _amount(phase.device_seconds, 1e-3, ".2f") if on_gpu else _amount(phase.page_faults, 1, ".0f"),
-    ]
+    grouped = profile.grouped() | {"step": profile.whole}
+    times, work = [], []
+    for name in in_order(grouped):
+        phase = grouped[name]
+        members = [p for p in profile.phases if name in (p.group, p.name, "step")] or [phase]
+        limits = Limits.of(members, profile.dtype, ceilings)
+        times.append(
+            [
+                _indented(name),
+                f"{phase.seconds * 1e3:.2f}",
+                f"{phase.seconds / profile.mean_seconds:.1%}",
+                _amount(phase.python_seconds, 1e-3, ".2f"),
+                "" if limits.floor is None else f"{max(0.0, phase.seconds - limits.floor) * 1e3:.2f}",
+                limits.bound or "",
+                str(phase.calls) if phase.calls else "",
+                _amount(phase.device_seconds, 1e-3, ".2f") if on_gpu else _amount(phase.page_faults, 1, ".0f"),
+            ]
+        )
+        work.append(
+            [
+                _indented(name),
+                _amount(phase.flops, 1e9, ".3f"),
+                _rate(phase.flops, phase.seconds, limits.compute),
+                _amount(phase.bytes, 1e6, ".1f"),
+                _rate(phase.bytes, phase.seconds, limits.memory),
+                _amount(phase.allocated, 1e6, ".1f"),
+            ]
+        )
+    found: list[tuple[Sequence[str], Rows]] = [((*TIME, "kernels, ms" if on_gpu else "page faults"), times)]
+    return [*found, (WORK, work)] if any(any(row[1:]) for row in work) else found
 
 
 def _amount(value: float | None, unit: float, form: str) -> str:
@@ -163,9 +164,11 @@ def ceilings_line(ceilings: dict[str, float]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[list[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 0), show_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        # Where a terminal is narrow, names break, then numbers: none is cut off.
+        heading = column.replace(" ", "\n")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
     return table

@@ -34,7 +34,7 @@ class Phase:
     device_seconds : float or None
         Of the GPU's kernels, in one step.
     python_seconds : float or None
-        In which no operator ran, in the traced step: Python and autograd's engine.
+        In which no operator ran, which is Python and autograd's engine: the median share over the traced steps.
     nodes : dict of str to float
         Shares of the phase that autograd's nodes take, by name, largest first.
     """

@@ -29,13 +29,16 @@ class Traced:
         How many those are.
     nodes : Counter
         Microseconds of autograd's nodes in it, by name.
+    seconds : float
+        From its beginnings to its ends, under the profiler.
     python_seconds : float
-        In which no operator ran.
+        Of these, in which no operator ran.
     """
 
     device_seconds: float = 0.0
     kernels: int = 0
     nodes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
     python_seconds: float = 0.0
 
 
@@ -118,5 +121,7 @@ def read(events: Iterable[Any]) -> dict[str, Traced]:
             phase.nodes[event.name.removeprefix(_NODE)] += event.time_range.elapsed_us()
     busy = _union(operators)
     for name, start, end in intervals.pieces():
-        found.setdefault(name, Traced()).python_seconds += (end - start - _overlap(busy, start, end)) / 1e6
+        phase = found.setdefault(name, Traced())
+        phase.seconds += (end - start) / 1e6
+        phase.python_seconds += (end - start - _overlap(busy, start, end)) / 1e6
     return found

@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_what_was_measured(
     rounds, counts = timing.rounds, itertools.count()
 
     def interrupted(*args: object, **kwargs: object) -> object:
-        if next(counts) == 8:
+        if next(counts) == 10:
             raise KeyboardInterrupt
         return rounds(*args, **kwargs)
 
@@ -122,5 +122,5 @@ def test_ctrl_c_leaves_what_was_measured(
     captured = capsys.readouterr()
     assert captured.err.endswith("gankern profile: error: interrupted\n")
     sides = json.loads((tmp_path / "profile.json").read_text())["sides"]
-    assert {side["steps"] for side in sides.values()} == {8 - 5}
+    assert {side["steps"] for side in sides.values()} == {10 - 7}
     assert "Where the step's time goes" in captured.out

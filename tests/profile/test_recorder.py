@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_phases_are_exclusive_and_add_up_to_the_step(clock: Clock) -> None:
     with gankern.profile.critic_steps(warm_up=0) as prof:
-        for number in range(3 + 6):
+        for number in range(5 + 6):
             clock.pause(50)
             with prof.step():
                 with prof.phase("data"):
@@ -59,18 +59,18 @@ def test_phases_are_exclusive_and_add_up_to_the_step(clock: Clock) -> None:
     found = prof.profile()
     assert found.steps == 6
     milliseconds = {p.name: p.seconds * 1e3 for p in found.phases}
-    # Of the steps 3 to 8 the shortest and the longest are left out.
-    assert milliseconds == pytest.approx({"data": 2 + 5.5, "penalty": 2, "penalty/tail": 3, OTHER: 1})
-    assert found.mean_seconds == pytest.approx(13.5e-3)
-    assert found.seconds.median == pytest.approx(13.5e-3)
+    # Of the steps 5 to 10 the shortest and the longest are left out.
+    assert milliseconds == pytest.approx({"data": 2 + 7.5, "penalty": 2, "penalty/tail": 3, OTHER: 1})
+    assert found.mean_seconds == pytest.approx(15.5e-3)
+    assert found.seconds.median == pytest.approx(15.5e-3)
     assert {name: p.seconds * 1e3 for name, p in found.grouped().items()} == pytest.approx(
-        {"data": 7.5, "penalty": 5, "penalty/tail": 3, "penalty/rest": 2, OTHER: 1}
+        {"data": 9.5, "penalty": 5, "penalty/tail": 3, "penalty/rest": 2, OTHER: 1}
     )
 
 
 def test_statements_do_as_blocks_do(clock: Clock) -> None:
     with gankern.profile.critic_steps(warm_up=1) as prof:
-        for _ in range(4 + 3):
+        for _ in range(6 + 3):
             prof.phase("data")
             clock.pause(1)
             prof.phase("real forward")
@@ -100,7 +100,7 @@ def penalty_steps(critic: nn.Module, prof: gankern.profile.CriticSteps, count: i
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_penalty_marks_and_counts_its_passes(critic: nn.Module, backend: str) -> None:
     with gankern.backend(backend), gankern.profile.critic_steps(steps=2) as prof:
-        penalty_steps(critic, prof, 7)
+        penalty_steps(critic, prof, 9)
     flops = {p.name: p.flops for p in prof.profile().phases}
     forward = flops["real forward"]
     assert forward == 4 * 2 * (8 * 8 * 8 * 3 * 16 + 8 * 4 * 4 * 8 * 16 + 128)
@@ -133,7 +133,7 @@ def test_a_compiled_penalty_is_counted_and_timed(critic: nn.Module) -> None:
     compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
     real, fake = torch.randn(2, 4, 3, 16, 16).unbind()
     with gankern.profile.critic_steps(steps=2) as prof:
-        for _ in range(7):
+        for _ in range(9):
             with prof.step(), prof.phase("penalty"):
                 compiled(real, fake).backward()
     found = prof.profile().grouped()
@@ -149,9 +149,9 @@ def test_off_and_after_the_block_nothing_is_watched(critic: nn.Module) -> None:
     with gankern.profile.critic_steps(warm_up=0) as prof, pytest.raises(ZeroDivisionError):
         for number in range(10):
             with prof.step(), prof.phase("data"):
-                assert _phases.hook is not None or number == 2
+                assert _phases.hook is not None or number == 4
                 1 / (8 - number)
-    assert prof.profile().steps == 5
+    assert prof.profile().steps == 3
     assert _phases.hook is None
     assert not _phases.inline
 
@@ -159,7 +159,7 @@ def test_off_and_after_the_block_nothing_is_watched(critic: nn.Module) -> None:
 def test_the_trace_names_the_phases(critic: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "a" / "trace.json"
     with gankern.profile.critic_steps(trace=path) as prof:
-        penalty_steps(critic, prof, 6)
+        penalty_steps(critic, prof, 8)
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {"phase: real forward", "phase: penalty", "phase: penalty/tangent"} <= names
     assert prof.profile().phase("real forward").allocated > 4 * 8 * 64 * 4
@@ -182,7 +182,7 @@ class Slow(torch.autograd.Function):
 def test_python_is_where_no_operator_runs() -> None:
     matrix, x = torch.randn(1500, 1500), torch.ones(2, requires_grad=True)
     with gankern.profile.critic_steps(warm_up=0, steps=1) as prof:
-        for _ in range(4):
+        for _ in range(6):
             with prof.step():
                 time.sleep(0.02)
                 with prof.phase("forward"):
@@ -193,10 +193,23 @@ def test_python_is_where_no_operator_runs() -> None:
                     torch.mm(matrix, matrix)
                 time.sleep(0.02)
     found = {phase.name: phase for phase in prof.profile().phases}
-    for name, sleeps in {"forward": 1, "backward": 1, OTHER: 2}.items():
-        assert found[name].python_seconds == pytest.approx(0.02 * sleeps, rel=0.5), name
-    product = found["product"]
-    assert product.python_seconds is not None and product.python_seconds < 0.5 * product.seconds
+    shares = {name: (phase.python_seconds or 0.0) / phase.seconds for name, phase in found.items()}
+    assert min(shares["forward"], shares["backward"], shares[OTHER]) > 0.5 > shares["product"]
+    assert max(shares.values()) <= 1
+
+
+def test_python_is_the_median_share_of_the_traced_steps(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The profiler made the phase ten times as long as it is, and once something else ran meanwhile.
+    found = iter([0.004, 0.016, 0.019])
+    monkeypatch.setattr(
+        traces, "read", lambda events: {"data": traces.Traced(seconds=0.02, python_seconds=next(found))}
+    )
+    with gankern.profile.critic_steps(warm_up=0) as prof:
+        for _ in range(5 + 1):
+            with prof.step(), prof.phase("data"):
+                clock.pause(2)
+    (data,) = (phase for phase in prof.profile().phases if phase.name == "data")
+    assert data.python_seconds == pytest.approx(0.8 * data.seconds)
 
 
 def event(name: str, start: float, end: float) -> SimpleNamespace:
@@ -224,7 +237,7 @@ def test_python_of_operators_that_overlap_or_hold_phases() -> None:
 
 def test_a_report_prints_and_saves(critic: nn.Module, tmp_path: Path) -> None:
     with gankern.profile.critic_steps(steps=2) as prof:
-        penalty_steps(critic, prof, 7)
+        penalty_steps(critic, prof, 9)
     report = prof.report("my critic")
     text = str(report)
     assert "my critic" in text
