@@ -18,7 +18,7 @@ GANKERN_INLINE Vec<A> activate(Vec<A> z, A slope) {
 // The gradient of an activation's input z.
 template <class A, Activation act>
 GANKERN_INLINE Vec<A> activation_grad(Vec<A> z, Vec<A> grad, A slope) {
-    if constexpr (act == Activation::kRelu) return (z > 0) ? grad : Vec<A>{};
+    if constexpr (act == Activation::kRelu) return (z <= 0) ? Vec<A>{} : grad;  // a NaN lets it through, as in torch
     if constexpr (act == Activation::kLeakyRelu) return (z > 0) ? grad : grad * slope;
     if constexpr (act == Activation::kTanh) {
         Vec<A> y = tanh(z);

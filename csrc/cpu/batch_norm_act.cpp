@@ -4,6 +4,7 @@
 #include "gankern/batch_norm_act.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "activation.h"
@@ -132,11 +133,12 @@ struct Planes {
     }
 
     // Mean of the channel in the first image: close enough to the channel's mean that the shifted sum of squares loses
-    // at most a factor n, whatever the data.
+    // at most a factor n, whatever the data. Nothing of one that is not finite: differences to it would all be NaN.
     A shift(const S* x, int64_t c) const {
         Sums sum =
             reduce(c, 0, 1, [&](int64_t i, int lanes, Vec<A>& first, Vec<A>&) { first += load(x + i, lanes, A(0)); });
-        return static_cast<A>(sum.first / static_cast<double>(s.hw));
+        double mean = sum.first / static_cast<double>(s.hw);
+        return std::isfinite(mean) ? static_cast<A>(mean) : A(0);
     }
 };
 
@@ -239,7 +241,8 @@ void write_grads(const BatchNormActBackward& a, int64_t c, Sums s) {
         static_cast<A>(s.second * static_cast<double>(static_cast<const A*>(a.invstd)[c]));
 }
 
-// grad_input = scale * (dz - mean(dz) - xhat * mean(dz * xhat)); the two means are zero when not training.
+// grad_input = scale * (dz - mean(dz) - xhat * mean(dz * xhat)) when training. Else scale * dz: an infinite value has
+// no part in other pixels' gradients.
 template <class S>
 struct InputGrad {
     using A = Acc<S>;
@@ -247,9 +250,7 @@ struct InputGrad {
     const Channels<S>& channels;
     double per_count;
     InputGrad(const BatchNormActBackward& args, const Channels<S>& ch)
-        : a(args),
-          channels(ch),
-          per_count(args.training ? 1.0 / static_cast<double>(args.shape.n * args.shape.hw) : 0) {}
+        : a(args), channels(ch), per_count(1.0 / static_cast<double>(args.shape.n * args.shape.hw)) {}
     A mean_dz(int64_t c) const { return static_cast<A>(static_cast<const A*>(a.grad_bias)[c] * per_count); }
     A slope_dz(int64_t c) const {
         return static_cast<A>(static_cast<const A*>(a.grad_weight)[c] * per_count * channels.invstd[c]);
@@ -267,13 +268,15 @@ void plane_input_grad(const Planes<S>& planes, const BatchNormActBackward& a, co
     A slope = static_cast<A>(a.shape.negative_slope);
     InputGrad<S> grad(a, channels);
     Vec<A> mean_dz = splat(grad.mean_dz(c)), slope_dz = splat(grad.slope_dz(c));
+    bool training = a.training;
     for (int64_t n = begin; n < end; ++n) {
         int64_t base = planes.offset(n, c);
         for_each_vec<A>(a.shape.hw, [&](int64_t i, int lanes) {
             Vec<A> v = load(x + base + i, lanes, A(0));
             Vec<A> dz = activation_grad<A, act>(map(v), load(dy + base + i, lanes, A(0)), slope);
             planes.ahead(dx, base + i);
-            dx.put(base + i, lanes, map.scale * (dz - mean_dz - (v - map.mean) * slope_dz));
+            if (training) dz = dz - mean_dz - (v - map.mean) * slope_dz;
+            dx.put(base + i, lanes, map.scale * dz);
         });
     }
 }
@@ -372,7 +375,8 @@ void row_statistics(const BatchNormActForward& a, const Parts& parts) {
             int lanes = static_cast<int>(s.c - c < kLanes<A> ? s.c - c : kLanes<A>);
             Vec<A> sum{};
             for (int64_t row = 0; row < s.hw; ++row) sum += load(x + row * s.c + c, lanes, A(0));
-            store(shift + c, lanes, sum / static_cast<A>(s.hw));
+            Vec<A> mean = sum / static_cast<A>(s.hw);
+            store(shift + c, lanes, (mean - mean == 0) ? mean : Vec<A>{});
         }
     });
     parallel_for(parts.count, s.threads, [&](int64_t from, int64_t to) {
@@ -445,6 +449,7 @@ void backward_rows(const BatchNormActBackward& a) {
         mean_dz[c] = grad.mean_dz(c);
         slope_dz[c] = grad.slope_dz(c);
     }
+    bool training = a.training;
     parallel_for(s.n * s.hw, s.threads, [&](int64_t begin, int64_t end) {
         Output<S> dx(a.grad_input, s);
         for (int64_t row = begin; row < end; ++row) {
@@ -453,9 +458,9 @@ void backward_rows(const BatchNormActBackward& a) {
                 auto map = channels.row(c, lanes);
                 Vec<A> v = load(x + i, lanes, A(0));
                 Vec<A> dz = activation_grad<A, act>(map(v), load(dy + i, lanes, A(0)), slope);
-                Vec<A> centered =
-                    dz - load(mean_dz + c, lanes, A(0)) - (v - map.mean) * load(slope_dz + c, lanes, A(0));
-                dx.put(i, lanes, map.scale * centered);
+                if (training)
+                    dz = dz - load(mean_dz + c, lanes, A(0)) - (v - map.mean) * load(slope_dz + c, lanes, A(0));
+                dx.put(i, lanes, map.scale * dz);
             });
         }
     });

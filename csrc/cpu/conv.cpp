@@ -150,20 +150,22 @@ void convolve(const ConvPlan& p, const float* source, const float* weight, const
 }  // namespace
 
 void conv_forward(const ConvForward& a) {
-    if (is_winograd(a.shape))
-        return winograd(winograd_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch);
-    if (is_phased(a.shape))
-        return convolve_phases(phased_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch);
+    if (is_winograd(a.shape) &&
+        winograd(winograd_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch))
+        return;
+    if (is_phased(a.shape) &&
+        convolve_phases(phased_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch))
+        return;
     convolve(plan_forward(a.shape), a.input, a.weight, a.bias, a.finish, a.output, a.scratch);
 }
 
 void conv_input_grad(const ConvInputGrad& a) {
-    if (is_winograd(a.shape))
-        return winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input,
-                        a.scratch);
-    if (is_phased(a.shape))
-        return convolve_phases(phased_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input,
-                               a.scratch);
+    if (is_winograd(a.shape) &&
+        winograd(winograd_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input, a.scratch))
+        return;
+    if (is_phased(a.shape) &&
+        convolve_phases(phased_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input, a.scratch))
+        return;
     convolve(plan_input_grad(a.shape), a.grad_output, a.weight, a.bias, a.finish, a.grad_input, a.scratch);
 }
 

@@ -2,6 +2,7 @@
 // Computations", 1980; Lavin and Gray, 2016, for the tiles): nine products for four pixels of a phase instead of
 // sixteen.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "conv_plan.h"
@@ -117,13 +118,14 @@ void multiply(const float* input, const float* weight, int64_t depth, int64_t ti
 
 }  // namespace
 
-void convolve_phases(const PhasePlan& p, const float* source, const float* weight, const float* bias,
+bool convolve_phases(const PhasePlan& p, const float* source, const float* weight, const float* bias,
                      const ConvFinish& finish, float* result, float* scratch) {
     int64_t depth = p.depth(), channels = p.source[2], outputs = p.result[2], size = p.piece();
     int64_t blocks = (outputs + kWidth - 1) / kWidth, per_product = depth * outputs;
     auto grids = static_cast<int64_t>(p.grids.size());
     transform_weights(p, weight, scratch);
     std::vector<float> nothing(channels, 0.0f);
+    std::atomic<bool> finite{true};
     std::vector<int64_t> pieces(grids + 1, 0);
     for (int64_t g = 0; g < grids; ++g) pieces[g + 1] = pieces[g] + (p.tiles(p.grids[g]) + size - 1) / size;
     parallel_for_each(pieces[grids], p.threads, [&](int thread, int64_t task) {
@@ -132,6 +134,7 @@ void convolve_phases(const PhasePlan& p, const float* source, const float* weigh
         const float* weights = scratch + 9 * g * per_product;
         float* inputs = scratch + 9 * grids * per_product + thread * phased_working(p);
         float* sums = inputs + 9 * size * depth;
+        Finite seen;
         int64_t begin = (task - pieces[g]) * size, tiles = std::min(size, p.tiles(grid) - begin);
         for (int64_t t = 0; t < tiles; ++t)
             for (int64_t q = 0; q < p.sources; ++q)
@@ -162,14 +165,16 @@ void convolve_phases(const PhasePlan& p, const float* source, const float* weigh
                                 int64_t y = grid.origin[0] + (tile.y + i) * p.result_step;
                                 int64_t x = grid.origin[1] + (tile.x + j) * p.result_step;
                                 int64_t to = ((tile.n * p.result[0] + y) * p.result[1] + x) * outputs + first + c;
-                                V values = rows[i][j] + rows[i][j + 1] + offset;
+                                V values = seen.see(rows[i][j] + rows[i][j + 1] + offset);
                                 store(result + to, finished<act>(finish, values, to, first + c, kLane));
                             }
                     }
                 }
             });
         }
+        if (!seen.all()) finite = false;
     });
+    return finite;
 }
 
 }  // namespace GANKERN_ISA

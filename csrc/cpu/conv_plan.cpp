@@ -363,13 +363,16 @@ int64_t phased_scratch(const PhasePlan& p) {
 }  // namespace
 
 int64_t conv_forward_scratch(const ConvShape& s) {
-    if (is_phased(s)) return phased_scratch(phased_forward(s));
-    return is_winograd(s) ? winograd_scratch(winograd_forward(s)) : image_scratch(plan_forward(s));
+    // Minimal filtering gives up where its result is not finite.
+    int64_t plain = image_scratch(plan_forward(s));
+    if (is_phased(s)) return std::max(plain, phased_scratch(phased_forward(s)));
+    return is_winograd(s) ? std::max(plain, winograd_scratch(winograd_forward(s))) : plain;
 }
 
 int64_t conv_input_grad_scratch(const ConvShape& s) {
-    if (is_phased(s)) return phased_scratch(phased_input_grad(s));
-    return is_winograd(s) ? winograd_scratch(winograd_input_grad(s)) : image_scratch(plan_input_grad(s));
+    int64_t plain = image_scratch(plan_input_grad(s));
+    if (is_phased(s)) return std::max(plain, phased_scratch(phased_input_grad(s)));
+    return is_winograd(s) ? std::max(plain, winograd_scratch(winograd_input_grad(s))) : plain;
 }
 
 ConvPieces conv_pieces(const ConvShape& s) {
@@ -384,16 +387,14 @@ ConvPieces conv_pieces(const ConvShape& s) {
 bool conv_is_stem(const ConvShape& s) { return s.channels <= 8 && s.dilation[1] == 1; }
 
 int64_t conv_weight_grad_scratch(const ConvShape& s) {
-    if (is_winograd_weight_grad(s)) return s.threads * winograd_share(s);
-    // Of the widest blocks; narrower ones hold no more.
-    bool stem = conv_is_stem(s);
-    int64_t rows = stem ? s.channels : s.out_channels, columns = stem ? s.out_channels : s.channels;
-    int64_t sums = s.kernel[0] * s.kernel[1] * rows * round_up(columns, kConvBlock), padded = 0;
-    if (stem) {
-        int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
-        padded = s.n * height * ((s.out_width - 1) * s.stride[1] + s.kernel[1]) * s.channels;
-    }
-    return padded + sums;
+    // Of the widest blocks; narrower ones hold no more. What makes it otherwise gives up where the result is not
+    // finite.
+    int64_t taps = s.kernel[0] * s.kernel[1], plain = taps * s.out_channels * round_up(s.channels, kConvBlock);
+    if (is_winograd_weight_grad(s)) return std::max(plain, s.threads * winograd_share(s));
+    if (!conv_is_stem(s)) return plain;
+    int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
+    int64_t padded = s.n * height * ((s.out_width - 1) * s.stride[1] + s.kernel[1]) * s.channels;
+    return std::max(plain, padded + taps * s.channels * round_up(s.out_channels, kConvBlock));
 }
 
 }  // namespace gankern

@@ -1,6 +1,8 @@
 // The gradient of a convolution's weight as matrix products over pixels: channels of one side by vectors of the other's
 // stay in registers while the pixels go by.
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <vector>
 
 #include "conv_plan.h"
@@ -169,8 +171,9 @@ void spread_sums(const ConvWeightGrad& a, int64_t taps, int64_t blocks) {
 }
 
 // Few input channels: vectors run along the output channels, and the values under a row of the kernel are the rows of
-// the product. The images are copied with zeros around them, so that every pixel has all of them.
-void stem_weight_grad(const ConvWeightGrad& a) {
+// the product. The images are copied with zeros around them, so that every pixel has all of them. False where the
+// result is not finite: a zero may then have been multiplied by what is not.
+bool stem_weight_grad(const ConvWeightGrad& a) {
     const ConvShape& s = a.shape;
     int64_t height = (s.out_height - 1) * s.stride[0] + (s.kernel[0] - 1) * s.dilation[0] + 1;
     int64_t width = (s.out_width - 1) * s.stride[1] + s.kernel[1], line = width * s.channels;
@@ -194,18 +197,22 @@ void stem_weight_grad(const ConvWeightGrad& a) {
                 pairs.add_row(s.out_width, (n * height + y * s.stride[0] + i * s.dilation[0]) * line,
                               s.stride[1] * s.channels, (n * s.out_height + y) * out_line, s.out_channels);
     });
+    bool finite = true;
     for (int64_t k = 0; k < s.out_channels; ++k)
         for (int64_t i = 0; i < s.kernel[0]; ++i)
             for (int64_t r = 0; r < run; ++r) {
                 const int64_t (&step)[4] = s.weight_strides;
                 int64_t row = (i * product.blocks() + k / kWidth) * run + r;
-                a.grad_weight[k * step[0] + r % s.channels * step[1] + i * step[2] + r / s.channels * step[3]] =
-                    product.sums[row * kWidth + k % kWidth];
+                float value = product.sums[row * kWidth + k % kWidth];
+                finite = finite && std::isfinite(value);
+                a.grad_weight[k * step[0] + r % s.channels * step[1] + i * step[2] + r / s.channels * step[3]] = value;
             }
+    return finite;
 }
 
 // The adjoint of minimal filtering: the products' gradients are summed up over tiles and transformed once at the end.
-void winograd_weight_grad(const ConvWeightGrad& a) {
+// False where the result is not finite.
+bool winograd_weight_grad(const ConvWeightGrad& a) {
     Winograd p = winograd_forward(a.shape);
     WinogradTiles tiles_of(p);
     int64_t channels = p.source[2], outputs = p.result[2], blocks = (channels + kWidth - 1) / kWidth;
@@ -276,7 +283,9 @@ void winograd_weight_grad(const ConvWeightGrad& a) {
         }
     });
     const int64_t (&step)[4] = a.shape.weight_strides;
+    std::atomic<bool> finite{true};
     parallel_for(outputs, p.threads, [&](int64_t begin, int64_t end) {
+        Finite seen;
         for (int64_t k = begin; k < end; ++k)
             for (int64_t c = 0; c < channels; c += kLane) {
                 // G^T m G, of the sums of all shares.
@@ -302,20 +311,22 @@ void winograd_weight_grad(const ConvWeightGrad& a) {
                 }
                 for (int64_t t = 0; t < 9; ++t) {
                     float lanes[kLane];
-                    store(lanes, result[t / 3][t % 3]);
+                    store(lanes, seen.see(result[t / 3][t % 3]));
                     float* to = a.grad_weight + k * step[0] + c * step[1] + t / 3 * step[2] + t % 3 * step[3];
                     for (int64_t l = 0; l < kLane; ++l) to[l * step[1]] = lanes[l];
                 }
             }
+        if (!seen.all()) finite = false;
     });
+    return finite;
 }
 
 }  // namespace
 
 void conv_weight_grad(const ConvWeightGrad& a) {
     const ConvShape& s = a.shape;
-    if (conv_is_stem(s)) return stem_weight_grad(a);
-    if (is_winograd_weight_grad(s)) return winograd_weight_grad(a);
+    if (conv_is_stem(s) && stem_weight_grad(a)) return;
+    if (is_winograd_weight_grad(s) && winograd_weight_grad(a)) return;
     int64_t taps = s.kernel[0] * s.kernel[1];
     Correlation product{s, taps, s.out_channels, s.channels, a.grad_output, a.input, a.scratch};
     product.run([&](int64_t tap, const ConvPiece& piece, Pairs& pairs) {

@@ -1,6 +1,7 @@
 // 3x3 convolution of stride one by minimal filtering F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional
 // Neural Networks", 2016, section 4.1): four products an output pixel and pair of channels instead of nine.
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "conv_plan.h"
@@ -50,7 +51,7 @@ void multiply(const float* input, const float* weight, int64_t channels, int64_t
 
 }  // namespace
 
-void winograd(const Winograd& p, const float* source, const float* weight, const float* bias, const ConvFinish& finish,
+bool winograd(const Winograd& p, const float* source, const float* weight, const float* bias, const ConvFinish& finish,
               float* result, float* scratch) {
     int64_t channels = p.source[2], outputs = p.result[2], blocks = (outputs + kWidth - 1) / kWidth;
     // weights[product][block of channels of the result][channel of the source][channel of the block]
@@ -64,11 +65,13 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
         }
     });
     std::vector<float> nothing(channels, 0.0f);
+    std::atomic<bool> finite{true};
     WinogradTiles tiles_of(p);
     int64_t pieces = (tiles_of.all + kWinogradTiles - 1) / kWinogradTiles;
     parallel_for_each(pieces, p.threads, [&](int thread, int64_t piece) {
         float* inputs = scratch + 16 * per_product + thread * winograd_piece(p);
         float* sums = inputs + 16 * kWinogradTiles * channels;
+        Finite seen;
         int64_t begin = piece * kWinogradTiles, tiles = std::min<int64_t>(kWinogradTiles, tiles_of.all - begin);
         for (int64_t t = 0; t < tiles; ++t) {
             const float* at[16];
@@ -89,7 +92,7 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
                 });
             with_activation(finish.activation, [&](auto act) {
                 auto put = [&](int64_t at, int64_t c, V values) {
-                    store(result + at, finished<act>(finish, values, at, first + c, kLane));
+                    store(result + at, finished<act>(finish, seen.see(values), at, first + c, kLane));
                 };
                 for (int64_t t = 0; t < tiles; ++t) {
                     auto [n, y, x] = tiles_of.place(begin + t);
@@ -115,7 +118,9 @@ void winograd(const Winograd& p, const float* source, const float* weight, const
                 }
             });
         }
+        if (!seen.all()) finite = false;
     });
+    return finite;
 }
 
 }  // namespace GANKERN_ISA

@@ -55,12 +55,32 @@ GANKERN_INLINE void transform_input(const float* const (&at)[16], int64_t c, V (
     }
 }
 
-// 3x3 convolution of stride one, in conv_winograd.cpp.
-void winograd(const Winograd& plan, const float* source, const float* weight, const float* bias,
+// Whether values are neither infinite nor NaN. Minimal filtering adds up pixels that a result does not see and takes
+// them away again, which leaves a NaN of such a one, or where a sum overflows.
+class Finite {
+ public:
+    GANKERN_INLINE V see(V values) {
+        zeros_ += values * 0.0f;
+        return values;
+    }
+    bool all() const {
+        float lanes[kLanes<float>], sum = 0;
+        store(lanes, zeros_);
+        for (float lane : lanes) sum += lane;
+        return sum == 0;
+    }
+
+ private:
+    V zeros_{};
+};
+
+// 3x3 convolution of stride one, in conv_winograd.cpp. False where the result is not finite: it is then to be made by
+// other means.
+bool winograd(const Winograd& plan, const float* source, const float* weight, const float* bias,
               const ConvFinish& finish, float* result, float* scratch);
 
-// 4x4 convolution of stride two, in conv_phases.cpp.
-void convolve_phases(const PhasePlan& plan, const float* source, const float* weight, const float* bias,
+// 4x4 convolution of stride two, in conv_phases.cpp; the same holds.
+bool convolve_phases(const PhasePlan& plan, const float* source, const float* weight, const float* bias,
                      const ConvFinish& finish, float* result, float* scratch);
 
 }  // namespace GANKERN_ISA
