@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gankern._autograd import casts
+
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last where a 4-d tensor is dense in that order, going by the strides where both are; else contiguous."""
@@ -29,10 +31,10 @@ def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
 
 def autocast(*tensors: Any) -> list[Any]:
     """Casts as autocast would in front of a convolution or matrix product."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    first = next(t for t in tensors if t is not None)
+    if not casts(first):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from gankern._autograd import casts, is_traced
 from gankern.ops import _check
 from gankern.ops.conv_act import autograd, reference
 from gankern.ops.conv_act.reference import ACTIVATIONS, ConvOptions, Layer, conv_shape
@@ -24,7 +25,7 @@ def conv2d_act(
     bias: Tensor | None = None,
     *,
     stride: Size2 = 1,
-    padding: Size2 = 0,
+    padding: Size2 | str = 0,
     dilation: Size2 = 1,
     groups: int = 1,
     activation: str = "leaky_relu",
@@ -43,7 +44,7 @@ def conv2d_act(
     bias : Tensor or None
         Shape (C_out,).
     stride, padding, dilation, groups
-        As in :func:`torch.nn.functional.conv2d`.
+        As in :func:`torch.nn.functional.conv2d`; padding "same" and "valid" too.
     activation : str
         "relu", "leaky_relu", "tanh" or "none".
     negative_slope : float
@@ -73,6 +74,9 @@ def conv2d_act(
         options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         options |= {"activation": activation, "negative_slope": negative_slope}
         return handle_torch_function(conv2d_act, tensors, *tensors, **options)
+    if is_traced():
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return reference.activate(output, activation, negative_slope)
     _check.floating("input", input)
     _check.ndim("input", input, 4, "(N, C_in, H, W)")
     _check.floating("weight", weight)
@@ -81,26 +85,21 @@ def conv2d_act(
     if bias is not None:
         _check.vector("bias", bias, weight.size(0))
         _check.same_device("bias", bias, "input", input)
-    if not torch.is_autocast_enabled(input.device.type):
+    if not casts(input):
         _check.same_dtype("weight", weight, "input", input)
         if bias is not None:
             _check.same_dtype("bias", bias, "input", input)
-    _check.positive_int("groups", groups)
+    groups = _check.positive_int("groups", groups)
     _check.one_of("activation", activation, ACTIVATIONS)
-    _check.number("negative_slope", negative_slope)
+    negative_slope = _check.number("negative_slope", negative_slope, finite=False)
     if weight.size(1) * groups != input.size(1):
         raise ValueError(
             f"weight must have input's {input.size(1)} channels / groups {groups} as its second size; got "
             f"{tuple(weight.shape)}"
         )
-    geometry = ConvOptions(
-        _check.int_pair("stride", stride, 1),
-        _check.int_pair("padding", padding, 0),
-        _check.int_pair("dilation", dilation, 1),
-        False,
-        (0, 0),
-        groups,
-    )
+    strides, dilations = _check.int_pair("stride", stride, 1), _check.int_pair("dilation", dilation, 1)
+    input, pads = padded(input, padding, weight, strides, dilations)
+    geometry = ConvOptions(strides, pads, dilations, False, (0, 0), groups)
     sizes = [
         n + 2 * p - d * (k - 1)
         for n, k, p, d in zip(input.shape[2:], weight.shape[2:], geometry.padding, geometry.dilation, strict=True)
@@ -110,11 +109,19 @@ def conv2d_act(
     return autograd.conv2d_acts(input, [Layer(weight, bias, geometry, activation, negative_slope)])
 
 
+def padded(
+    input: Tensor, padding: Size2 | str, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """Padding in numbers, and the input with what "same" has more of at one end."""
+    pads, (bottom, right) = _check.padding(padding, weight.shape[2:], stride, dilation)
+    return F.pad(input, (0, right, 0, bottom)) if bottom or right else input, pads
+
+
 def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     """:func:`conv2d_act` layer by layer, as one node of the graph where that is possible; transposed ones too."""
     if has_torch_function((input,)):
         return handle_torch_function(conv2d_acts, (input,), input, layers)
-    if _fit(input, layers):
+    if is_traced() or _fit(input, layers):
         return autograd.conv2d_acts(input, layers)
     for layer in layers:
         weight, bias, options, activation, negative_slope = layer
@@ -139,9 +146,9 @@ def conv2d_statistics(input: Tensor, layer: Layer) -> tuple[Tensor, Tensor] | No
 def _fit(input: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether each layer takes what the one before makes."""
     shape: Sequence[int] = input.shape
-    casts = torch.is_autocast_enabled(input.device.type)
+    is_cast = casts(input)
     for weight, _, options, *_ in layers:
-        same = (casts or weight.dtype == input.dtype) and weight.device == input.device
+        same = (is_cast or weight.dtype == input.dtype) and weight.device == input.device
         channels = weight.size(0) if options.transposed else weight.size(1) * options.groups
         if not same or channels != shape[1]:
             return False

@@ -6,13 +6,14 @@ it on its way to memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gankern import _cuda, _library, _triton, backends
+from gankern import _autograd, _cuda, _library, _triton, backends
 from gankern._layout import autocast, memory_format
 from gankern.ops.conv_act import cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
@@ -165,11 +166,12 @@ class _ConvActs(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, arguments: tuple[list[int], list[str], list[float]], *tensors: Tensor | None
     ) -> Tensor:
-        outputs = _forward_op(input, tensors[::2], tensors[1::2], *arguments)
-        # Without an activation stock does not need its output either, and lets people change it in place.
-        ctx.save_for_backward(input, *tensors, *(outputs[:-1] if arguments[1][-1] == "none" else outputs))
+        *before, output = _forward_op(input, tensors[::2], tensors[1::2], *arguments)
+        # People may change in place what stock lets them: not the output of ReLU and tanh, which it needs itself.
+        last = {"none": [], "leaky_relu": [output > 0]}.get(arguments[1][-1], [output])
+        ctx.save_for_backward(input, *tensors, *before, *last)
         ctx.arguments = arguments
-        return outputs[-1]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,19 +179,26 @@ class _ConvActs(torch.autograd.Function):
         count = 2 * len(activations)
         input, *saved = ctx.saved_tensors
         tensors, outputs = saved[:count], saved[count:]
+        want_input, _, *want = ctx.needs_input_grad
+        if torch.is_grad_enabled() or _autograd.is_transformed():
+
+            def again(input: Tensor, *tensors: Any) -> Tensor:
+                # Under autocast the parameters are wider than the images.
+                cast: list[Any] = [None if t is None else t.to(input.dtype) for t in tensors]
+                layers = map(Layer, cast[::2], cast[1::2], _options(geometry), activations, negative_slopes)
+                return reference.conv2d_acts(input, list(layers))
+
+            wanted = want_input, *want
+            first, *others = _autograd.gradients(again, (input, *tensors), [grad_output], wanted)
+            return first, None, *others
+        if activations[-1] == "leaky_relu":
+            grad_output = torch.where(outputs.pop(), grad_output, grad_output * negative_slopes[-1])
+            activations = [*activations[:-1], "none"]
         if activations[-1] == "none":
             outputs.append(grad_output)  # only its shape counts
-        want_input, _, *want = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            given = [t for t, w in zip((input, *tensors), (want_input, *want), strict=True) if w]
-            # Under autocast the parameters are wider than the images.
-            cast: list[Any] = [None if t is None else t.to(input.dtype) for t in tensors]
-            layers = map(Layer, cast[::2], cast[1::2], _options(geometry), activations, negative_slopes)
-            again = reference.conv2d_acts(input, list(layers))
-            found = iter(torch.autograd.grad(again, given, grad_output, create_graph=True))
-            return next(found) if want_input else None, None, *(next(found) if w else None for w in want)
+        arguments = geometry, activations, negative_slopes
         grad_input, *grads = _backward_op(
-            grad_output, input, outputs, tensors[::2], *ctx.arguments, want_input, want[::2], want[1::2]
+            grad_output, input, outputs, tensors[::2], *arguments, want_input, want[::2], want[1::2]
         )
         rest = [iter(g) for g in grads]
         return grad_input if want_input else None, None, *(next(rest[i % 2]) if w else None for i, w in enumerate(want))
@@ -217,7 +226,7 @@ def _refusal(layers: Sequence[Layer], chosen: Any) -> str | None:
     for layer in layers:
         if layer.options.groups != 1:
             return f"needs one group; got {layer.options.groups}"
-        if layer.negative_slope < 0:
+        if not 0 <= layer.negative_slope < math.inf:
             return f"needs a negative_slope of 0 or more; got {layer.negative_slope}"
     if chosen is not cpu or not torch.is_autocast_enabled("cpu") or cpu.takes_autocast():
         return None
@@ -226,9 +235,10 @@ def _refusal(layers: Sequence[Layer], chosen: Any) -> str | None:
 
 def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     """By the kernels, where they are chosen and take it; else by torch's autograd."""
-    weights = [layer.weight for layer in layers]
+    tensors: list[Any] = [t for layer in layers for t in layer[:2]]
     # In a compiled graph the operators below would hide the convolutions from the compiler.
-    chosen = reference if torch.compiler.is_compiling() else backends.select("conv2d_act", input, *weights)
+    plain = not torch.compiler.is_compiling() and _autograd.is_plain(input, *tensors)
+    chosen = backends.select("conv2d_act", input, *tensors[::2]) if plain else reference
     if chosen is reference:
         return reference.conv2d_acts(input, layers)
     reason = _refusal(layers, chosen)
@@ -237,21 +247,30 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
             raise backends.BackendUnavailable(f"conv2d_act cannot run on the {backends.requested()} backend: {reason}")
         return reference.conv2d_acts(input, layers)
     arguments = _geometry(layers), [layer.activation for layer in layers], [layer.negative_slope for layer in layers]
-    tensors = [t for layer in layers for t in layer[:2]]
     if chosen is not cpu:
         input, *tensors = autocast(input, *tensors)
     elif torch.is_autocast_enabled("cpu"):
         input = input.to(torch.bfloat16)
-    return _ConvActs.apply(input, arguments, *tensors)
+    if not _autograd.is_recorded(input, *tensors):
+        return _forward_op(input, tensors[::2], tensors[1::2], *arguments)[-1]
+    return _ConvActs.apply(input, arguments, *_with_own_biases(tensors))
+
+
+def _with_own_biases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Weights and biases in turns; the biases copied, which torch's convolutions do not need for their derivatives."""
+    return [t if i % 2 == 0 or t is None else t.clone() for i, t in enumerate(tensors)]
 
 
 def conv2d_statistics(input: Tensor, layer: Layer) -> tuple[Tensor, Tensor] | None:
     """A layer's convolution, and the sums of its values and squares; None where what runs it makes no sums."""
-    if torch.compiler.is_compiling() or input.numel() == 0:
+    plain = not torch.compiler.is_compiling() and _autograd.is_plain(input, *layer[:2])
+    if not plain or input.numel() == 0:
         return None
     chosen = backends.select("conv2d_act", input, layer.weight)
     if not hasattr(chosen, "conv_statistics") or _refusal([layer], chosen) is not None:
         return None
-    input, weight, bias = autocast(input, layer.weight, layer.bias)
-    output, sums = _ConvStatistics.apply(input, _geometry([layer]), weight, bias)
+    input, *tensors = autocast(input, layer.weight, layer.bias)
+    if _autograd.is_recorded(input, *tensors):
+        tensors = _with_own_biases(tensors)
+    output, sums = _ConvStatistics.apply(input, _geometry([layer]), *tensors)
     return output, sums

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _native, backends
+from gankern._autograd import casts, is_plain, is_recorded, is_traced
 from gankern.ops import _check
-from gankern.ops.conv_transpose_bn_act import autograd
+from gankern.ops.conv_act import padded
+from gankern.ops.conv_transpose_bn_act import autograd, reference
 from gankern.ops.conv_transpose_bn_act.convolution import Convolution, affine, explain_block, folds, normalised
 
 __all__ = ["batch_norm_act", "conv2d_bn_act", "conv_transpose2d_bn_act"]
@@ -57,7 +60,7 @@ def batch_norm_act(
     training : bool
         Whether to normalise with the statistics of this batch.
     momentum : float, optional
-        Weight of this batch in the running statistics.
+        Weight of this batch in the running statistics: any number, as in stock.
     eps : float, optional
         Added to the variance.
     activation : {"relu", "leaky_relu", "tanh", "none"}, optional
@@ -90,17 +93,20 @@ def batch_norm_act(
     ----------
     Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2 and the gradients of section 3.
     """
+    if is_traced() and process_group is None:
+        uses_batch = training or running_mean is None
+        statistics: dict[str, Any] = {"training": uses_batch, "momentum": momentum, "eps": eps}
+        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        return reference.batch_norm_act(input, running_mean, running_var, weight, bias, **statistics, **act)
     _check.floating("input", input)
     if input.dim() < 2:
         raise ValueError(f"input must have shape (N, C, ...); got {tuple(input.shape)}")
     _check_norm(input.size(1), input, running_mean, running_var, weight, bias, "weight", "bias")
-    _check_options(training, momentum, eps, activation, negative_slope)
+    options = _check_options(training, momentum, eps, activation, negative_slope)
     group = _group_of(process_group, training)
     if group is None:
         _check_statistics(input.shape, training, running_mean, running_var)
-    return _norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, group
-    )
+    return _norm(input, running_mean, running_var, weight, bias, training, *options, group)
 
 
 def conv_transpose2d_bn_act(
@@ -160,9 +166,14 @@ def conv_transpose2d_bn_act(
     ----------
     Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
     """
+    if is_traced() and process_group is None:
+        output = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        statistics: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
+        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        return batch_norm_act(output, running_mean, running_var, bn_weight, bn_bias, **statistics, **act)
     _check_conv(input, weight, bias, groups, transposed=True)
     _check_norm(weight.size(1) * groups, input, running_mean, running_var, bn_weight, bn_bias, "bn_weight", "bn_bias")
-    _check_options(training, momentum, eps, activation, negative_slope)
+    options = _check_options(training, momentum, eps, activation, negative_slope)
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding), _pair("dilation", dilation, 1)
     output_padding = _pair("output_padding", output_padding)
     if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
@@ -192,10 +203,7 @@ def conv_transpose2d_bn_act(
         bn_weight,
         bn_bias,
         training,
-        momentum,
-        eps,
-        activation,
-        negative_slope,
+        *options,
         group,
     )
 
@@ -210,7 +218,7 @@ def conv2d_bn_act(
     bn_bias: Tensor | None,
     *,
     stride: Size2 = 1,
-    padding: Size2 = 0,
+    padding: Size2 | str = 0,
     groups: int = 1,
     dilation: Size2 = 1,
     training: bool,
@@ -233,7 +241,7 @@ def conv2d_bn_act(
     running_mean, running_var, bn_weight, bn_bias : Tensor or None
         Shape (C_out,): as in :func:`batch_norm_act`.
     stride, padding, groups, dilation
-        As in :func:`torch.nn.functional.conv2d`.
+        As in :func:`torch.nn.functional.conv2d`; padding "same" and "valid" too.
     training, momentum, eps, activation, negative_slope, process_group
         As in :func:`batch_norm_act`.
 
@@ -256,10 +264,16 @@ def conv2d_bn_act(
     ----------
     Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
     """
+    if is_traced() and process_group is None:
+        output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        statistics: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
+        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        return batch_norm_act(output, running_mean, running_var, bn_weight, bn_bias, **statistics, **act)
     _check_conv(input, weight, bias, groups, transposed=False)
     _check_norm(weight.size(0), input, running_mean, running_var, bn_weight, bn_bias, "bn_weight", "bn_bias")
-    _check_options(training, momentum, eps, activation, negative_slope)
-    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding), _pair("dilation", dilation, 1)
+    options = _check_options(training, momentum, eps, activation, negative_slope)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    input, padding = padded(input, padding, weight, stride, dilation)
     size = [
         (i + 2 * p - d * (k - 1) - 1) // s + 1
         for i, k, s, p, d in zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -280,10 +294,7 @@ def conv2d_bn_act(
         bn_weight,
         bn_bias,
         training,
-        momentum,
-        eps,
-        activation,
-        negative_slope,
+        *options,
         group,
     )
 
@@ -304,10 +315,9 @@ def _block(
     negative_slope: float,
     group: Any,
 ) -> Tensor:
-    given = (input, weight, bias, bn_weight, bn_bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    constant = not (training or needs_grad or running_mean is None or running_var is None)
-    if constant and folds(input) and not conv.is_product(input):
+    given = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
+    constant = not (training or is_recorded(*given) or running_mean is None or running_var is None)
+    if constant and is_plain(*given) and folds(input) and not conv.is_product(input):
         assert running_mean is not None and running_var is not None
         scale, shift = affine(bias, running_mean, running_var, bn_weight, bn_bias, eps)
         return normalised(conv, input, weight, scale, shift, activation, negative_slope)
@@ -367,7 +377,7 @@ def _check_conv(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int,
     _check.ndim("weight", weight, 4, form)
     _check.positive_int("groups", groups)
     # Under autocast the convolution casts both.
-    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if weight.dtype != input.dtype and not casts(input):
         raise TypeError(f"weight must have input's dtype {input.dtype}; got {weight.dtype}")
     _check.same_device("weight", weight, "input", input)
     channels_in = weight.size(0) if transposed else weight.size(1) * groups
@@ -401,12 +411,15 @@ def _check_norm(
         raise ValueError(f"{missing} must be given where the other running statistic is; got None")
 
 
-def _check_options(training: bool, momentum: float, eps: float, activation: str, negative_slope: float) -> None:
+def _check_options(
+    training: bool, momentum: float, eps: float, activation: str, negative_slope: float
+) -> tuple[float, float, str, float]:
+    """All but the first, the numbers as such."""
     _check.boolean("training", training)
-    _check.number("momentum", momentum, low=0, high=1)
-    _check.number("eps", eps, low=0)
+    momentum = _check.number("momentum", momentum, finite=False)
+    eps = _check.number("eps", eps, low=0, finite=False)
     _check.one_of("activation", activation, tuple(_native.ACTIVATIONS))
-    _check.number("negative_slope", negative_slope)
+    return momentum, eps, activation, _check.number("negative_slope", negative_slope, finite=False)
 
 
 def _check_output_size(size: list[int]) -> None:

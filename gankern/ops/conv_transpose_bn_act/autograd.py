@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _cuda, _library, _native, _triton, backends
+from gankern import _autograd, _cuda, _library, _native, _triton, backends
 from gankern._layout import dense, memory_format
 from gankern.ops.conv_transpose_bn_act import cpu, reference
 
@@ -36,7 +36,10 @@ def _train_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _train_from_sums(input: Tensor, sums: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.select("batch_norm_act", input).forward_train_from_sums(input, sums, *args)
+    kernels = backends.select("batch_norm_act", input)
+    run = getattr(kernels, "forward_train_from_sums", None)
+    # What has no use for the sums adds up again.
+    return kernels.forward_train(input, *args) if run is None else run(input, sums, *args)
 
 
 def _train_from_sums_fake(input: Tensor, sums: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,6 +92,10 @@ _backward_op = _library.define(
 )
 
 
+# What is saved are the tensors that the caller has, of any layout and type: changed in place, they raise as in stock.
+# The bias, which stock does not need, is a copy.
+
+
 class _Train(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -101,11 +108,11 @@ class _Train(torch.autograd.Function):
         negative_slope: float,
         sums: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = weight, bias, eps, activation, negative_slope
+        arguments = _acc(weight, input), bias, eps, activation, negative_slope
         if sums is None:
-            output, mean, invstd, var = _train_op(input, *arguments)
+            output, mean, invstd, var = _train_op(dense(input), *arguments)
         else:
-            output, mean, invstd, var = _train_from_sums_op(input, sums, *arguments)
+            output, mean, invstd, var = _train_from_sums_op(dense(input), sums, *arguments)
         ctx.save_for_backward(input, weight, bias, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
         ctx.args = eps, activation, negative_slope
@@ -115,7 +122,8 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, invstd = ctx.saved_tensors
         eps, activation, negative_slope = ctx.args
-        if torch.is_grad_enabled():
+        input, weight = dense(input), _acc(weight, input)
+        if _is_differentiated():
             # Someone differentiates this gradient: plain torch, with the statistics as functions of the input.
             mean, invstd, _var = reference.statistics(input.to(mean.dtype), eps)
             grads = reference.backward(grad_output, input, weight, bias, mean, invstd, True, activation, negative_slope)
@@ -131,21 +139,84 @@ class _Eval(torch.autograd.Function):
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
         activation: str,
         negative_slope: float,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, bias, mean, invstd)
-        ctx.args = activation, negative_slope
-        return _eval_op(input, weight, bias, mean, invstd, activation, negative_slope)
+        mean, invstd = _constants(input, running_mean, running_var, eps)
+        ctx.save_for_backward(input, weight, bias, running_mean, running_var, mean, invstd)
+        ctx.args = eps, activation, negative_slope
+        return _eval_op(dense(input), _acc(weight, input), bias, mean, invstd, activation, negative_slope)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mean, invstd = ctx.saved_tensors
-        run = reference.backward if torch.is_grad_enabled() else _backward_op
-        grads = run(grad_output, input, weight, bias, mean, invstd, False, *ctx.args)
-        return (*_wanted(grads, weight, bias), None, None, None, None)
+        input, weight, bias, running_mean, running_var, mean, invstd = ctx.saved_tensors
+        eps, *act = ctx.args
+        input, weight = dense(input), _acc(weight, input)
+        run = reference.backward if _is_differentiated() else _backward_op
+        if not torch.compiler.is_compiling():
+            now = _constants(input, running_mean, running_var, eps)
+            if not all(map(torch.equal, now, (mean, invstd))):
+                # A call in training mode has come between. Stock's activation knows nothing of it, its batch norm does.
+                before = reference.normalize(input.to(mean.dtype), weight, bias, mean, invstd)
+                grad_output = reference.activation_grad(grad_output.to(mean.dtype), before, *act).to(grad_output.dtype)
+                (mean, invstd), act = now, ["none", 0.0]
+        grads = run(grad_output, input, weight, bias, mean, invstd, False, *act)
+        return (*_wanted(grads, weight, bias), None, None, None, None, None)
+
+
+def _is_differentiated() -> bool:
+    """Whether a gradient is to be made of torch's functions: it is differentiated or transformed itself."""
+    return torch.is_grad_enabled() or _autograd.is_transformed()
+
+
+def _acc(vector: Tensor | None, input: Tensor, copy: bool = False) -> Tensor | None:
+    """Numbers of the channels as kernels read them."""
+    return None if vector is None else vector.to(_native.acc_dtype(input.dtype), copy=copy).contiguous()
+
+
+def _constants(input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps) as they are now."""
+    acc = _native.acc_dtype(input.dtype)
+    mean = running_mean.to(acc, copy=True, memory_format=torch.contiguous_format)
+    return mean, (running_var.to(acc) + eps).rsqrt().contiguous()
+
+
+@torch.no_grad()
+def update(running: Tensor, batch: Tensor, momentum: float) -> None:
+    """Let a batch's statistic into a running one.
+
+    As in stock, autograd does not see it: a graph of a call in evaluation mode stays valid.
+    """
+    if not torch.compiler.is_compiling():
+        running = running.data
+    if running.dtype == batch.dtype:
+        running.mul_(1 - momentum).add_(batch, alpha=momentum)
+    else:
+        wide = torch.promote_types(running.dtype, batch.dtype)
+        running.copy_(running.to(wide) * (1 - momentum) + batch.to(wide) * momentum)
+
+
+def _is_odd(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    updates: bool,
+) -> bool:
+    """Whether stock runs a call: for a transform, or since what it makes of such statistics is its own matter."""
+    if not _autograd.is_plain(input, running_mean, running_var, weight, bias):
+        return True
+    if input.numel() == 0 or _autograd.is_recorded(running_mean, running_var):
+        return True
+    if torch.compiler.is_compiling() or not updates or running_mean is None or running_var is None:
+        return False
+    # One tensor in several places, which is written and read in stock's order.
+    places = [t.data_ptr() for t in (running_mean, running_var, weight, bias) if t is not None]
+    return len(set(places)) < len(places)
 
 
 def _wanted(
@@ -169,18 +240,17 @@ def batch_norm_act(
     sums: Tensor | None = None,
 ) -> Tensor:
     """`sums` are what the batch's statistics are made of, where the input's maker has left them."""
-    input = dense(input)
-    acc = _native.acc_dtype(input.dtype)
-    weight = None if weight is None else weight.to(acc).contiguous()
-    bias = None if bias is None else bias.to(acc).contiguous()
-    if training or running_mean is None or running_var is None:
+    uses_batch = training or running_mean is None or running_var is None
+    if _is_odd(input, running_mean, running_var, weight, bias, uses_batch):
+        statistics: dict[str, Any] = {"training": uses_batch, "momentum": momentum, "eps": eps}
+        act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+        return reference.batch_norm_act(input, running_mean, running_var, weight, bias, **statistics, **act)
+    bias = _acc(bias, input, copy=_autograd.is_recorded(input, weight, bias))
+    if uses_batch:
         output, mean, var = _Train.apply(input, weight, bias, eps, activation, negative_slope, sums)
         if running_mean is not None and running_var is not None:
             count = input.numel() // input.size(1)
-            with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+            update(running_mean, mean, momentum)
+            update(running_var, var * (count / max(count - 1, 1)), momentum)
         return output
-    mean = running_mean.to(acc).contiguous()
-    invstd = (running_var.to(acc) + eps).rsqrt().contiguous()
-    return _Eval.apply(input, weight, bias, mean, invstd, activation, negative_slope)
+    return _Eval.apply(input, weight, bias, running_mean, running_var, eps, activation, negative_slope)

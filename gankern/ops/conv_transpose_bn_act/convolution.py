@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _native, backends
+from gankern._autograd import casts, is_plain, is_recorded
 from gankern._layout import autocast, like_layout, memory_format
 from gankern.backends import Explanation
 from gankern.ops.conv_act import conv2d_acts, conv2d_statistics, cpu, reference
@@ -29,15 +30,20 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not is_plain(input, weight, bias):
+            return self._stock(input, weight, bias)
         is_product = self.is_product(input)
         if self.is_plain(input, weight) and not is_product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
         if input.device.type == "cpu" or memory_format(input) == torch.channels_last:
             # Once here, instead of inside the convolution and again in each of its gradients. On GPUs contiguous images
             # with a weight in channels_last come out in channels_last, as in stock.
-            weight = weight.contiguous(memory_format=memory_format(input))
+            weight = _turned(weight, memory_format(input))
         if is_product:
             return _product(input, weight, bias)
+        return self._stock(input, weight, bias)
+
+    def _stock(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.transposed:
             return F.conv_transpose2d(
                 input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
@@ -48,7 +54,8 @@ class Convolution(NamedTuple):
         """The convolution, and the sums that its output's statistics are made of where a kernel leaves them."""
         compiling = torch.compiler.is_compiling()
         on_gpu = not compiling and (input.device.type != "cpu" or backends.requested() in _GPU)
-        if on_gpu and self.is_plain(input, weight) and not self.is_product(input):
+        ours = on_gpu and is_plain(input, weight, bias) and self.is_plain(input, weight)
+        if ours and not self.is_product(input):
             found = conv2d_statistics(input, Layer(weight, bias, self.options, "none", 0.0))
             if found is not None:
                 return found
@@ -70,7 +77,7 @@ class Convolution(NamedTuple):
             if input.device.type != "cpu":
                 return backends.select("conv2d_act", input, weight) is not reference
         dtypes = {input.dtype, weight.dtype}
-        if torch.is_autocast_enabled(input.device.type):
+        if casts(input):
             return input.device.type == "cpu" and cpu.takes_autocast() and dtypes <= {torch.float32, torch.bfloat16}
         return dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and cpu.has_matrix_units())
 
@@ -96,6 +103,26 @@ def explain_block(transposed: bool, found: Explanation, input: Tensor, weight: T
         by = by if chosen in (None, "reference") else f"backend {chosen}"
     notes = (f"convolution: {by}", f"batch norm and activation: {norm.chosen or 'no backend'}")
     return Explanation(found.op, norm.chosen, norm.refused, notes=notes)
+
+
+class _Turned(torch.autograd.Function):
+    """The weight in another layout. It is saved, so that changed in place it raises as torch's convolution would."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.contiguous(memory_format=memory_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+        _ = ctx.saved_tensors
+        return grad_output, None
+
+
+def _turned(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    if weight.is_contiguous(memory_format=memory_format) or not is_recorded(weight) or torch.compiler.is_compiling():
+        return weight.contiguous(memory_format=memory_format)
+    return _Turned.apply(weight, memory_format)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -83,12 +83,15 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, weight, bias, mean, invstd)
         ctx.args = eps, count, group, activation, negative_slope
-        return autograd._eval_op(input, weight, bias, mean, invstd, activation, negative_slope)
+        return autograd._eval_op(
+            dense(input), autograd._acc(weight, input), bias, mean, invstd, activation, negative_slope
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, mean, invstd = ctx.saved_tensors
         eps, count, group, activation, negative_slope = ctx.args
+        input, weight = dense(input), autograd._acc(weight, input)
         again = torch.is_grad_enabled()
         if again and ctx.needs_input_grad[0]:
             mean, invstd = _shared_statistics(input, mean, eps, count, group)
@@ -154,20 +157,18 @@ def batch_norm_act(
     ----------
     Ioffe and Szegedy 2015, algorithms 1 and 2; ``torch.nn.SyncBatchNorm``.
     """
-    input = dense(input)
     acc = _native.acc_dtype(input.dtype)
-    weight = None if weight is None else weight.to(acc).contiguous()
-    bias = None if bias is None else bias.to(acc).contiguous()
+    bias = autograd._acc(bias, input, copy=True)
     with torch.no_grad():
-        mean, var, count = _statistics(input, group)
+        mean, var, count = _statistics(dense(input), group)
         if count == 1:
             raise ValueError(
                 "input must have more than 1 value per channel over all ranks when training; "
                 f"got {tuple(input.shape)} on this rank"
             )
         if running_mean is not None and running_var is not None and count:
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+            autograd.update(running_mean, mean, momentum)
+            autograd.update(running_var, var * (count / (count - 1)), momentum)
         invstd = (var + eps).rsqrt().to(acc)
         mean = mean.to(acc)
     return _Normalise.apply(input, weight, bias, mean, invstd, eps, count, group, activation, negative_slope)

@@ -98,7 +98,7 @@ def statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return mean, (var + eps).rsqrt(), var
 
 
-def _normalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+def normalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
     scale = invstd if weight is None else invstd * weight
     z = (input - _channels(mean, input)) * _channels(scale, input)
     return z if bias is None else z + _channels(bias, input)
@@ -109,7 +109,7 @@ def forward_train(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = input.double() if input.dtype == torch.float64 else input.float()
     mean, invstd, var = statistics(wide, eps)
-    output = activate(_normalize(wide, weight, bias, mean, invstd), activation, negative_slope)
+    output = activate(normalize(wide, weight, bias, mean, invstd), activation, negative_slope)
     return output.to(input.dtype), mean, invstd, var
 
 
@@ -146,7 +146,16 @@ def forward_eval(
     negative_slope: float,
 ) -> Tensor:
     wide = input.double() if input.dtype == torch.float64 else input.float()
-    return activate(_normalize(wide, weight, bias, mean, invstd), activation, negative_slope).to(input.dtype)
+    return activate(normalize(wide, weight, bias, mean, invstd), activation, negative_slope).to(input.dtype)
+
+
+def activation_grad(grad: Tensor, z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Gradient of an activation's input z. Of a NaN, ReLU lets it through, as in torch."""
+    if activation == "relu":
+        return torch.where(z <= 0, 0, grad)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, grad, grad * negative_slope)
+    return grad * (1 - torch.tanh(z).square()) if activation == "tanh" else grad
 
 
 def backward(
@@ -162,13 +171,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias (Ioffe and Szegedy 2015, section 3, behind the activation's derivative)."""
     wide, grad = input.to(mean.dtype), grad_output.to(mean.dtype)
-    z = _normalize(wide, weight, bias, mean, invstd)
-    if activation == "relu":
-        grad = grad * (z > 0)
-    elif activation == "leaky_relu":
-        grad = torch.where(z > 0, grad, grad * negative_slope)
-    elif activation == "tanh":
-        grad = grad * (1 - torch.tanh(z).square())
+    grad = activation_grad(grad, normalize(wide, weight, bias, mean, invstd), activation, negative_slope)
     dims = _reduced(input)
     normalized = (wide - _channels(mean, input)) * _channels(invstd, input)
     grad_bias = grad.sum(dims)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gankern._autograd import is_plain, is_traced
 from gankern.ops import _check
-from gankern.ops.minibatch_discrimination import autograd, small
+from gankern.ops.minibatch_discrimination import autograd, reference, small
 
 __all__ = ["l1_distance", "minibatch_discrimination"]
 
@@ -54,8 +55,12 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
     Salimans, Goodfellow, Zaremba, Cheung, Radford and Chen, "Improved Techniques for Training GANs", 2016,
     section 3.2.
     """
+    if is_traced():
+        return reference.features(m, include_self)
     _check_m(m)
     _check.boolean("include_self", include_self)
+    if not is_plain(m):
+        return reference.features(m, include_self)
     if small.is_small(m):
         return small.Features.apply(m, include_self)
     return autograd.minibatch_discrimination(m, include_self)
@@ -96,6 +101,8 @@ def l1_distance(m: Tensor) -> Tensor:
     section 3.2.
     """
     _check_m(m)
+    if not is_plain(m):
+        return reference.distance(m)
     return small.l1_distance(m) if small.is_small(m) else autograd.l1_distance(m)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _cuda, _library, _triton, backends
+from gankern import _autograd, _cuda, _library, _triton, backends
 from gankern.ops.minibatch_discrimination import cpu, reference
 
 for _op in ("l1_distance", "minibatch_discrimination"):
@@ -70,6 +70,15 @@ _distance_tangent_op = _library.define(
 )
 
 
+def _derivative(
+    function: type[torch.autograd.Function], op: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What makes a gradient: functorch's transforms know neither of the first two."""
+    if _autograd.is_transformed():
+        return plain
+    return function.apply if torch.is_grad_enabled() else op
+
+
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, m: Tensor, include_self: bool) -> Tensor:
@@ -78,7 +87,7 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        run = FeaturesBackward.apply if torch.is_grad_enabled() else _features_backward_op
+        run = _derivative(FeaturesBackward, _features_backward_op, reference.features_backward)
         return run(grad_output, *ctx.saved_tensors), None
 
 
@@ -90,7 +99,7 @@ class FeaturesBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        run = _FeaturesDoubleBackward.apply if torch.is_grad_enabled() else _features_double_backward_op
+        run = _derivative(_FeaturesDoubleBackward, _features_double_backward_op, reference.features_double_backward)
         return run(cotangent, *ctx.saved_tensors)
 
 
@@ -103,14 +112,8 @@ class _FeaturesDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Third and higher orders: plain torch.
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Aliases, so that one tensor in two places gets the gradient of each place.
-            inputs = [t.view_as(t) for t in ctx.saved_tensors]
-            outputs = reference.features_double_backward(*inputs)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        again = reference.features_double_backward
+        return tuple(_autograd.gradients(again, ctx.saved_tensors, grads, ctx.needs_input_grad))
 
 
 # The distances' backward is linear in grad_output and their tangent its transpose: each is the other's derivative, to
@@ -125,7 +128,7 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        run = DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
+        run = _derivative(DistanceBackward, _distance_backward_op, reference.distance_backward)
         return run(grad_output, *ctx.saved_tensors)
 
 
@@ -137,7 +140,7 @@ class DistanceBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
-        run = _DistanceTangent.apply if torch.is_grad_enabled() else _distance_tangent_op
+        run = _derivative(_DistanceTangent, _distance_tangent_op, reference.distance_tangent)
         return run(tangent, *ctx.saved_tensors), None
 
 
@@ -149,7 +152,7 @@ class _DistanceTangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        run = DistanceBackward.apply if torch.is_grad_enabled() else _distance_backward_op
+        run = _derivative(DistanceBackward, _distance_backward_op, reference.distance_backward)
         return run(grad_output, *ctx.saved_tensors), None
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gankern import backends
-from gankern.ops.minibatch_discrimination import autograd
+from gankern._autograd import is_transformed
+from gankern.ops.minibatch_discrimination import autograd, reference
 
 # Differences of all pairs below which this is faster, as measured.
 _FEW_DIFFERENCES = 120_000
@@ -35,6 +36,8 @@ class Features(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         m, differences, similarity = ctx.saved_tensors
+        if is_transformed():
+            return reference.features_backward(grad_output, m), None
         if torch.is_grad_enabled():
             return autograd.FeaturesBackward.apply(grad_output, m), None
         weight = (grad_output.unsqueeze(1) + grad_output.unsqueeze(0)).mul_(similarity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gankern._autograd import is_transformed
 from gankern._native import acc_dtype
 from gankern.ops import _check
 
@@ -57,7 +58,7 @@ def minibatch_stddev(input: Tensor, group_size: int = 4, num_channels: int = 1, 
     """
     _check.floating("input", input)
     _check.ndim("input", input, 4, "(N, C, H, W)")
-    check_options(group_size, num_channels, eps)
+    group_size, num_channels, eps = check_options(group_size, num_channels, eps)
     n, channels, height, width = input.shape
     if channels == 0 or channels % num_channels:
         raise ValueError(f"input must have a multiple of num_channels={num_channels} channels; got {channels}")
@@ -69,15 +70,16 @@ def minibatch_stddev(input: Tensor, group_size: int = 4, num_channels: int = 1, 
     deviation = x - x.mean(0)
     stddev = (deviation.square().mean(0) + eps).sqrt().mean((2, 3, 4))
     added = stddev.to(input.dtype).repeat(group, 1)[:, :, None, None].expand(-1, -1, height, width)
-    if input.is_contiguous(memory_format=torch.channels_last):
+    if not is_transformed() and input.is_contiguous(memory_format=torch.channels_last):
         # Expanded numbers have no layout, and cat keeps only one that all of its inputs have.
         added = added.contiguous(memory_format=torch.channels_last)
     return torch.cat([input, added], 1)
 
 
-def check_options(group_size: int, num_channels: int, eps: float) -> None:
-    _check.positive_int("group_size", group_size)
-    _check.positive_int("num_channels", num_channels)
-    _check.number("eps", eps)
+def check_options(group_size: int, num_channels: int, eps: float) -> tuple[int, int, float]:
+    group_size = _check.positive_int("group_size", group_size)
+    num_channels = _check.positive_int("num_channels", num_channels)
+    eps = _check.number("eps", eps)
     if eps <= 0:
         raise ValueError(f"eps must be greater than 0; got {eps!r}")
+    return group_size, num_channels, eps

@@ -53,7 +53,7 @@ def clip_weights_(module_or_params: T, c: float, *, exclude: type[nn.Module] | t
     ----------
     Arjovsky, Chintala and Bottou, "Wasserstein GAN", 2017, algorithm 1, line 7.
     """
-    _check.number("c", c, low=0)
+    c = _check.number("c", c, low=0)
     types = exclude if isinstance(exclude, tuple) else (exclude,)
     if not all(isinstance(t, type) and issubclass(t, nn.Module) for t in types):
         raise TypeError(f"exclude must be a type of module or a tuple of them; got {exclude!r}")
@@ -63,7 +63,7 @@ def clip_weights_(module_or_params: T, c: float, *, exclude: type[nn.Module] | t
         raise ValueError(f"exclude needs a module as module_or_params; got {type(module_or_params).__name__}")
     else:
         source = module_or_params
-    autograd.clip_weights_(_tensors(source), c)
+    autograd.clip(_tensors(source), c)
     return module_or_params
 
 

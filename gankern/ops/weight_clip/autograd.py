@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from itertools import compress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gankern import _cuda, _library, _triton, backends
+from gankern import _autograd, _cuda, _library, _triton, backends
 from gankern.ops.weight_clip import cpu, reference
 
 OPS = ("clip_weights_", "rmsprop_clip_")
@@ -34,7 +35,7 @@ def _by_kind(params: list[Tensor], *others: list[Tensor]) -> Iterator[tuple[list
 
 
 def _clip_weights(params: list[Tensor], c: float) -> None:
-    increment_version(params)
+    _increment_version(params)
     for (group,) in _by_kind(params):
         backends.select("clip_weights_", group[0]).clip_weights(group, c)
 
@@ -55,11 +56,25 @@ def _rmsprop_clip(
     lr_tensor: Tensor | None = None,
     clip_tensor: Tensor | None = None,
 ) -> None:
-    increment_version([*params, *square_avgs, *grad_avgs, *momentum_buffers])
+    _increment_version([*params, *square_avgs, *grad_avgs, *momentum_buffers])
     rate, bound = lr if lr_tensor is None else lr_tensor, clip if clip_tensor is None else clip_tensor
     options = (rate, alpha, eps, weight_decay, momentum, maximize, bound)
     for group in _by_kind(params, grads, square_avgs, grad_avgs, momentum_buffers):
         backends.select("rmsprop_clip_", group[0][0]).rmsprop_clip(*group, *options)
+
+
+def _increment_version(tensors: list[Tensor]) -> None:
+    # Those of inference mode have none.
+    increment_version([t for t in tensors if not t.is_inference()] if torch.is_inference_mode_enabled() else tensors)
+
+
+def clip(params: list[Tensor], c: float) -> None:
+    """Clamp by the kernels where they may, else as torch does."""
+    if _autograd.is_plain(*params):
+        clip_weights_(params, c)
+        return
+    with torch.no_grad():
+        reference.clip_weights(params, c)
 
 
 def _nothing(*args: Any) -> None:

@@ -1,0 +1,110 @@
+"""What autograd and torch's transforms ask of every op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, nn.Parameter)
+_TRACERS = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+# The vmap of ``torch.autograd.grad(is_grads_batched=True)`` is none of functorch's.
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
+
+
+def is_transformed() -> bool:
+    """Whether a vmap or another of functorch's transforms is active: kernels and Functions know none."""
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` is at work, to which checks of sizes are warnings."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether gankern's own operators may run a call; else torch's functions do.
+
+    Those know what traces, exports and transforms ask, and tensors without values or of other people's types.
+    """
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    if _is_transformed() or torch._C._get_tracing_state() is not None:
+        return False
+    # Forward-mode derivatives.
+    if forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
+        return False
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows a call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def casts(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; there are devices that it does not know."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of a function's inputs, as a Function's backward is asked for them; differentiable in grad mode.
+
+    Parameters
+    ----------
+    function : callable
+        Of the inputs; called again.
+    inputs : sequence of Tensor or None
+        What it was called with. Each place gets its own gradient, also where one tensor stands in several of them or
+        one was computed from another.
+    grad_outputs : sequence of Tensor
+        Gradients of the outputs.
+    wanted : sequence of bool
+        Of which inputs; those get None else.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        places = [None if t is None else _place(t, w) for t, w in zip(inputs, wanted, strict=True)]
+        # Derivatives of what ran under autocast, and not themselves cast.
+        with _without_autocast(grad_outputs[0]):
+            outputs = function(*places)
+        given = [p for p, w in zip(places, wanted, strict=True) if w and p is not None]
+        found: Any = iter(
+            torch.autograd.grad(outputs, given, grad_outputs, create_graph=create_graph, allow_unused=True)
+            if given
+            else ()
+        )
+    return [next(found) if w and p is not None else None for p, w in zip(places, wanted, strict=True)]
+
+
+def _place(tensor: Tensor, wanted: bool) -> Tensor:
+    """The tensor as one of its own, to which no other path leads; higher derivatives still find it."""
+    alias = tensor.view_as(tensor)
+    # Someone may have switched requires_grad off since.
+    return alias.detach().requires_grad_() if wanted and not alias.requires_grad else alias
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(tensor.device.type, enabled=False) if casts(tensor) else nullcontext()
