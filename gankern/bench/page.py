@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from gankern import html
 from gankern.bench import plots, roofline
-from gankern.bench.report import machine_line, results
+from gankern.bench.report import RATIO, machine_line, results
 from gankern.bench.results import OURS, STOCK, CaseResult, Measured, Report, Sweep
 from gankern.bench.timing import Spread
 from gankern.html import Cell, Section, Tone
@@ -31,8 +31,7 @@ def _sections(report: Report) -> Iterator[Section]:
     ratios = [(case.name, case.ratio) for case in report.cases if case.ratio is not None]
     ratios += [(f"training {t.model}", t.ratio) for t in report.training if t.ratio is not None]
     if ratios:
-        text = "Time of the fastest stock variant / time of gankern: median over interleaved rounds, p20 to p80."
-        yield Section("Ratio", [html.paragraph(text), plots.ratios(ratios)])
+        yield Section("Ratio", [html.paragraph(f"{RATIO} Stock is its fastest variant."), plots.ratios(ratios)])
     if report.cases:
         yield Section("Cases", [_cases(report.cases)])
     shares = _shares(report)

@@ -30,6 +30,11 @@ TRAINING_COLUMNS = (
 ROOFLINE_COLUMNS = ("case", "bound", "least ms", "stock", "gankern", "TFLOP/s", "TB/s")
 VERDICT_COLUMNS = ("case", "verdict", "ratio then", "ratio now", "change")
 STYLES = {"wrong": "red", "failed": "red", "slower": "red", "broken": "red", "faster": "green", "skipped": "dim"}
+#: How a ratio is taken, under every table that has one.
+RATIO = (
+    "Ratio: stock's time / gankern's in each round, the median of the rounds (p20 to p80); not the quotient of the "
+    "median times beside it."
+)
 # Characters that the widest table takes on one line a row.
 _WIDE = 130
 
@@ -121,9 +126,16 @@ def show(report: Report, console: Console) -> None:
         table(title, TRAINING_COLUMNS, map(training_row, report.training))
     if report.comparison is not None:
         table(f"Against {report.comparison.path}", VERDICT_COLUMNS, verdict_rows(report.comparison))
+    if has_ratios(report):
+        console.print(RATIO, style="dim", markup=False, highlight=False)
     for style, line in remarks(report):
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
     console.print(machine_line(report.machine), style="dim", markup=False)
+
+
+def has_ratios(report: Report) -> bool:
+    """Whether anything was timed on both sides."""
+    return any(result.ratio is not None for _, result in results(report))
 
 
 def remarks(report: Report) -> list[tuple[str, str]]:
@@ -164,7 +176,8 @@ def markdown(report: Report) -> str:
         parts.append(_markdown_table(TRAINING_COLUMNS, map(training_row, report.training)))
     if report.comparison is not None:
         parts.append(_markdown_table(VERDICT_COLUMNS, verdict_rows(report.comparison)))
-    parts.append(f"{machine_line(report.machine)}. `{report.command}`")
+    how = f"{RATIO} " if has_ratios(report) else ""
+    parts.append(f"{how}{machine_line(report.machine)}. `{report.command}`")
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,7 +36,8 @@ def _sections(report: ProfileReport) -> Iterator[Section]:
             table(columns, list(map(_cells, rows)), caption=caption)
             for (columns, rows), caption in zip(reports.detail_tables(profile, report.ceilings), captions, strict=False)
         ]
-        yield Section(f"The {name} step by phase", [*tables, paragraph(reports.LEGEND, muted=True)])
+        legend = [paragraph(reports.LEGEND, muted=True)] if name == next(iter(report.sides)) else []
+        yield Section(f"The {name} step by phase", [*tables, *legend])
     if any(point for name in report.sides for point in _points(report, name)):
         yield Section("Roofline", [_roofline_figure(report)])
     where = [paragraph(reports.ceilings_line(report.ceilings)), paragraph(machine_line(report.machine))]

@@ -56,6 +56,20 @@ def test_markdown(report):
     assert text.count("|:--|") == 3
     assert "Abacus 9, 2 cores, 1 threads" in text
     assert "`gankern bench fake --main`" in text
+    assert reports.RATIO in text
+
+
+def test_a_ratio_is_explained_where_one_is_printed(report):
+    def shown():
+        text = io.StringIO()
+        reports.show(report, Console(file=text, width=200))
+        return text.getvalue() + reports.markdown(report)
+
+    assert shown().count("not the quotient of the median times") == 2
+    report.cases[:] = [case for case in report.cases if case.ratio is None]
+    report.training.clear()
+    report.sweeps.clear()
+    assert "quotient" not in shown()
 
 
 def test_narrow_tables_fit_and_keep_every_number(report):

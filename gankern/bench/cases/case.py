@@ -18,7 +18,7 @@ Size = Mapping[str, int]
 
 OURS_CHANNELS_LAST = f"{OURS} channels_last"
 STEPS = ("critic_step", "generator_step", "training_step")
-DOUBLE_BACKWARD = "torch.compile does not support double backward"
+DOUBLE_BACKWARD = "torch.compile does not support double backward (torch 2.13, as it is set by default)"
 # Relative error in norm against float64; bfloat16 carries 8 bits, and a gradient sums many of its roundings.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 

@@ -47,7 +47,7 @@ def _pairs_case(size: Size, dtype: torch.dtype, device: str, *, op: str, order: 
     if order < 2:
         variants |= {"cdist": side(cdist), "compile": side(torch.compile(broadcast, dynamic=False))}
     else:
-        left_out = {"cdist": "torch.cdist has no second derivative", "compile": DOUBLE_BACKWARD}
+        left_out = {"cdist": "torch.cdist has no second derivative (torch 2.13)", "compile": DOUBLE_BACKWARD}
     # By cdist where it can be: the broadcast in float64 would not fit in memory at the sizes of a sweep.
     reference = side(broadcast if order == 2 else cdist, m.detach().double().requires_grad_(order > 0))
     ours = side(getattr(gankern().ops, op))

@@ -31,7 +31,7 @@ Critic = Callable[..., Tensor]
 
 
 def inner_module(critic: Critic) -> Critic:
-    """The module inside the wrappers of torch.compile, which refuses double backward, and DistributedDataParallel."""
+    """The module inside the wrappers of torch.compile, which refuses double backward (2.13), and of DDP."""
     while isinstance(critic, nn.Module):
         if isinstance(critic, DistributedDataParallel):
             critic = critic.module
