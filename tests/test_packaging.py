@@ -109,3 +109,54 @@ print(sorted(n for n in added if n.split(".")[0] not in expected or n in ("torch
         text=True,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_names_come_from_where_type_checkers_look_for_them():
+    source = ast.parse(Path(gankern.__file__).read_text())
+    (block,) = (node for node in source.body if isinstance(node, ast.If))
+    imported = {alias.name: node.module for node in block.body for alias in node.names}
+    modules = {name for name, module in imported.items() if module == "gankern"}
+    assert modules == gankern._MODULES
+    assert {name: module for name, module in imported.items() if name not in modules} == gankern._MODULE_OF
+    assert set(gankern.__all__) <= imported.keys() and set(gankern.__all__) <= set(dir(gankern))
+    for name in imported:
+        assert getattr(gankern, name).__name__ in (name, f"gankern.{name}")
+    with pytest.raises(AttributeError, match="module 'gankern' has no attribute 'fues'"):
+        _ = gankern.fues
+
+
+def test_install_lines_work_in_a_clone(pyproject):
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("gankern/**/*.py")]
+    lines = [line for file in files for line in file.read_text().splitlines() if re.search(r"pip install|\.\[", line)]
+    assert not [line for line in lines if re.search(r"install '?gankern\b", line)]
+    named = {name for line in lines for group in re.findall(r"'\.\[([a-z0-9,]+)\]'", line) for name in group.split(",")}
+    hints = {name for f in files for name in re.findall(r"install_hint\([\"'](\w+)", f.read_text())}
+    assert named | hints == {*hints, "bench", "completion", "cuda12", "cuda13", "data", "train", "triton"}
+    assert named | hints <= pyproject["project"]["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("extra", ["bench", "train"])
+def test_an_extra_brings_what_its_commands_import(pyproject, extra):
+    extras = pyproject["project"]["optional-dependencies"]
+
+    def brought(name):
+        nested = [r for r in extras[name] if r.startswith("gankern[")]
+        deeper = {p for r in nested for part in r[8:-1].split(",") for p in brought(part)}
+        return deeper | {project_name(r) for r in extras[name] if r not in nested}
+
+    commands = {"bench": ["bench.cli", "bench.page", "profile.cli", "profile.page"], "train": ["data", "train"]}[extra]
+    code = "import sys; [__import__(f'gankern.{name}') for name in sys.argv[1:]]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, check=True)
+    project_of = {"PIL": "pillow", "jinja2": "jinja2", "mlxtend": "mlxtend", "rich": "rich", "tqdm": "tqdm"}
+    imported = {project for module, project in project_of.items() if module in done.stdout.split()}
+    assert imported and imported <= brought(extra)
+
+
+def test_metadata_says_what_it_runs_on_and_where_it_lives(pyproject):
+    project = pyproject["project"]
+    least = int(project["requires-python"].removeprefix(">=3."))
+    stated = [c.rpartition(".")[2] for c in project["classifiers"] if re.search(r":: Python :: 3\.\d+$", c)]
+    assert [int(minor) for minor in stated] == list(range(least, 14))
+    assert {"Operating System :: POSIX :: Linux", "Typing :: Typed"} <= set(project["classifiers"])
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} == project["urls"].keys()
+    assert all(url.startswith("https://") for url in project["urls"].values())

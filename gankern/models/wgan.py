@@ -19,12 +19,12 @@ class WGAN(GAN):
     The networks are DCGAN's, as in the paper's experiments (Sec. 4). With gankern's ops, clipping is part of the
     critic's RMSProp kernel; with stock ops it is a loop over the parameters after the step.
 
+    Its other parameters are those of `GAN`.
+
     Parameters
     ----------
     clip : float
         Bound c on the critic's weights.
-    **others
-        See `GAN`.
     """
 
     name = "wgan"

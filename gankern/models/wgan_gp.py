@@ -26,12 +26,12 @@ class WGANGP(GAN):
     The networks are DCGAN's, without batch norm in the critic, which would mix the samples at each of which the penalty
     holds the critic's gradient to norm 1 (Sec. 4).
 
+    Its other parameters are those of `GAN`.
+
     Parameters
     ----------
     penalty_weight : float
         Weight lambda of the gradient penalty (Eq. 3).
-    **others
-        See `GAN`.
     """
 
     name = "wgan-gp"

@@ -20,7 +20,7 @@ from gankern.commands import build_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = ("", ".nn", ".ops", ".optim", ".penalties", ".profile", ".workspace")
+MODULES = ("", ".data", ".models", ".nn", ".ops", ".optim", ".penalties", ".profile", ".train", ".workspace")
 
 
 def check_commands(example: Example) -> None:
