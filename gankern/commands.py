@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,11 +113,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_batch_size(group: Any, **options: Any) -> None:
-    """Add ``--batch-size`` and its older name, which help does not list."""
     group.add_argument("--batch-size", type=positive_int, metavar="N", **options)
-    group.add_argument(
-        "--batch", dest="batch_size", type=positive_int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
+    _add_other_name(group, "--batch", "batch_size", positive_int)
+
+
+def _add_latent(group: Any, **options: Any) -> None:
+    group.add_argument("--latent", type=shape, metavar="N,...", **options)
+    _add_other_name(group, "--latent-dim", "latent", shape)
+
+
+def _add_other_name(group: Any, option: str, dest: str, type: Callable[[str], Any]) -> None:
+    """Let an argument be given by an older name, or by another command's, that help does not list."""
+    group.add_argument(option, dest=dest, type=type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _examples(parser: argparse.ArgumentParser, text: str) -> None:
@@ -174,7 +182,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     yours.add_argument("--critic", metavar="MODULE:FACTORY", help="makes a critic: critic(x), or critic(x, labels)")
     yours.add_argument("--generator", metavar="MODULE:FACTORY", help="makes a generator of such samples")
     yours.add_argument("--shape", type=shape, metavar="C,H,W", help="shape of a sample, such as 3,64,64 or 2")
-    yours.add_argument("--latent", type=shape, metavar="N,...", help="shape of a latent; found by default")
+    _add_latent(yours, help="shape of a latent; found by default")
     yours.add_argument("--loss", choices=LOSSES, help=f"default {LOSSES[0]}")
     yours.add_argument("--labels", type=positive_int, metavar="K", help="the critic takes labels of K classes")
 
@@ -192,9 +200,7 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--critic", metavar="MODULE:FACTORY", help="makes the critic, in place of MODEL's")
     what.add_argument("--generator", metavar="MODULE:FACTORY", help="makes the generator; random samples without it")
     what.add_argument("--shape", type=shape, metavar="C,H,W", help="of one sample, 2 for points; MODEL: 1,32,32")
-    what.add_argument(
-        "--latent", type=shape, metavar="N,...", help="of one latent; default by --generator's first layer"
-    )
+    _add_latent(what, help="of one latent; default by --generator's first layer")
     what.add_argument("--labels", type=positive_int, metavar="K", help="call critic(x, y) with labels of K classes")
     what.add_argument("--loss", choices=LOSSES, help="default MODEL's, or wgan-gp")
     _add_batch_size(what, default=64, help="samples a step, default %(default)s")

@@ -52,7 +52,8 @@ def one_line(capsys):
 def test_choices_are_what_there_is():
     assert set(commands.MODELS) == set(models.MODELS)
     assert (commands.BACKENDS, commands.LOSSES) == (backends.NAMES, own.LOSSES)
-    assert set(commands.DTYPES) == bench_cli.DTYPES.keys() == profile_cli.DTYPES.keys()
+    assert {*commands.DTYPES, "tf32"} == bench_cli.DTYPES.keys()
+    assert set(commands.DTYPES) == profile_cli.DTYPES.keys()
 
 
 def test_help_version_and_wrong_arguments_load_no_torch():
@@ -124,6 +125,12 @@ def test_one_name_of_an_option_and_its_older_one(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command.split()[0], "--help"])
     assert not re.search(r"--batch\b(?!-size)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["bench", "profile dcgan"])
+def test_a_latent_by_the_name_that_train_has(command):
+    for option in ("--latent", "--latent-dim"):
+        assert commands.build_parser().parse_args([*command.split(), option, "8"]).latent == (8,)
 
 
 @pytest.mark.parametrize("command", ["info", "bench", "profile", "train", "sample"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from html.parser import HTMLParser
 
@@ -102,6 +104,24 @@ def _contrast(a: str, b: str) -> float:
 
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
+
+
+def _oklab(color: str) -> tuple[float, ...]:
+    """Where distances are as large as they look (Ottosson 2020)."""
+    parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    r, g, b = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+    cones = ((0.4122, 0.5363, 0.0514), (0.2119, 0.6807, 0.1074), (0.0883, 0.2817, 0.63))
+    long, middle, short = ((x * r + y * g + z * b) ** (1 / 3) for x, y, z in cones)
+    axes = ((0.2105, 0.7936, -0.0041), (1.978, -2.4286, 0.4506), (0.0259, 0.7828, -0.8087))
+    return tuple(x * long + y * middle + z * short for x, y, z in axes)
+
+
+@pytest.mark.parametrize("palette", [html.LIGHT, html.DARK], ids=lambda p: p.name)
+def test_series_are_told_apart(palette):
+    # As many as a step of WGAN-GP has phases, stock's and gankern's together.
+    assert len(palette.series) == 14
+    pairs = itertools.combinations(map(_oklab, palette.series), 2)
+    assert min(math.dist(*pair) for pair in pairs) > 0.08
 
 
 @pytest.mark.parametrize("palette", [html.LIGHT, html.DARK], ids=lambda p: p.name)
