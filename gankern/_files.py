@@ -19,9 +19,18 @@ _UNSUPPORTED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EN
 class FileError(ValueError):
     """A file is missing or broken; one line names it, what was expected and what was found."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
+
 
 class WriteError(OSError):
     """A file could not be written; one line names it and says why."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in at most two lines' length; its type where it says nothing."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 200 else text[:197] + "...") or type(error).__name__
 
 
 def open_file(path: Path, error: type[FileError], expected: str) -> BinaryIO:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(command, f"needs {error.name}: {install_hint(extra)}", 1)
     except KeyboardInterrupt as interrupt:
-        print(f"gankern {command}: interrupted {interrupt}".rstrip(), file=sys.stderr)
+        print(f"gankern {command}: interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except UsageError as error:
         return _fail(command, str(error), 2)

@@ -248,7 +248,7 @@ def test_ctrl_c(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr(loop, "generator_step", interrupted_step)
     assert cli.main(["train", "dcgan", "--data", data, "--steps", "9", "--out", str(tmp_path / "run"), *SMALL]) == 130
-    assert one_line(capsys).startswith("gankern train: interrupted after step 1 of 9; ")
+    assert one_line(capsys).startswith("gankern train: interrupted: after step 1 of 9; ")
     assert load_checkpoint(tmp_path / "run")["step"] == 1
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gankern._files import reason
 from gankern.arguments import install_hint
 from gankern.data.errors import DataError
 
@@ -26,7 +27,7 @@ def read_digits() -> np.ndarray:
         with gzip.open(path, "rt") as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.float32)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: expected the digits as gzipped CSV, found: {error}") from error
+        raise DataError(f"{path}: expected the digits as gzipped CSV, found: {reason(error)}") from error
     if table.shape != (SHAPE[0], 785):
         raise DataError(f"{path}: expected 5000 rows of 784 pixels and a label, found shape {table.shape}")
     table = table[:, :784]

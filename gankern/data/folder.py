@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from gankern._files import open_file
+from gankern._files import open_file, reason
 from gankern.data.arrays import resize, to_images
 from gankern.data.errors import DataError
 from gankern.data.memory import beyond_memory
@@ -80,8 +80,7 @@ def _read_image(path: Path, image_size: int) -> Tensor:
                 warnings.simplefilter("ignore")  # of metadata, and of sizes that are not yet an error
                 image = _decode(file.read())
         except Exception as error:  # what a broken file makes Pillow's decoders raise has no end
-            found = "something else" if isinstance(error, Image.UnidentifiedImageError) else error
-            found = str(found) or type(error).__name__
+            found = "something else" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
             raise DataError(f"{path}: expected an image that Pillow can read, found: {found}") from error
     if image.mode not in GREY_MODES + COLOUR_MODES:
         raise DataError(f"{path}: expected an image of 8 bits a channel, found mode {image.mode}")

@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from gankern._files import open_file
+from gankern._files import open_file, reason
 from gankern.data.errors import DataError
 from gankern.data.memory import beyond_memory
 
@@ -35,7 +35,7 @@ def read_idx(path: Path) -> np.ndarray:
             return _read_images(file, path, room)
         except (OSError, EOFError, zlib.error) as error:
             kind = "a whole gzip file" if is_packed else "a file that can be read"
-            raise DataError(f"{path}: expected {kind}, found: {error}") from error
+            raise DataError(f"{path}: expected {kind}, found: {reason(error)}") from error
 
 
 def _read_images(file: IO[bytes] | gzip.GzipFile, path: Path, room: int) -> np.ndarray:

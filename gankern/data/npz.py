@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from gankern._files import open_file
+from gankern._files import open_file, reason
 from gankern.data.errors import DataError
 from gankern.data.memory import beyond_memory
 
@@ -23,16 +23,17 @@ def read_npz(path: Path) -> np.ndarray:
     with open_file(path, DataError, "a .npz archive") as file:
         if file.read(6) == np.lib.format.MAGIC_PREFIX:
             raise DataError(f"{path}: expected a .npz archive, found a single .npy array")
+        where = f"{path}"
         try:
             with zipfile.ZipFile(file) as archive:
                 names = [record.filename.removesuffix(".npy") for record in archive.infolist()]
                 key = _key(names, path)
-                return _read_array(archive, archive.infolist()[names.index(key)], f"{path}: {key}")
+                where += f": {key}"
+                return _read_array(archive, archive.infolist()[names.index(key)], where)
         except DataError:
             raise
         except Exception as error:  # what a broken file makes zipfile, its codecs and numpy raise has no end
-            found = f"{error}" or type(error).__name__
-            raise DataError(f"{path}: expected a .npz archive of numbers, found: {found}") from error
+            raise DataError(f"{where}: expected a .npz archive of numbers, found: {reason(error)}") from error
 
 
 def _read_array(archive: zipfile.ZipFile, record: zipfile.ZipInfo, where: str) -> np.ndarray:
@@ -75,6 +76,5 @@ def _key(names: list[str], path: Path) -> str:
             return key
     if len(names) == 1:
         return names[0]
-    raise DataError(
-        f"{path}: expected an array named {', '.join(KEYS)}, or just one array, found {', '.join(names) or 'none'}"
-    )
+    found = ", ".join(names[:9]) or "none"
+    raise DataError(f"{path}: expected an array named {', '.join(KEYS)}, or just one array, found {found}")

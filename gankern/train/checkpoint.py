@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gankern import models
-from gankern._files import open_file, write_file
+from gankern._files import open_file, reason, write_file
 from gankern.data import Batches
 from gankern.models.gan import GAN
 from gankern.train.errors import CheckpointError, shown
@@ -97,7 +97,7 @@ def build(state: Mapping[str, Any], run: Path | str) -> GAN:
         with torch.device("meta"):  # settings that nobody has the memory for fit no tensor in the file
             outline = models.from_config(config)
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: config: expected the settings of a model, found: {error}") from error
+        raise CheckpointError(f"{path}: config: expected the settings of a model, found: {reason(error)}") from error
     check_keys(state["gan"], outline.state_dict(), f"{path}: gan")
     for name in ("generator", "critic"):
         check_like(state["gan"][name], getattr(outline, name).state_dict(), f"{path}: gan.{name}")
@@ -199,4 +199,4 @@ def _check_generator(state: object, where: str) -> None:
     try:
         generator.set_state(state)  # type: ignore[arg-type]
     except RuntimeError as error:
-        raise CheckpointError(f"{where}: expected the state of a random generator, found: {error}") from error
+        raise CheckpointError(f"{where}: expected the state of a random generator, found: {reason(error)}") from error

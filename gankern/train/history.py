@@ -9,7 +9,7 @@ import re
 import zlib
 from pathlib import Path
 
-from gankern._files import open_file, write_file
+from gankern._files import open_file, reason, write_file
 from gankern.train.errors import CheckpointError, shown
 
 
@@ -75,7 +75,9 @@ def read_csv(path: Path, last_step: int, checksum: int | None = None) -> History
                     )
                 _add_row(history, row, last_step, f"{path}: line {rows.line_num}")
         except (csv.Error, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: line {rows.line_num + 1}: expected numbers, found: {error}") from error
+            raise CheckpointError(
+                f"{path}: line {rows.line_num + 1}: expected numbers, found: {reason(error)}"
+            ) from error
     if checksum is not None and add_checksum(0, csv_text(history)) != checksum:
         raise CheckpointError(f"{path}: expected the losses that the checkpoint goes on from, found other numbers")
     return history

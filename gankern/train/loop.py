@@ -103,8 +103,8 @@ def fit(
     if batched_critic is not None:
         gan.batched_critic = batched_critic
     with (
-        run.held(make=not resume) if run is not None else contextlib.nullcontext(),
         _saying_what_is_saved(run),
+        run.held(make=not resume) if run is not None else contextlib.nullcontext(),
         torch.random.fork_rng([gan.device] if gan.device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gankern._files import append_file, locked, make_folder, open_file, write_file
+from gankern._files import append_file, locked, make_folder, open_file, reason, write_file
 from gankern.data import Batches
 from gankern.models.gan import GAN
 from gankern.train.checkpoint import FILE_NAME as CHECKPOINT_NAME
@@ -125,7 +125,7 @@ def load_config(folder: Path | str) -> dict[str, Any]:
         try:
             config = json.load(file)
         except (OSError, RecursionError, ValueError) as error:
-            raise CheckpointError(f"{path}: expected JSON, found: {error}") from error
+            raise CheckpointError(f"{path}: expected JSON, found: {reason(error)}") from error
     if not isinstance(config, dict) or not {"model", "seed"} & config.keys():
         raise CheckpointError(f"{path}: expected the settings of a run, found something else")
     fields = (("model", dict, "settings by name"), ("seed", int, "an integer"), ("data", str, "a text"))
