@@ -91,6 +91,8 @@ def test_a_disk_that_is_full_at_any_write(tmp_path, monkeypatch, whole, resume, 
                 assert text.endswith(f"; {folder} holds step {step}")
             else:
                 assert not resume
+            if (folder / "losses.csv").exists():
+                assert (folder / "losses.csv").read_bytes().endswith(b"\n")
             check_same_bits(folder, fit(folder, 3, resume=has_state), whole)
         else:
             break
@@ -151,3 +153,34 @@ def test_a_folder_where_a_file_should_be(tmp_path, name):
     with pytest.raises((WriteError, FileExistsError)) as raised:
         fit(tmp_path, 1)
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_name_is_given_to_what_is_on_disk(tmp_path, monkeypatch):
+    """A crash of the machine loses what was not synced: contents come before their name, losses before a checkpoint."""
+    fit(tmp_path, 1)
+    calls = []
+
+    def noting(call):
+        def noted(*args):
+            if call.__name__ == "replace":
+                calls.append(("replace", Path(args[1]).name))
+            else:
+                calls.append((call.__name__, Path(os.readlink(f"/proc/self/fd/{args[0]}")).name))
+            return call(*args)
+
+        return noted
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    fit(tmp_path, 2, resume=True)
+    for name in ("losses.csv", "step-000002.png", "checkpoint.pt"):
+        at = calls.index(("replace", name))
+        temporary = f".{name}.{os.getpid()}.tmp"
+        assert [*calls[at - 2 : at + 2]] == [
+            ("write", temporary),
+            ("fsync", temporary),
+            ("replace", name),
+            ("fsync", (tmp_path / "samples" if name.endswith(".png") else tmp_path).name),
+        ]
+    logged = calls.index(("write", "losses.csv"))
+    assert calls[logged + 1] == ("fsync", "losses.csv") and logged < calls.index(("replace", "checkpoint.pt"))
