@@ -125,6 +125,21 @@ def test_names_come_from_where_type_checkers_look_for_them():
         _ = gankern.fues
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        # The first name may be used by Dynamo while it traces.
+        "torch.compile(lambda x: gankern.ops.l1_distance(x), fullgraph=True, backend='eager')(torch.rand(2, 3, 4))",
+        "gankern.workspace; torch.ops.gankern.clip_weights_; gankern.explain('gradient_penalty', torch.rand(2))",
+        "from gankern.profile import formulas",
+        "from gankern.backends import adapters; import gankern.ops; assert len(adapters('cuda')) >= 6",
+    ],
+)
+def test_the_first_use_loads_what_it_needs(code):
+    done = subprocess.run([sys.executable, "-c", f"import gankern, torch; {code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_install_lines_work_in_a_clone(pyproject):
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("gankern/**/*.py")]
     lines = [line for file in files for line in file.read_text().splitlines() if re.search(r"pip install|\.\[", line)]
