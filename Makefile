@@ -12,10 +12,10 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help install test fuzz bench scaling browser docs lint format sanitize wheel clean
+.PHONY: help install test test-ops fuzz bench scaling browser docs lint format sanitize wheel clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 install: $(STAMP)  ## Make .venv and build gankern into it (editable; again when the C++ sources changed)
 
@@ -32,9 +32,21 @@ $(STAMP): $(SOURCES) | $(VENV)/bin/python
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0
 
+ON_ALL_CORES = -n auto --dist worksteal
+
 test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalty'
-	$(SANITIZED) python -m pytest -m cuda_on_cpu -n auto --timeout 600 $(ARGS) || [ $$? -eq 5 ]
-	python -m pytest -m 'not cuda_on_cpu' $(ARGS)
+	$(SANITIZED) python -m pytest $(ON_ALL_CORES) -m cuda_on_cpu $(ARGS) || [ $$? -eq 5 ]
+	python -m pytest $(ON_ALL_CORES) -m 'not cuda_on_cpu' $(ARGS)
+
+# torch's own requirements come with it; constraints.txt pins another release.
+TORCH ?= 2.13.0
+OPS_VENV = build/ops-$(notdir $(PYTHON))-torch-$(TORCH)
+test-ops:  ## Run the tests of the ops under another Python or torch: make test-ops PYTHON=python3.12 TORCH=2.8.0
+	[ -x $(OPS_VENV)/bin/pip ] || $(PYTHON) -m venv $(OPS_VENV)
+	$(OPS_VENV)/bin/pip install --quiet torch==$(TORCH) numpy setuptools pybind11 cmake ninja \
+		expecttest hypothesis pytest pytest-timeout pytest-xdist
+	PATH=$(CURDIR)/$(OPS_VENV)/bin:$$PATH python setup.py --quiet build_ext --inplace
+	$(OPS_VENV)/bin/python -m pytest $(ON_ALL_CORES) -m 'not cuda_on_cpu' tests/ops tests/optim $(ARGS)
 
 # The night's run; a failure prints a program of a few lines. `python -m fuzz --seed 7` shows one.
 N ?= 2000

@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+# Before torch is loaded: threads that wait for others leave the processor to other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
+
+# As many on every machine, where several processes share it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 # Before a kernel is defined: without a GPU, Triton's run in its interpreter.
 if not torch.cuda.is_available():
@@ -33,6 +41,11 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return tensor
 
     return poisoned
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest first, so that no process ends long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ BUILD = _HERE.parents[1] / "build" / "cuda_on_cpu"
 #: Set where libasan is preloaded: kernels are then checked for reads and writes outside of their arrays.
 SANITIZE = "libasan" in os.environ.get("LD_PRELOAD", "")
 
-_FLAGS = ["-std=c++17", "-shared", "-fPIC", "-g1", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+_FLAGS = ["-std=c++17", "-shared", "-fPIC", "-g1", "-O0", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 

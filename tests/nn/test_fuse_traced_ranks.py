@@ -32,10 +32,10 @@ def train(model: nn.Module, part: slice) -> list[Any]:
     return [t.detach().clone().numpy() for t in model.state_dict().values()]
 
 
-def worker(rank: int, port: int, shared: Any) -> None:
+def worker(rank: int, store: str, shared: Any) -> None:
     torch.set_num_threads(1)
     stretch._FEW_ELEMENTS = (0, 0)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     torch.manual_seed(1)
     model = gans.AttributeGenerator().double()
     answers = {}

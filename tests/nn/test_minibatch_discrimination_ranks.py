@@ -94,9 +94,9 @@ def refusal(layer: nn.Module, *args: Any) -> str:
     return "nothing"
 
 
-def worker(rank: int, port: int, results: Any) -> None:
+def worker(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     answers: dict[str, Any] = {}
     pair = dist.new_group([1, 0])
     for name, case in CASES.items():

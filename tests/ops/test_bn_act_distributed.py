@@ -172,9 +172,9 @@ def failure(run: Callable[[], Any]) -> str:
     return "no error"
 
 
-def worker(rank: int, port: int, shared: Any) -> None:
+def worker(rank: int, store: str, shared: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     world, alone = dist.group.WORLD, [dist.new_group([r]) for r in range(WORLD)][rank]
     answers: dict[str, Any] = {}
     for name, c in CASES.items():

@@ -87,9 +87,9 @@ def run(critic: nn.Module, penalised: nn.Module, case: dict[str, Any], rank: int
     return found
 
 
-def worker(rank: int, port: int, results: Any) -> None:
+def worker(rank: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     answers: dict[str, Any] = {}
     for name, case in CASES.items():
         critic = make(case)
