@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankern.nn.block import has_hooks
-from gankern.nn.fuse import FusedSequential
+from gankern.nn.stretch import stock_class
 
 _KNOWN: frozenset[type[nn.Module]] = frozenset().union(
     {nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish},
@@ -14,7 +14,6 @@ _KNOWN: frozenset[type[nn.Module]] = frozenset().union(
     {nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LayerNorm, nn.GroupNorm},
     {nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle},
 )
-_SEQUENTIAL = (nn.Sequential, FusedSequential)
 
 
 def couples_samples(critic: nn.Module) -> bool:
@@ -40,7 +39,7 @@ def _per_sample(module: nn.Module, *, last: bool) -> bool:
     kind = type(module)
     if has_hooks(module) or "forward" in module.__dict__:
         return False
-    if kind in _SEQUENTIAL:
+    if stock_class(kind) is nn.Sequential:
         children = list(module.children())
         return all(_per_sample(child, last=last and child is children[-1]) for child in children)
     if isinstance(module, nn.Flatten):

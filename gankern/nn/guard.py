@@ -1,0 +1,184 @@
+"""When a fused op may stand for modules: only where all that runs is torch's own code, on plain tensors, unwatched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as calls
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from gankern import _autograd
+
+CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+ACTIVATIONS: dict[type, str] = {
+    type(None): "none",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+}
+#: Do the same in any order of memory, whose elements they leave in place.
+ELEMENTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Softplus)
+
+_CALLED: tuple[str, ...] = ("__call__", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl", "forward")
+_CALLED += ("__getattr__", "__getattribute__")
+_ALSO_CALLED: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: ("_conv_forward",),
+    nn.ConvTranspose2d: ("_output_padding",),
+    nn.SyncBatchNorm: ("_check_input_dim", "_check_non_zero_input_channels"),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), ("_check_input_dim",)),
+    nn.Sequential: ("__iter__",),
+}
+_FUNCTIONS = ("conv2d", "conv_transpose2d", "batch_norm", "relu", "relu_", "leaky_relu", "leaky_relu_")
+_FUNCTION_PATHS = (
+    *(f"nn.functional.{name}" for name in _FUNCTIONS),
+    *("batch_norm", "relu", "relu_", "tanh", "_C._nn.leaky_relu", "_C._nn.leaky_relu_"),
+)
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether torch defined a function, and nobody has put another in its place before gankern was imported."""
+    return not isinstance(value, FunctionType) or value.__globals__["__name__"].startswith("torch.")
+
+
+class Code(NamedTuple):
+    """What runs when a module of a class is called, as torch defined it."""
+
+    read: Callable[[Any], tuple[Any, ...]]
+    values: tuple[Any, ...]
+    #: Names that mean something else where an instance has an attribute of its own under them.
+    names: frozenset[str]
+
+    def is_patched(self, owner: Any) -> bool:
+        return self.read(owner) != self.values
+
+
+def _code(owner: Any, paths: tuple[str, ...]) -> Code:
+    read = attrgetter(*paths)
+    values = read(owner)
+    methods = {name for name in dir(owner) if callable(getattr(owner, name, None))} if isinstance(owner, type) else ()
+    tensors = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "_compiled_call_impl")
+    return Code(read, values if all(map(_is_torchs, values)) else (), frozenset((*methods, *tensors)))
+
+
+_TORCH = _code(torch, _FUNCTION_PATHS)
+_CODE: dict[type, Code] = {
+    kind: _code(kind, (*_CALLED, *_ALSO_CALLED.get(kind, ()))) for kind in (*CONVS, *NORMS, *ELEMENTWISE, nn.Sequential)
+}
+
+
+def state_refusal() -> str | None:
+    """Why no module may run fused now: someone traces, transforms or watches what torch runs."""
+    if (
+        calls._global_forward_hooks
+        or calls._global_forward_pre_hooks
+        or calls._global_backward_hooks
+        or calls._global_backward_pre_hooks
+    ):
+        return "a hook on all modules"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces it"
+    if _autograd.is_transformed() or forward_ad._current_level >= 0:
+        return "a transform of torch.func is active"
+    # A default device is a mode as well, that leaves alone what gets tensors.
+    if torch._C._len_torch_function_stack() and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    ):
+        return "a torch function mode is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a torch dispatch mode is active"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks for saved tensors are active"
+    return "a function of torch was replaced" if _TORCH.is_patched(torch) else None
+
+
+def sequential_refusal(module: nn.Module, kind: Any) -> str | None:
+    """Why a sequential may not be run as the chain of its modules; `kind` is its class as it was before fusion."""
+    reason = _refusal(module, _CODE[nn.Sequential])
+    if reason is None and _CODE[nn.Sequential].is_patched(kind):
+        reason = f"{kind.__name__} is called in a way of its own"
+    return reason
+
+
+def _refusal(module: nn.Module, code: Code) -> str | None:
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return f"a hook on {type(module).__name__}"
+    if code.names.isdisjoint(own):
+        return None
+    return f"{next(name for name in own if name in code.names)} of {type(module).__name__} was replaced"
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why a convolution, batch norm or activation must be called as it is, whatever its input; None if it need not."""
+    kind = type(module)
+    code = _CODE.get(kind)
+    if code is None:
+        return _foreign(kind)
+    reason = _refusal(module, code)
+    if reason is not None:
+        return reason
+    if code.is_patched(kind):
+        return f"a method of {kind.__name__} was replaced"
+    for parameter in module._parameters.values():
+        if parameter is not None and not is_plain(parameter):
+            return f"a parameter of {kind.__name__} is no plain leaf, or has a hook"
+    for buffer in module._buffers.values():
+        if buffer is not None and (buffer.requires_grad or not is_plain(buffer)):
+            return f"a buffer of {kind.__name__} is no plain tensor"
+    if kind in CONVS:
+        return _conv_refusal(module)
+    if kind in NORMS:
+        return _norm_refusal(module)
+    slope = getattr(module, "negative_slope", 0.0) if kind is nn.LeakyReLU else 0.0
+    return None if type(slope) in (int, float) and 0 <= slope < float("inf") else f"negative_slope is {slope}"
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a parameter or buffer is what torch.nn makes, and nobody watches its gradient."""
+    return (
+        (type(tensor) is nn.Parameter or type(tensor) is Tensor)
+        and tensor.is_leaf
+        and not tensor._backward_hooks
+        and tensor.layout is torch.strided
+    )
+
+
+def _foreign(kind: type) -> str:
+    base = next((base for base in kind.__mro__ if base in _CODE), None)
+    if base is None:
+        return f"{kind.__name__} has no kernel"
+    if kind.__name__ == f"Parametrized{base.__name__}":
+        return f"a parametrization on {base.__name__}"
+    return f"{kind.__name__} is a subclass of {base.__name__}, whose forward may be its own"
+
+
+def _is_pair(value: Any, least: int) -> bool:
+    return type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and min(value) >= least
+
+
+def _conv_refusal(conv: Any) -> str | None:
+    if conv.padding_mode != "zeros" or not _is_pair(conv.padding, 0):
+        return f"padding {conv.padding!r} with padding_mode {conv.padding_mode!r} is not supported"
+    if not (_is_pair(conv.stride, 1) and _is_pair(conv.dilation, 1) and _is_pair(conv.output_padding, 0)):
+        return "stride, dilation or output_padding are no pairs of numbers"
+    if conv._parameters.get("weight") is None or "bias" not in conv._parameters:
+        return "it has no weight"
+    return None if type(conv.groups) is int and conv.groups > 0 else f"groups is {conv.groups}"
+
+
+def _norm_refusal(bn: Any) -> str | None:
+    if bn.momentum is not None and not (type(bn.momentum) in (int, float) and 0 <= bn.momentum <= 1):
+        return f"momentum is {bn.momentum}"
+    if not (type(bn.eps) in (int, float) and 0 <= bn.eps < float("inf")):
+        return f"eps is {bn.eps}"
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return "one running statistic is missing"
+    return None
