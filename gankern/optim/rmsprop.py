@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import _functional
 from torch.optim.optimizer import ParamsT
 
+from gankern._autograd import is_plain
 from gankern.ops import _check
-from gankern.ops.weight_clip import autograd
+from gankern.ops.weight_clip import autograd, reference
+
+# Of a group, those of torch's function.
+_OPTIONS = {"lr", "alpha", "eps", "weight_decay", "momentum", "centered", "foreach", "maximize", "differentiable"}
+_OPTIONS |= {"capturable"}
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -41,7 +47,7 @@ class RMSprop(torch.optim.RMSprop):
     maximize : bool, optional
         Whether to ascend.
     differentiable : bool, optional
-        Must be False: the step is not recorded by autograd.
+        Let autograd record the step, which then runs as torch's.
     clip : float, Tensor or None, optional
         Parameters are clamped to ``[-clip, clip]`` after the update; with None they are not. As with `lr`, a tensor of
         one element on the device is read there: a captured graph follows what is written into it.
@@ -116,7 +122,6 @@ class RMSprop(torch.optim.RMSprop):
         for i, group in enumerate(self.param_groups):
             group.setdefault("clip", own[i] if i < len(own) else None)
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update and clip the parameters.
 
@@ -134,22 +139,24 @@ class RMSprop(torch.optim.RMSprop):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group in self.param_groups:
+                self._step_group(group)
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        # A loaded state_dict brings options that no constructor has seen.
-        _refuse_modes(group)
         params: list[Tensor] = []
         grads: list[Tensor] = []
         square_avgs: list[Tensor] = []
         grad_avgs: list[Tensor] = []
         momentum_buffers: list[Tensor] = []
         steps: list[Tensor] = []
-        if self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps):
-            raise TypeError("params must be real; got a complex parameter")
+        is_complex = self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps)
         if not params:
+            return
+        if is_complex or group["differentiable"] or not is_plain(*params, *grads):
+            states = (params, grads, square_avgs, grad_avgs, momentum_buffers, steps)
+            _step_by_torch(*states, group, is_complex)
             return
         if group["capturable"]:
             if any(p.device.type == "cpu" for p in params):
@@ -167,15 +174,36 @@ class RMSprop(torch.optim.RMSprop):
             grad_avgs,
             momentum_buffers,
             lr,
-            group["alpha"],
-            group["eps"],
-            group["weight_decay"],
-            group["momentum"],
+            float(group["alpha"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            float(group["momentum"]),
             group["maximize"],
             clip,
             lr_tensor,
             clip_tensor,
         )
+
+
+def _step_by_torch(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+    is_complex: bool,
+) -> None:
+    """What the kernels know nothing of: a recorded step, complex parameters, tensors of other people's types."""
+    clip = group["clip"]
+    if is_complex and clip is not None:
+        raise TypeError("params must be real where clip is given; got a complex parameter")
+    options = {name: value for name, value in group.items() if name in _OPTIONS}
+    lists = (params, grads, square_avgs, grad_avgs, momentum_buffers, steps)
+    _functional.rmsprop(*lists, has_complex=is_complex, **options)
+    if clip is not None:
+        reference.clip_weights(params, clip)
 
 
 def _number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
@@ -202,9 +230,3 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"clip must have one element; got shape {tuple(clip.shape)}")
     if clip is not None and (not isinstance(clip, Tensor) or clip.device.type == "cpu"):
         _check.number("clip", float(clip) if isinstance(clip, Tensor) else clip, low=0)
-    _refuse_modes(options)
-
-
-def _refuse_modes(options: dict[str, Any]) -> None:
-    if options.get("differentiable"):
-        raise ValueError("differentiable must be False: gankern's step has no such mode; got True")

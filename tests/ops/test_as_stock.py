@@ -595,3 +595,48 @@ def test_autocast_in_the_backward_pass_does_not_cast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found.append(torch.autograd.grad(output.square().sum(), given, create_graph=True))
     assert_same(*found)
+
+
+def test_what_a_call_keeps_for_its_backward_pass() -> None:
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((4, 8, 16, 16), (16, 8, 3, 3), (16,)))
+    given = {t.data_ptr() for t in (x, w)}
+    for activation, most in {"none": 0, "leaky_relu": 1, "relu": 4, "tanh": 4}.items():
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            output = ops.conv2d_act(x, w, b, padding=1, activation=activation)
+        bytes_kept = sum(t.nbytes for t in kept if t.data_ptr() not in given)
+        assert bytes_kept == most * output.numel() + b.nbytes
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_output_padding_and_sizes_that_stock_takes(groups: int) -> None:
+    w = torch.randn(6, 5, 1, 3)
+    for shape, options in (
+        ((1, 6, 1, 11), {"output_padding": 1, "dilation": 2}),
+        ((2, 6, 1, 1), {"padding": (1, 0)}),
+        ((0, 6, 4, 4), {"output_padding": 1}),
+    ):
+        for training, grad in itertools.product((True, False), (True, False)):
+            found = []
+            for module in (ops, norm_reference):
+                torch.manual_seed(0)
+                x, ones = torch.randn(shape), torch.ones(5 * groups)
+                stats = torch.zeros_like(ones), torch.ones_like(ones)
+                with torch.set_grad_enabled(grad):
+                    weight = w.clone().requires_grad_()
+                    given: dict[str, Any] = {"groups": groups, "training": training, **options}
+                    try:
+                        output = module.conv_transpose2d_bn_act(x, weight, None, *stats, ones, ones, **given)
+                    except (RuntimeError, ValueError) as error:
+                        found.append(type(error))
+                        continue
+                found.append([output, *stats])
+            if isinstance(found[1], list):
+                assert_same(*found)
+            else:
+                assert found[0] is ValueError

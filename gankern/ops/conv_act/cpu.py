@@ -335,8 +335,7 @@ def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options
     if geometry and _is_slower_weight(input.dtype, geometry, weight.shape[2:]):
         geometry = None
     if geometry is None:
-        like = channels_last(weight.to(input.dtype))
-        return like_layout(reference.conv_weight_grad(grad_output, input, like, options).to(weight.dtype), weight)
+        return _torchs_weight_grad(grad_output, input, weight, options)
     wide, narrow = (grad_output, input) if options.transposed else (input, grad_output)
     wide, narrow, weight = channels_last(wide), channels_last(narrow), dense(weight)
     # Sums are in float32, and stay so where the weight is.
@@ -345,4 +344,12 @@ def conv_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options
     run = kernels.conv_bfloat16_weight_grad if input.dtype == torch.bfloat16 else kernels.conv_weight_grad
     with span("gankern::conv_weight_grad"):
         run(_shape_of(geometry, weight), *addresses)
+    if input.dtype == torch.bfloat16 and not grad_weight.sum().isfinite():
+        # The matrix units' zeros beside an image meet what is not finite.
+        return _torchs_weight_grad(grad_output, input, weight, options)
     return grad_weight.to(weight.dtype)
+
+
+def _torchs_weight_grad(grad_output: Tensor, input: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
+    like = channels_last(weight.to(input.dtype))
+    return like_layout(reference.conv_weight_grad(grad_output, input, like, options).to(weight.dtype), weight)

@@ -84,7 +84,8 @@ def batch_norm_act(
 
     Notes
     -----
-    Differentiable to any order: first derivatives are kernels, higher ones plain torch. Statistics and reductions of
+    Differentiable to any order: first derivatives are kernels, higher ones plain torch; the third ones too are those of
+    statistics that depend on the input, which stock's take for constants. Statistics and reductions of
     bfloat16 and float16 inputs are in float32; sums are shifted by a mean of the channel and carried in float64, on
     GPUs from block to block. Results have the same bits on every run, for any number of threads. With a process group
     every derivative communicates, so all ranks have to take the same ones; torch.compile leaves the graph for it.
@@ -176,23 +177,30 @@ def conv_transpose2d_bn_act(
     options = _check_options(training, momentum, eps, activation, negative_slope)
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding), _pair("dilation", dilation, 1)
     output_padding = _pair("output_padding", output_padding)
-    if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
-        raise ValueError(
-            f"output_padding must be smaller than stride or dilation; got {output_padding} "
-            f"with stride {stride} and dilation {dilation}"
-        )
     size = [
         (i - 1) * s - 2 * p + d * (k - 1) + o + 1
         for i, k, s, p, d, o in zip(
             input.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
         )
     ]
-    _check_output_size(size)
+    rule = None
+    if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
+        rule = f"output_padding must be smaller than stride or dilation; got {output_padding} with stride {stride} and "
+        rule += f"dilation {dilation}"
+    elif min(size) < 1:
+        rule = f"input must be large enough for the convolution; got an output of {size[0]} x {size[1]}"
     group = _group_of(process_group, training)
-    if group is None:
+    if group is None and min(size) > 0:
         _check_statistics((input.size(0), weight.size(1) * groups, *size), training, running_mean, running_var)
 
     conv = Convolution(True, stride, padding, output_padding, dilation, groups)
+    if rule is not None:
+        # There are such calls that stock runs: torch's kernels differ in it.
+        try:
+            output = conv.by_torch(input, weight, bias)
+        except RuntimeError as error:
+            raise ValueError(rule) from error
+        return _norm(output, running_mean, running_var, bn_weight, bn_bias, training, *options, group)
     return _block(
         conv,
         input,

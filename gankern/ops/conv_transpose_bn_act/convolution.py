@@ -31,7 +31,7 @@ class Convolution(NamedTuple):
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not is_plain(input, weight, bias):
-            return self._stock(input, weight, bias)
+            return self.by_torch(input, weight, bias)
         is_product = self.is_product(input)
         if self.is_plain(input, weight) and not is_product:
             return conv2d_acts(input, [Layer(weight, bias, self.options, "none", 0.0)])
@@ -41,9 +41,9 @@ class Convolution(NamedTuple):
             weight = _turned(weight, memory_format(input))
         if is_product:
             return _product(input, weight, bias)
-        return self._stock(input, weight, bias)
+        return self.by_torch(input, weight, bias)
 
-    def _stock(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def by_torch(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.transposed:
             return F.conv_transpose2d(
                 input, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
@@ -207,7 +207,9 @@ def conv_act(
 ) -> Tensor:
     """Convolution and activation, without gradients."""
     name = "_convolution_transpose_pointwise" if conv.transposed else "_convolution_pointwise"
-    fusable = name in _POINTWISE and torch.backends.mkldnn.enabled
+    # oneDNN takes no more output padding than that, torch's own kernels do.
+    fits = all(o < s for o, s in zip(conv.output_padding, conv.stride, strict=True))
+    fusable = fits and name in _POINTWISE and torch.backends.mkldnn.enabled
     if fusable and input.device.type == "cpu" and input.numel():
         input, weight, bias = autocast(input, weight, bias)
         if input.dtype in (torch.float32, torch.bfloat16) and weight.dtype == input.dtype:
