@@ -10,7 +10,7 @@ import torch
 
 #: Called with a part's name while somebody measures.
 hook: Callable[[str], AbstractContextManager[Any]] | None = None
-#: Whether the penalty runs outside of its operator, so that torch's dispatch modes see what it does.
+#: Whether the dispatch modes are the profiler's own: the penalty runs as it does without them.
 inline = False
 
 

@@ -92,6 +92,8 @@ class Later:
 _adapters: dict[str, dict[str, ModuleType | Later]] = {}
 # What else an op has to tell of a call: {op: function of what was found and the call's arguments}.
 _explainers: dict[str, Callable[..., Explanation]] = {}
+# Functions that run another op's kernels: {function: op}.
+_borrowed: dict[str, str] = {}
 _default = "auto"
 _override: ContextVar[str | None] = ContextVar("gankern_backend", default=None)
 # Autograd's threads for a GPU have no context of Python's, but torch hands on to them what is kept here.
@@ -110,9 +112,14 @@ def adapters(name: str) -> list[ModuleType | Later]:
     return list(dict.fromkeys(found[name] for found in _adapters.values() if name in found))
 
 
-def register_explainer(op: str, explainer: Callable[..., Explanation]) -> None:
-    """Let an op add to what :func:`explain` finds: ``explainer(found, *args, **kwargs)``."""
+def register_explainer(op: str, explainer: Callable[..., Explanation], kernels: str | None = None) -> None:
+    """Let an op add to what :func:`explain` finds: ``explainer(found, *args, **kwargs)``.
+
+    A function without kernels of its own names the op of which it runs them.
+    """
     _explainers[op] = explainer
+    if kernels is not None:
+        _borrowed[op] = kernels
 
 
 def _checked(name: str, origin: str) -> str:
@@ -281,8 +288,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         If there is no op of that name.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _adapters:
-        raise ValueError(f"op must be one of {', '.join(sorted(_adapters))}; got {name!r}")
-    found = explain_call(name, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
+    kernels = _borrowed.get(name, name)
+    if kernels not in _adapters:
+        known = ", ".join(sorted(_adapters.keys() | _borrowed.keys()))
+        hint = ". gankern.fusion_report tells of fuse" if name == "fuse" else ""
+        raise ValueError(f"op must be one of {known}; got {name!r}{hint}")
+    found = explain_call(kernels, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
     explainer = _explainers.get(name)
     return found if explainer is None else explainer(found, *args, **kwargs)

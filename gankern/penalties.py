@@ -7,14 +7,16 @@ root. A lazy schedule (Karras et al. 2020, appendix B) is the caller's: every k-
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gankern import backends
 from gankern.ops import _check
-from gankern.ops.gradient_penalty import Critic, check_points, penalty_at, penalty_points
+from gankern.ops.gradient_penalty import Critic, check_points, explain_penalty, penalty_at, penalty_points
 
 __all__ = ["dragan", "r1", "r2", "zero_centered"]
 
@@ -177,4 +179,10 @@ def zero_centered(
     points = penalty_points(real, fake, alpha, generator)
     return penalty_at(
         critic, points, inputs, critic_kwargs, weight=weight, squared=True, params=params, create_graph=create_graph
+    )
+
+
+for _function in (r1, r2, dragan, zero_centered):
+    backends.register_explainer(
+        _function.__name__, functools.partial(explain_penalty, _function), kernels="gradient_penalty"
     )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gankern
+from gankern import backends
+from gankern.ops.critic_layers import Chain, Scope, find
 
 
 class Residual(nn.Module):
@@ -132,6 +137,56 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(4, 1, 3),
     ),
 }
+
+
+def chain_of(critic: nn.Module) -> Chain:
+    """The chain that gankern's layers run of a critic."""
+    chain = find(critic)
+    assert isinstance(chain, Chain), chain
+    return chain
+
+
+def layered(critic: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """A critic by gankern's layers, as a function of its input and parameters, and its input gradient."""
+    chain, scope = chain_of(critic), Scope()
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return chain.run(scope, x, values)
+
+    def input_gradient(x: Tensor, *values: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        output = run(x, *values).sin().sum()
+        with scope.input_gradient():
+            return torch.autograd.grad(output, x, create_graph=True)[0]
+
+    return run, input_gradient
+
+
+@contextmanager
+def watched_kernels() -> Iterator[list[weakref.ref[Tensor]]]:
+    """What the critic layers' kernels return inside, by references that keep nothing alive."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    class Watched:
+        def __init__(self, adapter: Any) -> None:
+            self._adapter = adapter
+
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(self._adapter, name)
+            if not callable(value) or name in ("refuse", "channels_last", "like_layout", "conv_weight_grad"):
+                return value
+
+            def run(*args: Any) -> Any:
+                result = value(*args)
+                seen.extend(
+                    weakref.ref(t) for t in (result if isinstance(result, tuple) else (result,)) if t is not None
+                )
+                return result
+
+            return run
+
+    with backends.wrapped("critic_layers", Watched):
+        yield seen
 
 
 def batch(n: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 from gankern.nn import block, guard, stretch
 from gankern.nn.conv_bn_act import ConvBnAct2d, ConvTransposeBnAct2d
 from gankern.nn.stretch import RAN, SMALL, FusedSequential, Step, Stretch, stock_class
+from gankern.ops.critic_layers.chain import add_sequential
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -135,7 +136,10 @@ def _fused_class(kind: Any) -> Any:
 @functools.cache
 def _made_class(kind: Any) -> Any:
     names = {n: getattr(kind, n) for n in ("__module__", "__qualname__", "__doc__")} | {"_gankern_stock": kind}
-    return types.new_class(kind.__name__, (_Fused, kind), {}, lambda namespace: namespace.update(names))
+    made = types.new_class(kind.__name__, (_Fused, kind), {}, lambda namespace: namespace.update(names))
+    if kind is nn.Sequential:
+        add_sequential(made)
+    return made
 
 
 def _cannot_extend(kind: type[nn.Module]) -> str | None:

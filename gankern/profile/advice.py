@@ -110,8 +110,7 @@ def _of_the_critic(side: Side) -> Iterator[Advice]:
             "The critic has batch norm: the penalty couples the samples of a batch (Gulrajani et al. 2017, section 4, "
             "use layer norm)"
         )
-    if found.small:
-        yield Advice(f"Critic and batch are so small that {PENALTY} leaves the passes to stock autograd")
-        return
+    if found.reason is not None:
+        yield Advice(f"{PENALTY} leaves the passes to stock autograd: {found.reason}")
     for name, calls in found.stock.items():
-        yield Advice(f"{PENALTY} leaves {name} ({calls} calls of the critic) to stock autograd: {found.why[name]}")
+        yield Advice(f"{PENALTY} leaves {name} ({calls} in the critic) to stock autograd")

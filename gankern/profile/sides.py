@@ -54,7 +54,7 @@ class Side:
 
     def _is_small(self) -> bool:
         explained = self.explain()
-        return explained is not None and explained.small
+        return explained is not None and explained.reason is not None
 
     def explain(self) -> PenaltyExplanation | None:
         """What gankern takes of the critic's penalty; None without one."""

@@ -4,11 +4,10 @@ Stock autograd returns tensors of zeros as the second derivative of ReLU, and dr
 graph; it also computes weight gradients in an inner gradient that only wants the input's. The functions here return
 None for what is identically zero, and leave out weight gradients while :class:`Scope` says so.
 
-They are drop-in replacements of the functions of the same name in :mod:`torch.nn.functional`, differentiable to any
-order; :class:`CriticLayers` puts them in their place while a critic runs.
+They take the place of modules of torch's own in critics that are plain: see :mod:`gankern.ops.critic_layers.chain`.
 """
 
-from gankern.ops.critic_layers.intercept import CriticLayers
+from gankern.ops.critic_layers.chain import Chain, Declined, find
 from gankern.ops.critic_layers.scope import Scope
 
-__all__ = ["CriticLayers", "Scope"]
+__all__ = ["Chain", "Declined", "Scope", "find"]

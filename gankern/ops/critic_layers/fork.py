@@ -5,14 +5,12 @@ Autograd's own sums allocate a tensor each.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gankern import backends
-from gankern.ops.critic_layers.scope import Scope
 
 # Below so many bytes malloc keeps the memory.
 _LARGE = 1 << 20
@@ -51,38 +49,3 @@ class Sum(torch.autograd.Function):
         if grad_output is None or not torch.is_grad_enabled():
             return grad_output, grad_output
         return Fork.apply(grad_output)
-
-
-class Forks:
-    """The tensors that a critic has used, each with a handle for its next use."""
-
-    def __init__(self) -> None:
-        self._handles: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
-
-    def use(self, tensor: Any) -> Any:
-        """A handle on a large activation that another use of it does not share; anything else as it is."""
-        if not isinstance(tensor, Tensor) or tensor.grad_fn is None or not large(tensor):
-            return tensor
-        known = self._handles.get(id(tensor))
-        # Not where it was changed in place since: it is another value with another history.
-        fresh = known is None or known[0]() is not tensor or known[1] != tensor._version
-        handle, rest = Fork.apply(tensor if known is None or fresh else known[2])
-        self._handles[id(tensor)] = weakref.ref(tensor), tensor._version, rest
-        return handle
-
-    def clear(self) -> None:
-        self._handles.clear()
-
-
-def add(scope: Scope, input: Any, other: Any, *, alpha: float = 1) -> Any:
-    """:func:`torch.add` of activations."""
-    if (
-        not isinstance(input, Tensor)
-        or not isinstance(other, Tensor)
-        or alpha != 1
-        or input.shape != other.shape
-        or input.dtype != other.dtype
-        or not input.is_floating_point()
-    ):
-        return NotImplemented
-    return Sum.apply(input, other)

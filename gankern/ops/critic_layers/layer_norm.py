@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gankern import _cuda, _triton, backends
 from gankern._layout import memory_format, not_a_view
@@ -44,18 +44,6 @@ class Rows(NamedTuple):
         """Back, for a result that nobody else has."""
         return not_a_view(self.back(rows))
 
-    def plain(self, eps: float) -> Callable[..., Tensor]:
-        """Layer norm by its formula: stock's third derivative takes the mean and deviation for constants."""
-
-        def function(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            input = self.of(input)
-            var, mean = torch.var_mean(input, 1, correction=0, keepdim=True)
-            output = (input - mean) * (var + eps).rsqrt()
-            output = output if weight is None else output * weight
-            return self.back(output if bias is None else output + bias)
-
-        return function
-
 
 def layer_norm(
     scope: Scope,
@@ -71,7 +59,7 @@ def layer_norm(
     if (
         not input.numel()
         or tuple(input.shape[-dims:]) != tuple(normalized_shape)
-        or any(t.dtype != input.dtype for t in params)
+        or any(t.dtype != input.dtype or tuple(t.shape) != tuple(normalized_shape) for t in params)
         or torch.is_autocast_enabled(input.device.type)
     ):
         return NotImplemented
@@ -100,7 +88,7 @@ class LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         adapter = backends.select("critic_layers", input)
         output, mean, rstd = adapter.layer_norm_forward(rows.of(input), weight, bias, eps)
-        ctx.save_for_backward(again, weight, bias, mean, rstd)
+        ctx.save_for_backward(again, weight, mean, rstd)
         ctx.rows, ctx.eps, ctx.scope = rows, eps, scope
         ctx.set_materialize_grads(False)
         return rows.fresh(output)
@@ -110,14 +98,11 @@ class LayerNorm(torch.autograd.Function):
         nothing = (None, None, None)
         if grad_output is None:
             return None, None, None, None, *nothing
-        input, weight, bias, mean, rstd = ctx.saved_tensors
+        input, weight, mean, rstd = ctx.saved_tensors
         rows, eps = ctx.rows, ctx.eps
-        if ctx.scope.input_gradient_only:
+        if not ctx.scope.wants_parameters():
             grad_input = LayerNormInputGrad.apply(grad_output, input, weight, mean, rstd, rows, eps)
             return grad_input, None, None, None, *nothing
-        if torch.is_grad_enabled():
-            grad_input, *grads = reference.vjp(rows.plain(eps), (input, weight, bias), grad_output, create_graph=True)
-            return grad_input, None, *grads, *nothing
         want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         adapter = backends.select("critic_layers", input)
         grad_input, *grads = adapter.layer_norm_backward(rows.of(grad_output), rows.of(input), weight, mean, rstd, want)
@@ -147,15 +132,13 @@ class LayerNormInputGrad(torch.autograd.Function):
         return rows.fresh(grads[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None, None, None, None)
         if tangent is None:
             return None, None, None, *nothing
         grad_output, input, weight, mean, rstd = ctx.saved_tensors
         rows: Rows = ctx.rows
-        if torch.is_grad_enabled():
-            grads = reference.input_grad_vjp(rows.plain(ctx.eps), grad_output, input, weight, tangent)
-            return *grads, *nothing
         adapter = backends.select("critic_layers", input)
         grad_grad_output, grad_input, grad_weight = adapter.layer_norm_double_backward(
             rows.of(tangent),

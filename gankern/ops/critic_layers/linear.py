@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gankern import _phases, backends
 from gankern.ops.conv_act.reference import ConvOptions
@@ -16,8 +17,7 @@ WEIGHT_GRADIENT = "penalty/weight gradient"
 
 
 def _layers(*tensors: Tensor) -> Any:
-    """Kernels for tensors of which no graph is recorded; else torch's."""
-    return reference if torch.is_grad_enabled() else backends.select("critic_layers", *tensors)
+    return backends.select("critic_layers", *tensors)
 
 
 class Act(NamedTuple):
@@ -31,7 +31,7 @@ class Act(NamedTuple):
 
 
 class Conv(torch.autograd.Function):
-    """Convolution of any dimension, transposed or not; ``first`` if its input is ``scope.points``.
+    """Convolution of any dimension, transposed or not; ``first`` if nobody wants its input's gradient but the inner.
 
     Of an activation's `activated` output, where it is given: the input stands for that of the activation, and gets its
     gradient. An activation `after` is applied to the output, of which its own derivative knows.
@@ -70,7 +70,7 @@ class Conv(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0] and (ctx.scope.input_gradient_only or not ctx.first):
             grad_input = ConvInputGrad.apply(grad_output, weight, input.detach(), ctx.options, ctx.before)
-        if not ctx.scope.input_gradient_only:
+        if ctx.scope.wants_parameters():
             if ctx.needs_input_grad[1]:
                 with _phases.phase(WEIGHT_GRADIENT):
                     grad_weight = _layers(input, weight).conv_weight_grad(grad_output, input, weight, ctx.options)
@@ -104,13 +104,13 @@ class ConvInputGrad(torch.autograd.Function):
         return layers.conv_input_grad(turned, weight, input, options, before.name, before.negative_slope)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         if tangent is None:
             return None, None, None, None, None
         grad_output, weight, turned, *activated = ctx.saved_tensors
         layers = _layers(tangent, weight)
-        if not torch.is_grad_enabled():
-            grad_output, tangent = turned, layers.channels_last(tangent)
+        grad_output, tangent = turned, layers.channels_last(tangent)
         if activated:
             output = layers.like_layout(activated[0], tangent)
             tangent = layers.leaky_relu_backward(tangent, output, ctx.before.negative_slope)
@@ -144,7 +144,7 @@ class Linear(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = LinearInputGrad.apply(grad_output, weight)
-        if not ctx.scope.input_gradient_only:
+        if ctx.scope.wants_parameters():
             if ctx.needs_input_grad[1]:
                 grad_weight = _outer(grad_output, input)
             if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -162,6 +162,7 @@ class LinearInputGrad(torch.autograd.Function):
         return grad_output @ weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, tangent: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if tangent is None:
             return None, None

@@ -1,8 +1,6 @@
-"""Plain torch: the ``reference`` backend of the critic layers, and their derivatives of any order."""
+"""Plain torch: the ``reference`` backend of the critic layers."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +29,6 @@ __all__ = [
     "group_norm_backward",
     "group_norm_double_backward",
     "group_norm_forward",
-    "input_grad_vjp",
     "layer_norm_backward",
     "layer_norm_double_backward",
     "layer_norm_forward",
@@ -40,7 +37,6 @@ __all__ = [
     "like_layout",
     "refuse",
     "room",
-    "vjp",
 ]
 
 #: Whether the layers have images turned into channels_last that stock keeps contiguous.
@@ -49,31 +45,6 @@ TURNS = False
 
 def refuse(*tensors: Tensor) -> str | None:
     return None
-
-
-def vjp(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], cotangent: Tensor, create_graph: bool
-) -> list[Tensor | None]:
-    """Gradients of a function's inputs that require one, by running it again under autograd."""
-    with torch.enable_grad():
-        output = function(*inputs)
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        grads = iter(torch.autograd.grad(output, wanted, cotangent, create_graph=create_graph, allow_unused=True))
-    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
-
-
-def input_grad_vjp(
-    plain: Callable[..., Tensor], grad_output: Tensor, input: Tensor, weight: Tensor | None, tangent: Tensor
-) -> list[Tensor | None]:
-    """Gradients of a norm's input gradient, by its formula and with a graph: of grad_output, input and weight."""
-
-    def input_grad(grad_output: Tensor, input: Tensor, weight: Tensor | None) -> Tensor:
-        leaf = input if input.requires_grad else input.detach().requires_grad_()
-        grad = vjp(plain, (leaf, weight, None), grad_output, create_graph=True)[0]
-        assert grad is not None
-        return grad
-
-    return vjp(input_grad, (grad_output, input, weight), tangent, create_graph=True)
 
 
 def add(first: Tensor, second: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gankern import _compiling, backends
 from gankern.ops import _check
+from gankern.ops.critic_layers import Chain, Declined
 from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.gradient_penalty.autograd import Critic
+from gankern.ops.gradient_penalty.choice import choose
 from gankern.ops.gradient_penalty.explain import PenaltyExplanation, explain_penalty
 
-__all__ = ["PenaltyExplanation", "check_points", "gradient_penalty", "penalty_at", "penalty_points"]
-
-backends.register_explainer("gradient_penalty", explain_penalty)
+__all__ = ["PenaltyExplanation", "check_points", "explain_penalty", "gradient_penalty", "penalty_at", "penalty_points"]
 
 
 def gradient_penalty(
@@ -124,6 +124,9 @@ def gradient_penalty(
     )
 
 
+backends.register_explainer("gradient_penalty", functools.partial(explain_penalty, gradient_penalty))
+
+
 def penalty_points(real: Tensor, fake: Tensor, alpha: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Checked ``alpha * real + (1 - alpha) * fake``; see :func:`gradient_penalty`."""
     check_points("real", real)
@@ -146,7 +149,7 @@ def penalty_points(real: Tensor, fake: Tensor, alpha: Tensor | None, generator: 
             raise ValueError("generator must be None where alpha is given; got a Generator")
         if tuple(alpha.shape) not in ((n,), (n, *[1] * (real.dim() - 1))):
             raise ValueError(f"alpha must have one number a sample, shape ({n},); got {tuple(alpha.shape)}")
-    return autograd.interpolate(real, fake, alpha.detach().reshape(n))
+    return autograd.interpolate(real, fake, alpha.reshape(n))
 
 
 def penalty_at(
@@ -186,32 +189,50 @@ def penalty_at(
     _check.number("target", target, low=0)
     _check.boolean("one_sided", one_sided)
     _check.boolean("create_graph", create_graph)
-    wrapper = critic
-    critic = autograd.inner_module(critic)
-    found = trainable(critic, params)
-    if create_graph:
-        loss = autograd.differentiable_penalty(
-            critic, points, inputs, critic_kwargs, weight=weight, target=target, one_sided=one_sided, squared=squared
-        )
-        _expect_gradients(wrapper, loss)
-        return loss
+    inner: Any = autograd.inner_module(critic)
+    given = trainable(inner, params)
     options = (float(weight), float(target), one_sided, squared)
-    if isinstance(critic, nn.Module) and params is None:
-        _warn_of_batch_norm(critic)
-        if small.is_small(wrapper, points, found):
-            return small.penalty(critic, found, points, lambda x: critic(x, *inputs, **critic_kwargs), options)
-    tensors, template = autograd.split((inputs, critic_kwargs))
-    handled: AbstractContextManager[int]
-    if not isinstance(critic, nn.Module) or params is not None:
-        handled = autograd.callable_handle(critic, found, template)
-    elif inputs or critic_kwargs:
-        handled = autograd.call_handle(critic, template)
-    else:
-        handled = nullcontext(autograd.module_handle(critic))
-    with handled as handle:
-        loss = autograd.penalty(handle, found, tensors, points, *options)
-    _expect_gradients(wrapper, loss)
+    alone = params is None and len(inputs) + len(critic_kwargs) == 0 and not create_graph
+    whole = alone and isinstance(inner, nn.Module)
+    if isinstance(inner, nn.Module):
+        _warn_of_batch_norm(inner)
+    if torch.compiler.is_compiling():
+        handle, reached = autograd.capturable(inner) if whole else (0, [])
+        if handle:
+            return autograd.penalty(handle, list(inner.parameters()), reached, points, *options)
+        # Outside of the graph, which does not see what a critic reads and writes.
+        return _out_of_graph(critic, inner, given, points, inputs, critic_kwargs, whole, options)
+    return _run(critic, inner, given, points, inputs, critic_kwargs, whole, options)
+
+
+def _run(
+    wrapper: Critic,
+    critic: Any,
+    given: list[Tensor],
+    points: Tensor,
+    inputs: tuple[Any, ...],
+    critic_kwargs: dict[str, Any],
+    whole: bool,
+    options: tuple[float, float, bool, bool],
+) -> Tensor:
+    """Penalty of a critic inside a wrapper; `whole` if nothing but the critic itself is asked for."""
+    distributed = autograd.is_distributed(wrapper)
+    loss = None
+    chain = choose(critic, points) if whole else None
+    if isinstance(chain, Chain) and not small.is_small(critic, points, given):
+        reached = [True] * (len(chain.params) + 1) if distributed else chain.gets_gradients()
+        with contextlib.suppress(Declined):
+            loss = autograd.penalty(chain, chain.params, reached, points, *options)
+    if loss is None:
+        loss = autograd.stock_penalty(critic, points, inputs, critic_kwargs, *options)
+        if distributed:
+            loss = autograd.reach(loss, given)
+    if distributed:
+        _expect_gradients(wrapper, loss)
     return loss
+
+
+_out_of_graph = torch._compile._disable_dynamo(_run)
 
 
 def _expect_gradients(critic: Critic, loss: Tensor) -> None:
@@ -222,12 +243,7 @@ def _expect_gradients(critic: Critic, loss: Tensor) -> None:
     """
     if _compiling.is_compiled(critic):
         critic = critic._orig_mod
-    if (
-        isinstance(critic, DistributedDataParallel)
-        and not torch.compiler.is_compiling()
-        and loss.requires_grad
-        and critic.require_backward_grad_sync
-    ):
+    if isinstance(critic, DistributedDataParallel) and loss.requires_grad and critic.require_backward_grad_sync:
         # DDP's forward, if it comes later, may not rebuild the buckets any more.
         critic.reducer._rebuild_buckets()
         critic.reducer.prepare_for_backward([loss])
@@ -243,6 +259,11 @@ def trainable(critic: Critic, params: Iterable[Tensor] | None) -> list[Tensor]:
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of Tensors; got {type(params).__name__}")
     params = list(params)
+    if not params:
+        raise ValueError(
+            "params must have at least one Tensor; got none: an iterator, as critic.parameters() is, is empty after "
+            "its first use, a list is not"
+        )
     for p in params:
         _check.tensor("params", p)
     return [p for p in params if p.requires_grad]

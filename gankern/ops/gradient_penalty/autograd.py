@@ -1,23 +1,22 @@
-"""The penalty as one operator: second order inside, first order outside."""
+"""The penalty: by gankern's layers as one node, second order inside and first order outside, or by stock autograd."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
-from gankern import _compiling, _cuda, _library, _phases, _triton, backends, workspace
+from gankern import _compiling, _cuda, _library, _phases, _stock, _triton, backends, workspace
 from gankern._layout import memory_format
-from gankern.ops.critic_layers import CriticLayers, Scope
+from gankern.ops.critic_layers import Chain, Declined, Scope, find
 from gankern.ops.gradient_penalty import cpu, reference
+from gankern.ops.gradient_penalty.choice import watched
 
 backends.register(
     "gradient_penalty",
@@ -42,98 +41,50 @@ def inner_module(critic: Critic) -> Critic:
     return critic
 
 
-class _Hole:
-    """Stands for a tensor among a critic's further arguments, which reaches it through the operator."""
+def is_distributed(critic: Critic) -> bool:
+    """Whether one of a critic's wrappers is DistributedDataParallel."""
+    if _compiling.is_compiled(critic):
+        return is_distributed(critic._orig_mod)
+    return isinstance(critic, DistributedDataParallel)
 
 
-def split(arguments: Any) -> tuple[list[Tensor], Any]:
-    """Tensors of a tree, and the tree with holes in their places."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return tensors, pytree.tree_map(lambda leaf: _Hole if isinstance(leaf, Tensor) else leaf, arguments)
-
-
-def _fill(template: Any, tensors: Sequence[Tensor]) -> Any:
-    """The tree that :func:`split` took apart."""
-    rest = iter(tensors)
-    return pytree.tree_map(lambda leaf: next(rest) if leaf is _Hole else leaf, template)
-
-
-NO_ARGUMENTS: Any = ((), {})
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A critic that operators know by number, and the parameters whose gradients they return.
-
-    Attributes
-    ----------
-    critic : callable
-        Returns the critic, or None where it is gone.
-    params : sequence of Tensor or None
-        None for all of a module's.
-    template : tuple
-        Arguments after the points and keyword arguments, with holes for tensors.
-    """
-
-    critic: Callable[[], Critic | None]
-    params: Sequence[Tensor] | None
-    template: Any = NO_ARGUMENTS
-
-    def parameters(self) -> list[Tensor]:
-        critic = self.critic()
-        params = critic.parameters() if self.params is None and isinstance(critic, nn.Module) else self.params
-        return [p for p in params or () if p.requires_grad]
-
-
-_registered: dict[int, Registered] = {}
+# Critics that operators know by number: not references to them.
+_registered: dict[int, weakref.ref[nn.Module]] = {}
 _handles: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _numbers = count(1)
 
 
-def _register_module(critic: nn.Module) -> int:
-    """Number of a module: the same for its life, and not a reference to it."""
+# Dynamo runs this while it traces and keeps the result.
+@_compiling.constant
+def capturable(critic: nn.Module) -> tuple[int, list[bool]]:
+    """Number of a critic for a compiled graph, and which of its parameters get gradients; 0 where none may hold it.
+
+    A graph takes the parameters as inputs; what else a critic reads when it runs, or writes, it does not see.
+    """
+    chain = find(critic)
+    if isinstance(chain, str) or [*map(id, chain.params)] != [*map(id, critic.parameters())]:
+        return 0, []
+    casts = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
+    if (casts and not chain.casts) or any(hasattr(step.module, "p") for step in chain.steps):
+        return 0, []
     handle = _handles.get(critic)
     if handle is None:
-        handle = next(_numbers)
-        _registered[handle] = Registered(weakref.ref(critic), None)
-        _handles[critic] = handle
+        handle = _handles[critic] = next(_numbers)
+        _registered[handle] = weakref.ref(critic)
         weakref.finalize(critic, _registered.pop, handle, None)
-    return handle
+    return handle, chain.gets_gradients()
 
 
-def _register_call(critic: nn.Module, template: Any) -> int:
-    """Number of a module with further arguments, kept for the module's life: one for each graph traced with it."""
-    handle = next(_numbers)
-    _registered[handle] = Registered(weakref.ref(critic), None, template)
-    weakref.finalize(critic, _registered.pop, handle, None)
-    return handle
-
-
-# Dynamo runs these while it traces and keeps the number.
-_register_module_constant = _compiling.constant(_register_module)
-_register_call_constant = _compiling.constant(_register_call)
-
-
-def module_handle(critic: nn.Module) -> int:
-    return _register_module_constant(critic) if torch.compiler.is_compiling() else _register_module(critic)
-
-
-def call_handle(critic: nn.Module, template: Any) -> AbstractContextManager[int]:
-    """Number of a module with further arguments: a constant of a compiled graph, else for the length of one call."""
-    if torch.compiler.is_compiling():
-        return nullcontext(_register_call_constant(critic, template))
-    return callable_handle(critic, None, template)
-
-
-@contextmanager
-def callable_handle(critic: Critic, params: Sequence[Tensor] | None, template: Any = NO_ARGUMENTS) -> Iterator[int]:
-    """Number of a callable for the length of one call."""
-    handle = next(_numbers)
-    _registered[handle] = Registered(lambda: critic, params, template)
-    try:
-        yield handle
-    finally:
-        del _registered[handle]
+def _chain_of(handle: int) -> Chain:
+    """The chain of a critic that a compiled graph holds."""
+    critic = _registered[handle]()
+    chain = find(critic)
+    if isinstance(chain, str):
+        raise RuntimeError(
+            f"the critic is another than the one whose penalty torch.compile captured: {chain}. Call "
+            "torch.compiler.reset() after the change"
+        )
+    return chain
 
 
 _AUTOGRAD_KEYS = [
@@ -175,60 +126,48 @@ def first_order_only() -> None:
 def _penalty(
     points: Tensor,
     params: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    handle: int,
+    critic: int | Chain,
     weight: float,
     target: float,
     one_sided: bool,
     squared: bool,
-    want_params: bool,
     want_points: bool,
-    want_inputs: Sequence[bool],
+    wanted: Sequence[bool],
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    registered = _registered[handle]
-    critic = registered.critic()
-    assert critic is not None
-    params = registered.parameters() if want_params else []
+    chain = _chain_of(critic) if isinstance(critic, int) else critic
     adapter = backends.select("gradient_penalty", points)
-    mixed = nullcontext() if autocast is None else torch.autocast(points.device.type, autocast)
-    with _recording():
+    device = points.device.type
+    mixed = nullcontext() if autocast is None else torch.autocast(device, autocast)
+    with _recording(), nullcontext() if autocast is None else torch.autocast(device, enabled=False):
         x = points.detach().requires_grad_()
-        inputs = [t.detach().requires_grad_(want) for t, want in zip(inputs, want_inputs, strict=True)]
-        args, kwargs = _fill(registered.template, inputs)
+        # Hooks of the parameters are for the gradients that the node hands on.
+        values = [p.detach().requires_grad_(want) for p, want in zip(params, wanted, strict=True)]
         turns = _turns(x) and memory_format(x) == torch.contiguous_format
-        scope = Scope(None if want_points else x, not _has_norm(critic), turns, fuses=True)
-        with _phases.phase("penalty/inner forward"), CriticLayers(scope), mixed:
-            scores = critic(x, *args, **kwargs)
-        check_scores(scores)
-        wanted = [*params, *(t for t in inputs if t.requires_grad), *([x] if want_points else [])]
+        scope = Scope(want_points, not chain.has_norm, turns)
+        with _phases.phase("penalty/inner forward"), mixed:
+            scores = chain.run(scope, x, values)
+        # Stock multiplies what is not finite by its zeros. To find out, a GPU would have to be waited for.
+        if device == "cpu" and not isinstance(critic, int) and not scores.isfinite().all():
+            raise Declined("scores that are not finite")
+        leaves = [*(v for v in values if v.requires_grad), *([x] if want_points else [])]
         with _phases.phase("penalty/inner gradient"), scope.input_gradient():
-            (grad,) = torch.autograd.grad(
-                scores, x, torch.ones_like(scores), create_graph=bool(wanted), allow_unused=True
-            )
-        check_input_gradient(grad)
+            (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=bool(leaves))
         with _phases.phase("penalty/tail"):
             loss, cotangent = adapter.tail(grad.detach(), weight, target, one_sided, squared)
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-        if wanted and grad.requires_grad:
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if leaves and grad.requires_grad:
             # Around the parts of it that are the weight gradient.
             with _phases.phase("penalty/tangent"):
-                found = torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
-    # Zeros where the penalty does not depend on a parameter, so that every one takes part (DDP); the layout is the
-    # parameter's, as the fake promises.
-    grads = _apart([_gradient_like(p, g) for p, g in zip(wanted, found, strict=True)])
+                found = torch.autograd.grad(grad, leaves, cotangent, allow_unused=True)
+    # Zeros where layers know of a zero that stock computes; the layout is the parameter's, as the fake promises.
+    grads = _apart([_gradient_like(p, g) for p, g in zip(leaves, found, strict=True)])
     return loss, grads.pop() if want_points else points.new_empty(0), grads
 
 
 def _turns(points: Tensor) -> bool:
     """Whether images are turned into channels_last: by the kernels of the CPU."""
     return bool(backends.select("critic_layers", points).TURNS)
-
-
-def _has_norm(critic: Critic) -> bool:
-    """Whether a norm's kernels round otherwise than stock's, so that the forward pass has not stock's bits anyway."""
-    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
-    return isinstance(critic, nn.Module) and any(isinstance(m, norms) for m in critic.modules())
 
 
 def _gradient_like(param: Tensor, grad: Tensor | None) -> Tensor:
@@ -252,18 +191,15 @@ def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
-def _penalty_fake(
-    points: Tensor, params: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    want_params, want_points, want_inputs = args[5:8]
-    grads = [torch.empty_like(p) for p in params] if want_params else []
-    grads += [torch.empty_like(t) for t, want in zip(inputs, want_inputs, strict=True) if want]
+def _penalty_fake(points: Tensor, params: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    want_points, wanted = args[5:7]
+    grads = [torch.empty_like(p) for p, want in zip(params, wanted, strict=True) if want]
     return points.new_empty(()), torch.empty_like(points) if want_points else points.new_empty(0), grads
 
 
 _penalty_op = _library.define(
-    "gradient_penalty(Tensor points, Tensor[] params, Tensor[] inputs, int critic, float weight, float target,"
-    " bool one_sided, bool squared, bool want_params, bool want_points, bool[] want_inputs, ScalarType? autocast)"
+    "gradient_penalty(Tensor points, Tensor[] params, int critic, float weight, float target, bool one_sided,"
+    " bool squared, bool want_points, bool[] wanted, ScalarType? autocast)"
     " -> (Tensor loss, Tensor grad_points, Tensor[] grads)",
     _penalty,
     _penalty_fake,
@@ -293,23 +229,23 @@ class _Penalty(torch.autograd.Function):
         points: Tensor,
         options: tuple[Any, ...],
         want_points: bool,
-        want_inputs: list[bool],
+        wanted: list[bool],
         autocast: torch.dtype | None,
-        *tensors: Tensor,
+        *params: Tensor,
     ) -> Tensor:
-        n = len(tensors) - len(want_inputs)
-        run: Callable[..., Any] = _penalty if _phases.inline else _penalty_op
-        loss, grad_points, grads = run(
-            points, tensors[:n], tensors[n:], *options, n > 0, want_points, want_inputs, autocast
-        )
+        run: Callable[..., Any] = _penalty_op if isinstance(options[0], int) else _penalty
+        loss, grad_points, grads = run(points, params, *options, want_points, wanted, autocast)
         ctx.save_for_backward(grad_points, *grads)
-        ctx.want_points = want_points
-        ctx.wanted = [True] * n + want_inputs
+        ctx.want_points, ctx.wanted = want_points, wanted
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        first_order_only()
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the penalty's graph is first order: its gradients are already computed. Pass create_graph=True to "
+                "gradient_penalty to differentiate them again"
+            )
         grad_points, *grads = ctx.saved_tensors
         rest = _times(grads, grad_loss)
         tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
@@ -317,46 +253,89 @@ class _Penalty(torch.autograd.Function):
 
 
 def penalty(
-    handle: int,
+    critic: int | Chain,
     params: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    reached: Sequence[bool],
     points: Tensor,
     weight: float,
     target: float,
     one_sided: bool,
     squared: bool,
 ) -> Tensor:
-    """Penalty at points; its graph is one node that holds the gradients."""
+    """Penalty at points by gankern's layers; its graph is one node that holds the gradients.
+
+    `reached` says of each parameter, and last of the points, whether they get one.
+    """
     device = points.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options = (handle, weight, target, one_sided, squared)
-    want_inputs = [t.requires_grad for t in inputs]
-    if torch.is_grad_enabled() and (points.requires_grad or params or any(want_inputs)):
-        return _Penalty.apply(points, options, points.requires_grad, want_inputs, autocast, *params, *inputs)
-    nothing = [False] * len(inputs)
-    return _penalty_op(points.detach(), [], [t.detach() for t in inputs], *options, False, False, nothing, autocast)[0]
+    options = (critic, weight, target, one_sided, squared)
+    enabled = torch.is_grad_enabled()
+    *wanted, want_points = (enabled and t.requires_grad and r for t, r in zip((*params, points), reached, strict=True))
+    # Hooks of what gets no gradient are not called.
+    points = points if want_points else points.detach()
+    params = [p if want else p.detach() for p, want in zip(params, wanted, strict=True)]
+    if want_points or any(wanted):
+        return _Penalty.apply(points, options, want_points, wanted, autocast, *params)
+    run: Callable[..., Any] = _penalty_op if isinstance(critic, int) else _penalty
+    return run(points, params, *options, False, wanted, autocast)[0]
 
 
-def differentiable_penalty(
-    critic: Critic, points: Tensor, inputs: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+def stock_penalty(
+    critic: Critic,
+    points: Tensor,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weight: float,
+    target: float,
+    one_sided: bool,
+    squared: bool,
 ) -> Tensor:
-    """The same with a graph of any order: through the critic layers, whose third derivatives are exact."""
+    """Penalty at points by stock autograd, with the graph that it makes."""
+    x = points if points.requires_grad else points.detach().requires_grad_()
+    with torch.enable_grad():
+        with _phases.phase("penalty/inner forward"), _stock.forwards():
+            scores = critic(x, *inputs, **kwargs)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"critic must return a Tensor; got {type(scores).__name__}")
+        grad = None
+        if scores.requires_grad:
+            with _phases.phase("penalty/inner gradient"):
+                (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True, allow_unused=True)
+        if grad is None:
+            raise ValueError("critic must depend on its input; its output does not")
+    with _phases.phase("penalty/tail"):
+        return reference.penalty_of(grad, weight, target, one_sided, squared)
 
-    def scores(x: Tensor) -> Tensor:
-        with CriticLayers(Scope(turns=_turns(x))):
-            return critic(x, *inputs, **kwargs)
 
-    return reference.penalty_at(scores, points, **options)
+class _Reach(torch.autograd.Function):
+    """A loss on which parameters depend, if by nothing but zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *params: Tensor) -> Tensor:
+        ctx.save_for_backward(*params)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
+        return grad_loss, *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def reach(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The loss, of which each parameter gets a gradient: DistributedDataParallel waits for all."""
+    return _Reach.apply(loss, *params) if loss.requires_grad else loss
 
 
 class _Interpolate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
         ctx.save_for_backward(alpha)
+        ctx.set_materialize_grads(False)
         return _interpolate_op(real, fake, alpha)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
         (alpha,) = ctx.saved_tensors
         alpha = alpha.view(-1, *[1] * (grad.dim() - 1)).to(grad.dtype)
         return alpha * grad, (1 - alpha) * grad, None
@@ -396,6 +375,8 @@ _FEW_VALUES = 1 << 14
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """``alpha * real + (1 - alpha) * fake`` with one alpha a sample, shape (N,)."""
     with _phases.phase("penalty/interpolation"):
-        if real.numel() <= _FEW_VALUES and torch_may_run(real):
+        few = real.numel() <= _FEW_VALUES and torch_may_run(real)
+        unsafe = not torch.compiler.is_compiling() and watched(real, fake, alpha) is not None
+        if few or unsafe or alpha.requires_grad:
             return reference.interpolate(real, fake, alpha)
         return _Interpolate.apply(real, fake, alpha)

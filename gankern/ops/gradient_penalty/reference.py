@@ -1,4 +1,4 @@
-"""Plain torch: the oracle of tests and benchmarks, the ``reference`` backend, and the differentiable form."""
+"""Plain torch: the oracle of tests and benchmarks, the ``reference`` backend, and what runs wherever ours may not."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ def penalty_at(
     x = points if points.requires_grad else points.detach().requires_grad_()
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    grad = grad.flatten(1)
+    return penalty_of(grad, weight, target, one_sided, squared)
+
+
+def penalty_of(grad: Tensor, weight: float, target: float, one_sided: bool, squared: bool) -> Tensor:
+    """Penalty on the norms of input gradients (N, ...)."""
+    rows = grad.reshape(grad.size(0), -1)
     if squared:
-        return weight * grad.square().sum(1).mean()
-    excess = torch.linalg.vector_norm(grad, dim=1) - target
-    if one_sided:
-        excess = excess.clamp_min(0)
-    return weight * excess.square().mean()
+        return weight * rows.square().sum(1).mean()
+    excess = torch.linalg.vector_norm(rows, dim=1) - target
+    return weight * (excess.clamp_min(0) if one_sided else excess).square().mean()
 
 
 def gradient_penalty(
@@ -63,11 +66,6 @@ def tail(grad: Tensor, weight: float, target: float, one_sided: bool, squared: b
     """Loss and its derivative with respect to the input gradients (N, ...); subgradient 0 at a zero gradient."""
     with torch.enable_grad():
         leaf = grad.detach().requires_grad_()
-        rows = leaf.flatten(1)
-        if squared:
-            loss = weight * rows.square().sum(1).mean()
-        else:
-            excess = torch.linalg.vector_norm(rows, dim=1) - target
-            loss = weight * (excess.clamp_min(0) if one_sided else excess).square().mean()
+        loss = penalty_of(leaf, weight, target, one_sided, squared)
         (cotangent,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), cotangent

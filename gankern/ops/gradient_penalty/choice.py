@@ -1,0 +1,54 @@
+"""Whether gankern's layers run a penalty: only where it is certain that nothing can tell them from stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from gankern import _phases, backends
+from gankern.ops.critic_layers import Chain, find, reference
+
+
+def watched(*tensors: Tensor) -> str | None:
+    """Why functions of gankern's own may not stand in for stock's on these tensors, or at this moment; None if so."""
+    for t in tensors:
+        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_inference():
+            return "tensors of a kind of their own"
+        if t.device.type not in ("cpu", "cuda"):
+            return f"gankern has no kernels for {t.device.type}"
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "torch.func or forward-mode derivatives"
+    # One default device for all is no more than that.
+    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a mode that sees torch's functions"
+    if torch._C._len_torch_dispatch_stack() and not _phases.inline:
+        return "a mode that sees torch's operators"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors"
+    if torch._C._is_tracing():
+        return "torch.jit traces"
+    return "anomaly detection" if torch.is_anomaly_enabled() else None
+
+
+def choose(critic: Any, points: Tensor) -> Chain | str:
+    """The chain that gankern's layers run; else the reason why stock runs the critic."""
+    reason = watched(points)
+    if reason is not None:
+        return reason
+    if points._backward_hooks or (points.retains_grad and not points.is_leaf):
+        return "hooks on the points"
+    chain = find(critic)
+    if isinstance(chain, str):
+        return chain
+    casts = torch.is_autocast_enabled(points.device.type)
+    if any(p.device != points.device or (p.dtype != points.dtype and not casts) for p in chain.params):
+        return "parameters of another device or type than the points"
+    if casts and not chain.casts:
+        return "norms and poolings run stock under autocast"
+    if backends.select("critic_layers", points).__name__ == reference.__name__:
+        return "torch's own functions are the backend of these tensors"
+    return chain
