@@ -1,6 +1,6 @@
 """The gradient penalty's relatives: other centres and other points, the same machinery.
 
-All return a scalar whose graph is first order unless ``create_graph``; see :func:`gankern.gradient_penalty` for
+All return a scalar for one backward pass, or more with ``create_graph``; see :func:`gankern.gradient_penalty` for
 ``params``, ``create_graph`` and the arguments handed on to the critic. Zero-centred ones use sums of squares, never a
 root. A lazy schedule (Karras et al. 2020, appendix B) is the caller's: every k-th step, k times the penalty.
 """

@@ -92,18 +92,21 @@ def _linear(scope: Scope, input: Tensor, module: Any, tensors: Sequence[Any]) ->
 
 
 def _layer_norm(scope: Scope, input: Tensor, module: Any, tensors: Sequence[Any]) -> Any:
-    return layer_norm(scope, input, module.normalized_shape, *tensors, module.eps)
+    weight, bias = tensors
+    return layer_norm(scope, input, module.normalized_shape, weight, bias, module.eps)
 
 
 def _group_norm(scope: Scope, input: Tensor, module: Any, tensors: Sequence[Any]) -> Any:
-    return group_norm(scope, input, module.num_groups, *tensors, module.eps)
+    weight, bias = tensors
+    return group_norm(scope, input, module.num_groups, weight, bias, module.eps)
 
 
 def _instance_norm(dims: int) -> Run:
     def run(scope: Scope, input: Tensor, module: Any, tensors: Sequence[Any]) -> Any:
         if input.dim() != dims + 2 or input.size(1) != module.num_features:
             return NotImplemented
-        return instance_norm(scope, input, *tensors, module.eps)
+        weight, bias = tensors
+        return instance_norm(scope, input, weight, bias, module.eps)
 
     return run
 

@@ -40,9 +40,13 @@ def gradient_penalty(
     r"""Gradient penalty of WGAN-GP: ``weight * mean_i (||grad_x critic(x_i)||_2 - target)^2``.
 
     The points are ``x_i = alpha_i * real_i + (1 - alpha_i) * fake_i`` with one uniform alpha a sample; the norm is over
-    all dimensions of a sample. The critic is called once, unmodified. Second derivatives are taken inside; the result's
-    graph is one first-order node that holds the gradients of the critic's parameters, so one ordinary ``backward()`` of
-    the critic's whole loss works, under torch.compile, DistributedDataParallel, autocast and GradScaler too.
+    all dimensions of a sample. One ordinary ``backward()`` of the critic's whole loss works, under torch.compile,
+    DistributedDataParallel, autocast and GradScaler too.
+
+    A plain critic, torch's own modules one after the other without hooks, is run once by gankern's layers, and second
+    derivatives are taken inside: the result's graph is one first-order node that holds the gradients of the critic's
+    parameters. Any other critic is called once, unmodified, and stock autograd makes the graph.
+    ``gankern.explain(gankern.gradient_penalty, critic, real, fake)`` tells which, and why.
 
     Parameters
     ----------
@@ -54,8 +58,7 @@ def gradient_penalty(
     *inputs, **critic_kwargs
         Handed on: the critic is called as ``critic(x, *inputs, **critic_kwargs)``. Labels, embeddings and masks, in
         nested lists, tuples and dicts too; those that require a gradient get one. A keyword of the critic that has a
-        name used here (``weight``, ``alpha``, ...) needs a critic wrapped in a callable, with ``params``. In a graph of
-        torch.compile whatever is not a tensor is a constant.
+        name used here (``weight``, ``alpha``, ...) needs a critic wrapped in a callable, with ``params``.
     weight : float, optional
         The paper's lambda.
     target : float, optional
@@ -67,9 +70,10 @@ def gradient_penalty(
     generator : torch.Generator or None, optional
         Draws alpha.
     params : iterable of Tensor or None, optional
-        Parameters of a critic that is not an ``nn.Module``; those of a module are found.
+        Parameters of a critic that is not an ``nn.Module``, at least one; those of a module are found. As in stock,
+        all that the critic uses gets its gradient.
     create_graph : bool, optional
-        Return the ordinary differentiable penalty instead, with a graph of any order.
+        Return stock's differentiable penalty, with a graph of any order.
 
     Returns
     -------
@@ -81,30 +85,29 @@ def gradient_penalty(
     TypeError, ValueError
         Naming the argument, the rule and what was received.
     RuntimeError
-        By the backward pass, if it is asked for a graph and ``create_graph`` was False.
+        By the backward pass of gankern's node, if it is asked for a graph and ``create_graph`` was False.
 
     Notes
     -----
-    Every parameter that requires a gradient gets one, zeros where the penalty does not depend on it (a bias at the
-    critic's end). At a gradient of exactly zero the subgradient is 0. A critic with batch norm couples its samples, so
-    that the norm is not one sample's own; it works as in stock PyTorch, and warns once.
+    Where stock leaves the gradient of a parameter None, on which the penalty does not depend (a bias at the critic's
+    end), so does this; zeros where a wrapper of DistributedDataParallel, which waits for all, is given. At a gradient
+    of exactly zero the subgradient is 0. A critic with batch norm couples its samples, so that the norm is not one
+    sample's own; it works as in stock PyTorch, and warns once.
 
     Of a critic in DistributedDataParallel the module inside is run, and DDP reduces the gradients with the rest of the
     loss's. Give the wrapper, not its ``module``, where the penalty is the whole loss or some parameters are unused
     (``find_unused_parameters``): DDP learns from this function that a backward is coming. With ``static_graph``, and
     under torch.compile, the wrapper's own forward must be part of the loss.
 
-    Buffers that a critic writes in its forward (spectral norm's vectors, batch norm's statistics) are not right where
-    torch.compile holds the critic's own calls and the penalty in one graph: leave the penalty outside.
+    A graph of torch.compile holds the penalty of a plain critic as one operator. That of any other breaks the graph:
+    what a critic writes and reads in its forward (spectral norm's vectors, batch norm's statistics) is then right.
 
-    Where critic and batch are so small that calls from Python cost more than the arithmetic (a perceptron of points,
-    a residual critic of one or two small images), stock autograd runs the critic and its graph lives until the backward
-    pass; the values, zeros and errors are the same. ``gankern.backend("cpu")`` asks for the kernels at any size.
+    Where critic and batch are so small that calls from Python cost more than the arithmetic (a perceptron of points),
+    stock autograd runs a plain critic too. ``gankern.backend("cpu")`` asks for the kernels at any size.
 
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
-    gradient. See :mod:`gankern.ops.critic_layers`. ``gankern.explain(gankern.gradient_penalty, critic, real, fake)``
-    tells what of a critic runs so, and what is left to stock autograd.
+    gradient. See :mod:`gankern.ops.critic_layers`.
 
     References
     ----------
