@@ -27,4 +27,6 @@ def is_asked() -> bool:
     Not where saved tensors have hooks: a checkpoint runs the module again in the backward pass, where nobody asks, and
     both runs must save the same.
     """
-    return _asked.get() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if torch.compiler.is_compiling() or not _asked.get():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
