@@ -731,6 +731,38 @@ def test_other_arguments() -> None:
     torch.testing.assert_close(penalties.r1(line, x), 5 * line.weight.square().sum(1).sum() / 5)
 
 
+def test_negative_views_odd_weights_and_batched_gradients() -> None:
+    critic = conv_chain(nn.LeakyReLU(0.2)).double()
+    real, fake = torch.randn(2, 3, 3, SIZE, SIZE, dtype=torch.float64)
+    negative = torch.complex(fake, -real).conj().imag
+    assert negative.is_neg()
+    for function in (
+        lambda x: penalties.r1(critic, x),
+        lambda x: gradient_penalty(critic, x, fake, alpha=torch.rand(3)),
+    ):
+        torch.manual_seed(2)
+        want = function(real)
+        torch.manual_seed(2)
+        torch.testing.assert_close(function(negative), want)
+    for weight in (
+        torch.randn(1, 3, 3, 3).double().expand(4, 3, 3, 3),
+        torch.randn(4, 3, 6, 3).double()[:, :, ::2],
+        torch.complex(torch.ones(4, 3, 3, 3).double(), torch.randn(4, 3, 3, 3).double()).conj().imag,
+    ):
+        critic[0].weight = nn.Parameter(weight)
+        points = real.clone()
+        got = torch.autograd.grad(penalties.r1(critic, points), [critic[0].weight, critic[2].weight])
+        stock = 5 * stock_norms(critic, points).square().sum(1).mean()
+        torch.testing.assert_close(got, torch.autograd.grad(stock, [critic[0].weight, critic[2].weight]))
+    none = nn.Sequential(nn.Flatten(), nn.Linear(192, 0)).double()
+    torch.testing.assert_close(penalties.r1(none, real), 5 * stock_norms(none, real).square().sum(1).mean())
+    factors = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    loss = gradient_penalty(critic, real, fake, alpha=torch.rand(3))
+    (once,) = torch.autograd.grad(loss, critic[0].weight, retain_graph=True)
+    (batched,) = torch.autograd.grad(loss, critic[0].weight, factors, is_grads_batched=True)
+    torch.testing.assert_close(batched, once * factors.view(2, 1, 1, 1, 1))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0])
 @pytest.mark.parametrize("name", ["repeated", "activations in a row", "smooth", "in place after norms", "nested"])
 def test_what_is_not_finite(name: str, value: float) -> None:

@@ -376,6 +376,13 @@ def _leaves(module: Any, path: str) -> Iterator[tuple[Any, Kind]]:
     yield module, known
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a parameter that its memory alone says all of."""
+    if type(value) is not nn.Parameter or value.layout != torch.strided or not value.is_floating_point():
+        return False
+    return value.is_leaf and value.numel() > 0 and not (value.is_inference() or value.is_neg())
+
+
 def _refusal(module: Any, kind: Kind) -> str | None:
     for name, types in kind.options.items():
         value = getattr(module, name)
@@ -383,9 +390,8 @@ def _refusal(module: Any, kind: Kind) -> str | None:
             if type(element) not in types:
                 return f"{name}={value!r}"
     for name in kind.tensors:
-        value = getattr(module, name)
-        plain = type(value) is nn.Parameter and value.is_leaf and value.layout == torch.strided
-        if value is not None and not (plain and value.is_floating_point() and not value.is_inference()):
+        value = getattr(module, name, kind)
+        if value is not None and not _is_plain(value):
             return f"{name} is not a plain parameter"
     # A parametrization makes a class of its own; what was registered by hand is not read.
     return kind.refuse(module)

@@ -206,8 +206,12 @@ _penalty_op = _library.define(
 )
 
 
+def _is_batched(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def _times(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_batched(factor):
         return [g * factor for g in grads]
     if factor.device.type != "cpu":
         # One launch for all; the factor stays on the device.
