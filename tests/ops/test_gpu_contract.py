@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from critics import Residual
+from critics import plain as plain_critic
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -143,7 +143,7 @@ def test_replays_in_a_graph(case: tuple[Op, list[Tensor]]) -> None:
 
 
 def test_the_penalty_compiles_to_one_graph(gpu: torch.device) -> None:
-    critic = Residual().to(gpu)
+    critic = plain_critic().to(gpu)
     real, fake = torch.randn(2, 4, 3, 8, 8, device=gpu)
     alpha = torch.rand(4, 1, 1, 1, device=gpu)
 

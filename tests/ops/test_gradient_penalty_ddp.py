@@ -80,9 +80,9 @@ def run(critic: nn.Module, penalised: nn.Module, case: dict[str, Any], rank: int
         with critic.no_sync() if local and rank is not None else contextlib.nullcontext():  # type: ignore[operator]
             step(critic, penalised, data, case).backward()
         if not local:
-            found.append(
-                [torch.full((1,), torch.nan) if p.grad is None else p.grad.clone() for p in critic.parameters()]
-            )
+            # Of one process nobody waits for a gradient that the penalty does not need.
+            missing = torch.zeros_like if rank is None else lambda p: torch.full_like(p, torch.nan)
+            found.append([missing(p) if p.grad is None else p.grad.clone() for p in critic.parameters()])
             critic.zero_grad()
     return found
 

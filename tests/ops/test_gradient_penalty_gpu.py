@@ -185,8 +185,8 @@ def test_four_passes_a_layer_no_zeros_and_no_waiting_for_the_device(gpu: torch.d
     # Three layers: forward and tangent (not of the last: its output's gradient is constant); input and weight gradient.
     assert found["aten::convolution"] == 3 + 2
     assert found["aten::convolution_backward"] == 3 + 3
-    # The gradients of the three biases, on which the penalty does not depend.
-    assert found["aten::zeros_like"] == 3
+    # The gradients of two biases, on which the penalty does not depend; stock has none for the third.
+    assert found["aten::zeros_like"] == 2
     assert found["aten::rand"] == 1
     assert "aten::_local_scalar_dense" not in found
     backward = events(losses[0].backward)
@@ -200,7 +200,7 @@ def test_where_kernels_refuse_torch_runs_the_layers(gpu: torch.device, monkeypat
     with gankern.backend("reference"):
         found = events(lambda: gradient_penalty(critic, real, fake))
     assert (found["aten::convolution"], found["aten::convolution_backward"]) == (5, 6)
-    assert found["aten::zeros_like"] == 3
+    assert found["aten::zeros_like"] == 2
     critic = CRITICS["group and instance norm, pooling"]().double()
     with gankern.backend("reference"):
         (_, ours), _, (_, exact) = both_sides(critic, gpu, torch.float64)
@@ -229,10 +229,8 @@ def test_activations_keep_the_layout_of_stock(gpu: torch.device) -> None:
 def test_gradients_follow_the_factor_of_the_loss(gpu: torch.device) -> None:
     critic = CRITICS["plain"]().to(gpu)
     real, fake, alpha = (t.to(gpu) for t in batch(dtype=torch.float32))
-    once, thrice = (
-        torch.autograd.grad(f * gradient_penalty(critic, real, fake, alpha=alpha), list(critic.parameters()))
-        for f in (1, 3)
-    )
+    params = list(critic.parameters())[:-1]
+    once, thrice = (torch.autograd.grad(f * gradient_penalty(critic, real, fake, alpha=alpha), params) for f in (1, 3))
     for a, b in zip(once, thrice, strict=True):
         torch.testing.assert_close(b, 3 * a)
 

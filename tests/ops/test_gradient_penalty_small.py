@@ -111,10 +111,9 @@ def test_choice() -> None:
     assert runs_layers(mlp().bfloat16(), points.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert runs_layers(plain(), images), "torch's second derivatives in bfloat16 are wrong"
-    with gankern.backend("cpu"):
-        assert runs_layers(mlp(), points)
-    with gankern.backend("reference"):
-        assert not runs_layers(mlp(512), torch.randn(256, 2))
+    for name in ("cpu", "reference"):
+        with gankern.backend(name):
+            assert runs_layers(mlp(), points), name
 
 
 def test_explain_tells_the_choice() -> None:

@@ -148,7 +148,7 @@ def _penalty(
         with _phases.phase("penalty/inner forward"), mixed:
             scores = chain.run(scope, x, values)
         # Stock multiplies what is not finite by its zeros. To find out, a GPU would have to be waited for.
-        if device == "cpu" and not isinstance(critic, int) and not scores.isfinite().all():
+        if adapter is cpu and not isinstance(critic, int) and not scores.isfinite().all():
             raise Declined("scores that are not finite")
         leaves = [*(v for v in values if v.requires_grad), *([x] if want_points else [])]
         with _phases.phase("penalty/inner gradient"), scope.input_gradient():
