@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,8 @@ def warm_up(archs: Sequence[str] = ()) -> list[tuple[str, int, float]]:
     report = []
     for arch in wanted:
         start = time.perf_counter()
-        for kernel in kernels:
-            _cuda.cubin(kernel, arch)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_cuda.cubin, kernels, [arch] * len(kernels)))
         report.append((arch, len(kernels), time.perf_counter() - start))
     return report
 

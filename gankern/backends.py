@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
@@ -109,7 +110,18 @@ def register(op: str, **adapters: ModuleType | Later) -> None:
 
 def adapters(name: str) -> list[ModuleType | Later]:
     """Every op's adapter of one backend, each once."""
+    _open_rooms()
     return list(dict.fromkeys(found[name] for found in _adapters.values() if name in found))
+
+
+@cache
+def _open_rooms() -> None:
+    """Import every op's room, so that all are registered: what is not used yet is not imported yet."""
+    import gankern.ops
+
+    for room in iter_modules(gankern.ops.__path__, "gankern.ops."):
+        if room.ispkg:
+            importlib.import_module(room.name)
 
 
 def register_explainer(op: str, explainer: Callable[..., Explanation], kernels: str | None = None) -> None:
@@ -195,6 +207,8 @@ def watched() -> Iterator[list[tuple[str, tuple[Tensor, ...]]]]:
 
 def refusal(op: str, name: str, *tensors: Tensor) -> str | None:
     """Why a backend cannot run an op on these tensors; None if it can."""
+    if op not in _adapters:
+        _open_rooms()
     adapter = _adapters[op].get(name)
     return f"{op} has no {name} kernels in this version" if adapter is None else adapter.refuse(*tensors)
 
@@ -288,6 +302,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         If there is no op of that name.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    _open_rooms()
     kernels = _borrowed.get(name, name)
     if kernels not in _adapters:
         known = ", ".join(sorted(_adapters.keys() | _borrowed.keys()))

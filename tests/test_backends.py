@@ -36,6 +36,13 @@ def test_auto_picks_the_kernels_and_says_why_not_others() -> None:
     assert "float16" in half.refused["cpu"]
 
 
+def test_ops_are_known_before_they_are_used() -> None:
+    code = "import gankern, torch; from gankern import backends\n"
+    code += "assert gankern.explain('batch_norm_act', torch.ones(2, 3)).chosen == 'cpu'\n"
+    code += "assert len({k for a in backends.adapters('cuda') for k in a.KERNELS}) > 200"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_block_tells_what_runs_each_of_its_parts() -> None:
     options = {"training": True, "stride": 2, "padding": 1}
     for op, shape in ((ops.conv_transpose2d_bn_act, (4, 6, 4, 4)), (ops.conv2d_bn_act, (6, 4, 4, 4))):

@@ -17,7 +17,7 @@ from cuda_on_cpu.launcher import Launcher
 from cupy.cuda.function import Function
 
 import gankern
-from gankern import _cuda, backends, cli, ops  # noqa: F401 registers the ops
+from gankern import _cuda, backends, cli
 from gankern._info import warm_up
 
 # What CuPy says of either of CUDA's interfaces.
