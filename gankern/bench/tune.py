@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 
 import gankern
 from gankern import backends, dispatch
 from gankern.bench import gpu, timing
-from gankern.bench.cases import Case, Run
+from gankern.bench.cases import Case, Run, select
 from gankern.bench.check import Results, Wrong, compare
 
 BACKENDS = ("cuda", "triton", "reference")
@@ -102,6 +104,18 @@ def _fastest(
     return min(times, key=lambda name: timing.Spread.of(times[name]).median).split()[0], keys
 
 
+def main(type_name: str, *names: str) -> None:
+    """Tune some cases on this GPU: ``python -m gankern.bench.tune TYPE CASE...``, without the benchmarks' own runs."""
+    dtype = torch.float32 if type_name == gpu.TF32 else getattr(torch, type_name)
+    keep = partial(dispatch.save, torch.cuda.get_device_name())
+    how: dict[str, Any] = {"dtype": dtype, "tf32": type_name == gpu.TF32, "device": "cuda"}
+    tune(select(names), **how, budget=0.1, say=partial(print, flush=True), keep=keep)
+
+
 def _on(name: str, run: Run) -> Results:
     with gankern.backend(name):
         return run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,12 +11,16 @@ from types import ModuleType
 
 import pytest
 import torch
-from sybil import Document, Example
-from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from gankern import workspace
 from gankern.bench.cases import select
 from gankern.commands import build_parser
+
+# Not on every machine that runs other tests.
+pytest.importorskip("sybil")
+
+from sybil import Document, Example
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

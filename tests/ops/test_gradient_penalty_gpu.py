@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -256,7 +257,10 @@ def test_a_captured_step_draws_alpha_again(gpu: torch.device) -> None:
         loss.backward()
         return loss.detach()
 
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # torch calls it a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):

@@ -283,3 +283,12 @@ def test_bad_exclude(exclude):
 def test_exclude_needs_a_module():
     with pytest.raises(ValueError, match="exclude needs a module"):
         clip_weights_(torch.ones(3), 0.1, exclude=nn.LayerNorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_reference_clips_parameters(dtype: torch.dtype) -> None:
+    """Which require gradients: float16 on the CPU, or where a backend is asked for by name."""
+    parameter = torch.nn.Parameter(torch.tensor([-2.0, 0.1, 3.0], dtype=dtype))
+    with gankern.backend("reference"):
+        gankern.clip_weights_([parameter], 0.5)
+    assert torch.equal(parameter, torch.tensor([-0.5, 0.1, 0.5], dtype=dtype))

@@ -10,6 +10,7 @@ def refuse(*tensors: Tensor) -> str | None:
     return None
 
 
+@torch.no_grad()
 def clip_weights(params: list[Tensor], c: float | Tensor) -> None:
     for param in params:
         # Of other dtypes than the parameter's, tensors cannot be bounds.
@@ -17,6 +18,7 @@ def clip_weights(params: list[Tensor], c: float | Tensor) -> None:
         param.clamp_(-bound, bound)  # type: ignore[arg-type]
 
 
+@torch.no_grad()
 def rmsprop_clip(
     params: list[Tensor],
     grads: list[Tensor],
