@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-#: What a file system answers that does not know the call.
-_UNSUPPORTED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EACCES)
+#: What a file system answers that has no locks, and one that syncs no folders.
+_NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
 
 
 class FileError(ValueError):
@@ -158,8 +159,9 @@ def _lock(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode("ascii", "replace")
             os.close(descriptor)
@@ -168,7 +170,7 @@ def _lock(path: Path) -> int:
                 f"out: {path.parent} is in use by {by}: wait for it or choose another folder"
             ) from None
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in _NO_LOCKS:
                 os.close(descriptor)
                 raise
             logging.getLogger(__name__).warning("%s: this file system has no locks: start no second run here", path)
@@ -192,5 +194,5 @@ def _sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in _NO_SYNC:
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import warnings
@@ -78,7 +77,12 @@ def _read_image(path: Path, image_size: int) -> Tensor:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of metadata, and of sizes that are not yet an error
-                image = _decode(file.read())
+                with Image.open(file) as coded:
+                    coded.verify()  # the checksums of a PNG, which decoding skips
+                file.seek(0)
+                with Image.open(file) as coded:
+                    image = ImageOps.exif_transpose(coded)
+                    image.load()
         except Exception as error:  # what a broken file makes Pillow's decoders raise has no end
             found = "something else" if isinstance(error, Image.UnidentifiedImageError) else reason(error)
             raise DataError(f"{path}: expected an image that Pillow can read, found: {found}") from error
@@ -88,12 +92,3 @@ def _read_image(path: Path, image_size: int) -> Tensor:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return resize(to_images(np.asarray(image.convert(target))[None], str(path)), image_size)
-
-
-def _decode(content: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(content)) as image:
-        image.verify()  # the checksums of a PNG, which decoding skips
-    with Image.open(io.BytesIO(content)) as image:
-        turned = ImageOps.exif_transpose(image)
-        turned.load()
-    return turned

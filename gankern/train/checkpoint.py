@@ -72,7 +72,7 @@ def load_checkpoint(run: Path | str) -> dict[str, Any]:
         try:
             _check_archive(file, path)
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         except CheckpointError:
             raise
         except Exception as error:  # what a broken file makes zipfile, pickle and torch raise has no end
@@ -173,6 +173,9 @@ def _check_fields(state: dict[str, Any], path: Path) -> None:
     config = state["config"]
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise CheckpointError(f"{path}: config: expected settings by name, found {shown(config)}")
+    for name, value in config.items():
+        if isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: config.{name}: expected a plain setting, found {shown(value)}")
     for name, least, end in (("step", 1, 2**63), ("seed", -(2**63), 2**64), ("losses", 0, 2**32)):
         value = state.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < end:
@@ -184,7 +187,9 @@ def _check_fields(state: dict[str, Any], path: Path) -> None:
     batches = state["batches"]
     check_keys(batches, {"order": None, "position": None, "generator": None}, f"{path}: batches")
     order, position = batches["order"], batches["position"]
-    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.ndim != 1:
+    is_list = isinstance(order, Tensor) and order.layout is torch.strided and not order.is_meta
+    # One that is not contiguous may be far larger than its file.
+    if not is_list or order.dtype != torch.int64 or order.ndim != 1 or not order.is_contiguous():
         raise CheckpointError(f"{path}: batches.order: expected the images' indices, found {shown(order)}")
     if not torch.equal(order.sort().values, torch.arange(len(order))):
         raise CheckpointError(f"{path}: batches.order: expected each of {len(order)} images once, found others")

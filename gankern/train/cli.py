@@ -28,6 +28,15 @@ SETTINGS = ("image_size", "ops", "width", "latent_dim", "batch_size", "n_critic"
 
 def run_train(args: argparse.Namespace) -> int:
     """Run ``gankern train``."""
+    try:
+        return _train(args)
+    except (KeyboardInterrupt, WriteError) as error:
+        if not error.args:  # before training began
+            raise type(error)("nothing was saved") from error
+        raise type(error)(f"{error}{_how_to_go_on(args)}") from error
+
+
+def _train(args: argparse.Namespace) -> int:
     processes = os.environ.get("WORLD_SIZE", "")
     if processes not in ("", "1"):
         raise UsageError(f"trains in one process, got WORLD_SIZE={processes}: start it without torchrun")
@@ -49,24 +58,21 @@ def run_train(args: argparse.Namespace) -> int:
         torch.manual_seed(seed)
         gan = models.from_config(config)
         check_arguments(gan, images, args.steps)
-    try:
-        history = fit(
-            gan,
-            images,
-            steps=args.steps,
-            out=args.out,
-            seed=seed,
-            sample_every=args.sample_every,
-            checkpoint_every=args.checkpoint_every,
-            log_every=args.log_every,
-            resume=args.resume,
-            progress=not args.quiet,
-            tensorboard=args.tensorboard,
-            device=device,
-            metadata={"data": spec},
-        )
-    except (KeyboardInterrupt, WriteError) as error:
-        raise type(error)(f"{error}{_how_to_go_on(args)}") from error
+    history = fit(
+        gan,
+        images,
+        steps=args.steps,
+        out=args.out,
+        seed=seed,
+        sample_every=args.sample_every,
+        checkpoint_every=args.checkpoint_every,
+        log_every=args.log_every,
+        resume=args.resume,
+        progress=not args.quiet,
+        tensorboard=args.tensorboard,
+        device=device,
+        metadata={"data": spec},
+    )
     step, critic, generator, _ = history.rows()[-1]
     print(f"{args.out}: step {step}, critic loss {critic:.4f}, generator loss {generator:.4f}")
     return 0
@@ -105,7 +111,7 @@ def _settings_of_run(args: argparse.Namespace, given: dict[str, Any]) -> tuple[d
         if value is not None and value != known[name]:
             option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
             raise UsageError(f"argument {option}: the run to resume has {known[name]}, got {value}")
-    return saved["model"], saved["seed"], known["data"]
+    return dict(state["config"]), state["seed"], known["data"]
 
 
 def _check_memory(config: dict[str, Any]) -> None:

@@ -62,7 +62,8 @@ def read_csv(path: Path, last_step: int, checksum: int | None = None) -> History
     """
     history = History()
     with open_file(path, CheckpointError, "the losses of a run") as file:
-        rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        rows = csv.reader(iter(lambda: text.readline(1000), ""))  # a file without an end of line is not read whole
         try:
             if next(rows, None) != list(COLUMNS):
                 raise CheckpointError(f"{path}: line 1: expected the header {','.join(COLUMNS)}")

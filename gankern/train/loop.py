@@ -149,9 +149,12 @@ def _saying_what_is_saved(run: Run | None) -> Iterator[None]:
     """Add to the errors that end a run early what is left of it."""
     try:
         yield
-    except (KeyboardInterrupt, WriteError) as error:
+    except (BlockingIOError, FileExistsError):
+        raise
+    except (KeyboardInterrupt, OSError) as error:
         saved = run.saved() if run is not None else "nothing was saved"
-        raise type(error)(f"{error}; {saved}" if str(error) else saved) from error
+        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else WriteError
+        raise kind(f"{error}; {saved}" if str(error) else saved) from error
 
 
 def check_arguments(

@@ -124,7 +124,7 @@ def load_config(folder: Path | str) -> dict[str, Any]:
     with open_file(path, CheckpointError, "the settings of a run") as file:
         try:
             config = json.load(file)
-        except (OSError, RecursionError, ValueError) as error:
+        except (MemoryError, OSError, RecursionError, ValueError) as error:
             raise CheckpointError(f"{path}: expected JSON, found: {reason(error)}") from error
     if not isinstance(config, dict) or not {"model", "seed"} & config.keys():
         raise CheckpointError(f"{path}: expected the settings of a run, found something else")

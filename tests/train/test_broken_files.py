@@ -129,6 +129,8 @@ OTHERS = [
     torch.zeros(7, 5),
     torch.zeros(3, dtype=torch.int16),
     torch.zeros(1).expand(2**40),
+    torch.zeros(1, dtype=torch.int64).expand(2**40),
+    torch.zeros(4, dtype=torch.int64).to_sparse(),
     torch.zeros(2, 2).to_sparse(),
 ]
 #: Dictionaries whose entries are not always there: what is missing in them means something.
@@ -197,6 +199,7 @@ def test_entries_of_a_checkpoint(made, run):
         ("width", 2, r"gan\.generator\.0\.weight: expected shape \(2, 2, 4, 4\) float32, found shape \(2, 1, 4, 4\)"),
         ("model", "vae", "name: expected one of dcgan"),
         ("model", [], "unhashable"),
+        ("width", torch.zeros(3), r"config\.width: expected a plain setting, found shape \(3,\) float32"),
         ("alien", 1, "unexpected keyword argument 'alien'"),
     ],
 )
@@ -311,6 +314,18 @@ def test_a_row_of_losses(run, row, found):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], row, *lines[3:]]))
     assert re.search(found, message(lambda: read_csv(path, 3), path))
+
+
+def test_losses_without_an_end(run):
+    path = run / "losses.csv"
+    with path.open("r+b") as file:
+        file.truncate(2**40)  # a sparse file
+    with path.open("rb") as file:
+        assert file.read(4) == b"step"
+    assert read_csv(path, 3) is not None
+    with path.open("r+b") as file:
+        file.write(b"\0" * 4)
+    assert "line 1: expected the header" in message(lambda: read_csv(path, 3), path)
 
 
 def test_what_was_logged_after_the_checkpoint_may_be_broken(run):
