@@ -55,8 +55,14 @@ def obstacles(path: Path) -> Iterator[str]:
     os.mkfifo(path)
     yield "something that is no file"
     path.unlink()
-    if os.geteuid():
-        path.write_bytes(b"secret")
-        path.chmod(0)
+    path.write_bytes(b"secret")
+    path.chmod(0)
+    root = os.geteuid() == 0
+    try:
+        if root:  # who may read everything
+            os.seteuid(65534)
         yield "Permission denied"
+    finally:
+        if root:
+            os.seteuid(0)
         path.unlink()
