@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import linecache
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import gankern
 
@@ -436,12 +438,49 @@ def _settings(options: Options) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def outcome(
-    source: str, options: Options, ours: bool, nudge: float = 0, trial: int = 0, lenient: bool = False
-) -> Outcome:
-    """Run one side; leniently stock may change in place what it has saved, and keeps copies."""
-    lenience = torch.autograd.graph.allow_mutation_on_saved_tensors() if lenient else nullcontext()
-    with _settings(options), lenience:
+def _normalized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return (x - mean) * (var + eps).rsqrt()
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
+def tell_side(ours: bool) -> None:
+    """Called before each side runs: for those who want to know of which one a process died."""
+
+
+class _ByFormula(TorchFunctionMode):
+    """Norms by their formulas: torch's third derivatives take the mean and the deviation for constants."""
+
+    def __init__(self, *, batch_norm: bool) -> None:
+        super().__init__()
+        self._batch_norm = batch_norm
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            given = inspect.signature(F.layer_norm).bind(*args, **kwargs).arguments
+            x, shape = given["input"], tuple(given["normalized_shape"])
+            y = _normalized(x, tuple(range(-len(shape), 0)), given.get("eps", 1e-5))
+            return _affine(y, given.get("weight"), given.get("bias"), shape)
+        if func is F.instance_norm or (func is F.batch_norm and self._batch_norm):
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            x, channel = given["input"], func is F.batch_norm
+            if given.get("training", False) if channel else given.get("use_input_stats", True):
+                with torch.no_grad():
+                    func(*args, **kwargs)  # for the running statistics
+                y = _normalized(x, (0,) * channel + tuple(range(2, x.dim())), given.get("eps", 1e-5))
+                return _affine(y, given.get("weight"), given.get("bias"), (-1, *[1] * (x.dim() - 2)))
+        return func(*args, **kwargs)
+
+
+def outcome(source: str, options: Options, ours: bool, nudge: float = 0, trial: int = 0, extra: Any = None) -> Outcome:
+    """Run one side, in a context of its own where there is one."""
+    tell_side(ours)
+    with _settings(options), extra or nullcontext():
         run = None
         try:
             run = Run(source, options, ours, nudge, trial)
@@ -549,10 +588,12 @@ _MAY_GO_ON = (
 
 def check(source: str, options: Options) -> tuple[str, Failure | None]:
     """What came of a program, in a word, and the failure."""
-    stock = outcome(source, options, False)
     ours = outcome(source, options, True)
     if isinstance(ours.error, gankern.BackendUnavailable):
-        return "refused by name", None
+        # Some kernels are there for float32 only; what cannot run by name at all runs as users have it.
+        float32, auto = replace(options, dtype="float32"), replace(options, backend="auto")
+        return check(source, float32 if options.dtype == "float64" else auto)
+    stock = outcome(source, options, False)
     if stock.error is not None and ours.error is not None:
         if type(stock.error) is type(ours.error) or any(text in str(ours.error) for text in _OURS):
             return "both raise", None
@@ -561,7 +602,8 @@ def check(source: str, options: Options) -> tuple[str, Failure | None]:
     word = "same"
     if stock.error is not None and "modified by an inplace operation" in str(stock.error):
         # Gankern saves other tensors, and may go on: then its numbers must be right.
-        stock, word = outcome(source, options, False, lenient=True), "right where stock raises"
+        copying = torch.autograd.graph.allow_mutation_on_saved_tensors()
+        stock, word = outcome(source, options, False, extra=copying), "right where stock raises"
     elif stock.error is not None and any(text in str(stock.error) for text in _MAY_GO_ON):
         return "right where stock raises", None
     if stock.error is not None:
@@ -574,6 +616,11 @@ def check(source: str, options: Options) -> tuple[str, Failure | None]:
     found = differences(ours.values, stock.values, options.dtype, zeros=penalty)
     if not found:
         return word, None
+    if options.check == "create_graph":
+        for batch_norm in (False, True):
+            exact = outcome(source, options, False, extra=_ByFormula(batch_norm=batch_norm))
+            if exact.error is None and not differences(ours.values, exact.values, options.dtype, zeros=True):
+                return "right where torch is wrong", None
     if _kink(source, options, ours.values, stock.values, found):
         return "at a kink", None
     lines = [f"{name}: {text}" for name, text in list(found.items())[:6]]

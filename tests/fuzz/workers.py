@@ -6,6 +6,7 @@ import multiprocessing as mp
 import time
 from typing import Any
 
+from fuzz import checks
 from fuzz.fuzzer import Counts, Found, run
 
 #: Seconds after which a program hangs.
@@ -14,8 +15,10 @@ _HANGS = 120
 _BATCH = 20
 
 
-def _work(first: int, stop: int, step: int, results: Any, current: Any) -> None:
+def _work(first: int, stop: int, step: int, results: Any, current: Any, ours: Any) -> None:
     import torch
+
+    checks.tell_side = lambda side: setattr(ours, "value", side)
 
     torch.set_num_threads(1)
     counts = Counts()
@@ -44,7 +47,8 @@ class Worker:
         # Each process has a queue of its own: one that dies may hold its lock for ever.
         self._results: Any = self._context.SimpleQueue()
         self._current: Any = self._context.Value("q", self._next, lock=False)
-        arguments = (self._next, self._stop, self._step, self._results, self._current)
+        self._ours: Any = self._context.Value("b", True, lock=False)
+        arguments = (self._next, self._stop, self._step, self._results, self._current, self._ours)
         self._process: Any = self._context.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
         self._seen, self._since = -1, time.monotonic()
@@ -66,7 +70,7 @@ class Worker:
             self._process.kill()
             self._process.join()
             how = "hangs" if hangs else f"dies with exit code {self._process.exitcode}"
-            came.append(f"seed {seed}: the process {how}")
+            came.append(f"seed {seed}: {'gankern' if self._ours.value else 'stock'} {how}")
             self._next = seed + self._step
             self.done = self._next >= self._stop
             if not self.done:
