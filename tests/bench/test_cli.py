@@ -167,6 +167,24 @@ def test_ctrl_c_before_anything_is_done_leaves_an_older_result(bench, registry, 
     assert results(tmp_path) == before
 
 
+def test_a_result_is_kept_as_soon_as_it_is_there(bench, registry, tmp_path):
+    """Whoever kills the process: the second case finds the first one's in the file."""
+    setup = registry["fake.training"].setup
+
+    def look(*args):
+        assert [c["name"] for c in results(tmp_path)["cases"]] == ["fake.forward"]
+        return setup(*args)
+
+    object.__setattr__(registry["fake.training"], "setup", look)
+    assert bench("fake") == 0
+    assert [c["status"] for c in results(tmp_path)["cases"]] == ["ok", "ok"]
+
+
+def test_tf32_needs_a_gpu(bench, capsys):
+    assert bench("fake", "--dtype", "tf32") == 2
+    assert "argument --dtype: tf32 needs --device cuda" in capsys.readouterr().err
+
+
 def test_out_must_be_a_folder(bench, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert bench("fake.forward", "--out", str(tmp_path / "file")) == 2

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+import gankern
 from gankern.bench import gpu, report
+from gankern.bench.cases import CASES, Case, Sides, weight_clip
+from gankern.bench.measure import run_case
 from gankern.bench.results import CaseResult, Measured, Report
 from gankern.bench.timing import Spread
 
@@ -26,6 +30,40 @@ def test_every_side_runs_as_a_graph_too(monkeypatch: pytest.MonkeyPatch) -> None
     assert left_out == {"compile": "slow", "foreach graph": "RuntimeError: not while capturing"}
     found, _ = gpu.with_graphs(runs, {"gankern"}, {}, against=["eager"])
     assert list(found) == ["eager", "foreach", "gankern", "gankern graph"]
+
+
+def test_tf32_is_a_type_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither side of float32 may round to it; both sides of tf32 may, and are held to what that leaves."""
+    seen: list[tuple[bool, bool]] = []
+
+    def sides(size: Any, dtype: torch.dtype, device: str) -> Sides:
+        def run() -> Any:
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            # As far off as TF32 may be.
+            return {"output": [torch.full((3,), 1.0 if len(seen) == 1 else 1.0 + 1e-3)]}
+
+        seen.clear()
+        return Sides(run, {"eager": run}, {"gankern": run}, 1, "images", 1e-4)
+
+    case = Case("a.forward", "b", sides, {}, {})
+    before = torch.backends.cudnn.allow_tf32
+    plain = run_case(case, repeat=1, budget=0.0)
+    assert (plain.status, plain.dtype, set(seen)) == ("wrong", "float32", {(False, False)})
+    tf32 = run_case(case, tf32=True, repeat=1, budget=0.0)
+    assert (tf32.status, tf32.dtype, set(seen)) == ("ok", "tf32", {(True, True)})
+    assert tf32.tolerance == gpu.TF32_TOLERANCE
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_stock_has_an_optimizer_that_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gankern.optim.RMSprop is not None  # made of torch's before that is replaced
+    made: list[Any] = []
+    monkeypatch.setattr(torch.optim, "RMSprop", lambda own, **options: made.append(options) or torch.optim.SGD(own))
+    monkeypatch.setattr(weight_clip, "random_tensor", lambda *shape, **options: torch.randn(shape))
+    sides = CASES["rmsprop_clip.step"].setup({"width": 2}, torch.float32, "cuda")
+    assert "capturable" in sides.stock
+    assert [options.get("capturable", False) for options in made].count(True) == 1
+    assert "capturable" not in CASES["rmsprop_clip.step"].setup({"width": 2}, torch.float32, "cpu").stock
 
 
 def test_rates_are_shares_of_the_ceilings() -> None:

@@ -62,3 +62,25 @@ def test_other_cases_are_passed_over() -> None:
     cases = [CASES["critic_step.wgan"], CASES["batch_norm_act.forward"]]
     assert module.tune(cases, dtype=torch.float32, device="cpu") == {}
     assert gankern.explain("l1_distance", torch.ones(2, 2, 2)).chosen == "cpu"
+
+
+def test_a_block_tunes_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.timing, "rounds", lambda *args, **options: pytest.fail("timed"))
+    said: list[str] = []
+    case = small("conv_transpose2d_bn_act.training")
+    assert module.tune([case], dtype=torch.float32, device="cpu", say=said.append) == {}
+    assert len([line for line in said if line.endswith(": none")]) == 1, "not at every size"
+
+
+def test_what_is_known_is_kept_after_each_size_and_tf32_apart() -> None:
+    kept: list[int] = []
+    table = module.tune(
+        [small("l1_distance.training")],
+        dtype=torch.float32,
+        tf32=True,
+        device="cpu",
+        repeat=2,
+        keep=lambda table: kept.append(len(table["l1_distance"]["tf32"])),
+    )
+    assert len(kept) == 3 and kept == sorted(kept)
+    assert set(table["l1_distance"]) == {"tf32"}
