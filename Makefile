@@ -32,7 +32,8 @@ $(STAMP): $(SOURCES) | $(VENV)/bin/python
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0
 
-ON_ALL_CORES = -n auto --dist worksteal
+# Each process takes a gigabyte.
+ON_ALL_CORES = -n auto --maxprocesses 16 --dist worksteal
 
 test: $(STAMP)  ## Run the tests; ARGS goes to pytest: make test ARGS='-k penalty'
 	$(SANITIZED) python -m pytest $(ON_ALL_CORES) -m cuda_on_cpu $(ARGS) || [ $$? -eq 5 ]

@@ -13,10 +13,12 @@ _patch_lang_tensor = interpreter._patch_lang_tensor
 _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
-def _patch_with_index(tensor: Any, scope: Any) -> None:
+def _patch_with_index(tensor: Any, *scope: Any) -> None:
     """A kernel's argument as the end of a range: Triton's own way is an error with numpy 2.4."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    _patch_lang_tensor(tensor, *scope)
+    # Triton 3.4, which torch 2.8 brings, has no scope.
+    set_attribute = scope[0].set_attr if scope else setattr
+    set_attribute(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _dot_of_bfloat16(self: Any, a: Any, b: Any, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -28,14 +29,17 @@ def _built(name: str, text: str, *defines: str) -> Path:
     """A shared library of the text, made once for what it is made of."""
     flags = [*_FLAGS, *(_SANITIZERS if SANITIZE else []), *defines]
     path = BUILD / f"{name}-{hashlib.sha256(repr((flags, text)).encode()).hexdigest()[:24]}.so"
-    if not path.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        command = ["g++", *flags, "-x", "c++", "-", "-o", str(partial)]
-        done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{name} {' '.join(defines)} does not compile for the CPU:\n{done.stderr}")
-        os.replace(partial, path)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        # Another process may be at it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            command = ["g++", *flags, "-x", "c++", "-", "-o", str(partial)]
+            done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{name} {' '.join(defines)} does not compile for the CPU:\n{done.stderr}")
+            os.replace(partial, path)
     return path
 
 
