@@ -11,10 +11,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-# As many on every machine, where several processes share it.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-
 # Before a kernel is defined: without a GPU, Triton's run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,6 +27,12 @@ from gankern.ops.minibatch_discrimination import small as few_pairs
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     mend()
+
+# Values drawn at import name tests, which are to be the same in each process that runs a part of them.
+torch.manual_seed(0)
+# As many on every machine, where several processes share it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

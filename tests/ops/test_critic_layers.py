@@ -311,7 +311,7 @@ def test_gray_images_have_the_kernel_of_few_channels() -> None:
         {"stride": 0},
         {"padding": -1},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_what_stock_refuses_is_refused(change: dict[str, Any]) -> None:
     x = torch.randn(2, 3, 8, 8)

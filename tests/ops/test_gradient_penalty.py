@@ -500,7 +500,7 @@ LINEAR = nn.Linear(2, 1)
         ({"params": iter(())}, ValueError, "params must have at least one"),
         ({"create_graph": "yes"}, TypeError, "create_graph"),
     ],
-    ids=lambda v: str(v)[:30],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else v.__name__ if callable(v) else str(v),
 )
 def test_bad_input(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments: dict[str, Any] = {"critic": LINEAR, "real": X, "fake": X}
@@ -522,7 +522,7 @@ def test_bad_input(changed: dict[str, Any], error: type[Exception], message: str
         (penalties.zero_centered, {"create_graph": 1}, "create_graph"),
         (penalties.zero_centered, {"critic": None}, "critic"),
     ],
-    ids=lambda v: str(v)[:30],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else v.__name__ if callable(v) else str(v),
 )
 def test_bad_input_of_the_family(function: Any, changed: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"critic": LINEAR}
