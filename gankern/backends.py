@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
@@ -117,11 +116,7 @@ def adapters(name: str) -> list[ModuleType | Later]:
 @cache
 def _open_rooms() -> None:
     """Import every op's room, so that all are registered: what is not used yet is not imported yet."""
-    import gankern.ops
-
-    for room in iter_modules(gankern.ops.__path__, "gankern.ops."):
-        if room.ispkg:
-            importlib.import_module(room.name)
+    importlib.import_module("gankern.ops")
 
 
 def register_explainer(op: str, explainer: Callable[..., Explanation], kernels: str | None = None) -> None:

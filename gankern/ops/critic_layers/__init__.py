@@ -4,7 +4,7 @@ Stock autograd returns tensors of zeros as the second derivative of ReLU, and dr
 graph; it also computes weight gradients in an inner gradient that only wants the input's. The functions here return
 None for what is identically zero, and leave out weight gradients while :class:`Scope` says so.
 
-They take the place of modules of torch's own in critics that are plain: see :mod:`gankern.ops.critic_layers.chain`.
+They take the place of modules of torch's own in critics that are plain: see ``chain.py`` beside this.
 """
 
 from gankern.ops.critic_layers.chain import Chain, Declined, find
