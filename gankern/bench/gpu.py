@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gankern._capture import record
-from gankern.bench.cases import Run
 from gankern.dispatch import TF32
 
-__all__ = ["GRAPH", "TF32", "TF32_TOLERANCE", "graphed", "products_in_tf32", "with_graphs"]
+if TYPE_CHECKING:
+    from gankern.bench.cases import Run
+
+__all__ = ["GRAPH", "TF32", "TF32_TOLERANCE", "graphed", "products_in_tf32", "seed", "with_graphs"]
 
 #: Follows the name of a side that runs as a graph.
 GRAPH = " graph"
 _WARM_UP = 3
-
-
 #: Relative error in norm that TF32's 10 bits of a factor leave at the cases' sizes, and some.
 TF32_TOLERANCE = 2e-3
 
@@ -36,6 +36,12 @@ def products_in_tf32(allowed: bool) -> Iterator[None]:
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+def seed(number: int) -> None:
+    """:func:`torch.manual_seed`; nothing while a graph is captured, which draws other numbers at each replay."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        torch.manual_seed(number)
 
 
 def with_graphs(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gankern import data, models
-from gankern.bench import timing
+from gankern.bench import gpu, timing
 from gankern.bench.check import relative_error
 from gankern.bench.results import OURS, STOCK, Measured, TrainingResult
 from gankern.models.gan import GAN
@@ -38,7 +38,7 @@ class Batch:
 
 def iteration(gan: GAN, batch: Batch) -> list[Tensor]:
     """Run the critic steps and the generator step of one iteration; return their losses."""
-    torch.manual_seed(batch.seed)
+    gpu.seed(batch.seed)
     losses = [critic_step(gan, real, latent) for real, latent in zip(batch.real, batch.latents, strict=False)]
     return [*losses, generator_step(gan, batch.latents[-1])]
 

@@ -66,6 +66,17 @@ def test_stock_has_an_optimizer_that_can_be_captured(monkeypatch: pytest.MonkeyP
     assert "capturable" not in CASES["rmsprop_clip.step"].setup({"width": 2}, torch.float32, "cpu").stock
 
 
+def test_what_is_captured_seeds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to seed a generator that a graph draws from."""
+    drawn = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capturing in (False, True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        gpu.seed(1)
+        drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_rates_are_shares_of_the_ceilings() -> None:
     side = Measured(Spread(1e-3, 1e-3, 1e-3))
     case = CaseResult("a", "b", "bfloat16", "cuda", {}, "ok", sides={"gankern": side, "eager": side})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gankern.bench import stock
+from gankern.bench import gpu, stock
 from gankern.bench.cases.case import (
     OURS_CHANNELS_LAST,
     Case,
@@ -61,6 +61,10 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
         nonlocal latent
         torch.manual_seed(0)
         gan = models.build(model, image_size=image_size, ops=ops, width=size["width"]).to(device)
+        # What a CUDA graph needs, of both sides.
+        for optimizer in (gan.generator_optimizer, gan.critic_optimizer):
+            for group in optimizer.param_groups:
+                group["capturable"] = torch.device(device).type == "cuda"
         for name in ("generator", "critic"):
             module = getattr(gan, name)
             module.load_state_dict(start.setdefault(name, copy.deepcopy(module.state_dict())))
@@ -82,7 +86,7 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
 
         def run() -> Results:
             # Both sides draw the same interpolation points.
-            torch.manual_seed(1)
+            gpu.seed(1)
             with under_autocast(device, dtype is torch.bfloat16):
                 losses = step()
             # After several updates gradients are those of networks that rounding has moved apart.
