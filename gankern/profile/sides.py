@@ -50,9 +50,9 @@ class Side:
             if changes.optimizer
             else self.subject.optimizer(self.critic)
         )
-        self._is_double_backward = not changes.penalty or self._is_small()
+        self._is_double_backward = not changes.penalty or self._penalty_runs_stock()
 
-    def _is_small(self) -> bool:
+    def _penalty_runs_stock(self) -> bool:
         explained = self.explain()
         return explained is not None and explained.reason is not None
 
@@ -99,7 +99,7 @@ class Side:
     def _backward(self, prof: CriticSteps, loss: Tensor, penalty: Tensor) -> None:
         """Autograd begins with what was computed last: the penalty's part is over when the other loss has its turn."""
         with ExitStack() as part:
-            # What gankern hands to autograd are finished gradients, unless the critic is small.
+            # What gankern hands to autograd are finished gradients, unless the penalty runs stock.
             name = "penalty/double backward" if self._is_double_backward else "penalty/tail"
             part.enter_context(prof.phase(name))
             loss.register_hook(lambda grad: part.close())
