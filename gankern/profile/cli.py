@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     report.advice = advise(measured, report.ceilings)
     reports.show(report, console)
     _save(report, args, traces, console)
-    return _fail("interrupted", 130) if interrupted else 0
+    if interrupted:
+        print("gankern profile: interrupted: what was done so far is kept", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _subject(args: argparse.Namespace) -> Subject:

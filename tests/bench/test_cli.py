@@ -163,7 +163,7 @@ def test_ctrl_c_before_anything_is_done_leaves_an_older_result(bench, registry, 
     object.__setattr__(registry["fake.forward"], "setup", interrupt)
     capsys.readouterr()
     assert bench("fake.forward") == 130
-    assert capsys.readouterr().err.endswith("gankern bench: error: interrupted\n")
+    assert capsys.readouterr().err.endswith("gankern bench: interrupted\n")
     assert results(tmp_path) == before
 
 

@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_what_was_measured(
     arguments = ("--critic", "profiled_critics:points", "--shape", "2", "--batch", "4", "--out", str(tmp_path))
     assert main(["profile", *arguments]) == 130
     captured = capsys.readouterr()
-    assert captured.err.endswith("gankern profile: error: interrupted\n")
+    assert captured.err.endswith("gankern profile: interrupted: what was done so far is kept\n")
     sides = json.loads((tmp_path / "profile.json").read_text())["sides"]
     assert {side["steps"] for side in sides.values()} == {10 - 7}
     assert "Where the step's time goes" in captured.out
