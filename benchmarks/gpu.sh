@@ -25,7 +25,7 @@ declare -A limit=([compile]=60 [smoke]=100 [sanitize]=60 [test]=150 [bench]=70 [
 if [ "$rehearse" ]; then
     # What the GPU machine has not is not there either; parts that need a GPU run what stands in for it.
     export GANKERN_REHEARSE=1 PYTHONPATH=$PWD/benchmarks/rehearsal:$PYTHONPATH
-    device=cpu cores=2 kill_after=3 total=${REHEARSE_SECONDS:-300}
+    device=cpu cores=2 kill_after=3 total=${REHEARSE_SECONDS:-$total}
     limit=([compile]=60 [smoke]=120 [sanitize]=60 [test]=120 [bench]=120 [tune]=60)
 fi
 for pair in ${LIMITS:-}; do limit[${pair%=*}]=${pair#*=}; done
