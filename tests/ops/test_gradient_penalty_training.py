@@ -226,6 +226,25 @@ def test_compiled_critic_trains_as_stock(name: str) -> None:
             optimizer.step()
 
 
+def test_compiled_graph_takes_the_weights_of_the_moment() -> None:
+    """Changed in the graph, and by a hook that came after it."""
+    ours, stock = both(plain)
+    real, fake, alpha = batch()
+
+    def step(critic: nn.Module) -> Tensor:
+        with torch.no_grad():
+            for p in critic.parameters():
+                p.mul_(1.5)
+        return gradient_penalty(critic, real, fake, alpha=alpha)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(gradients(ours, compiled(ours)), gradients(stock, step(stock)))
+    ours[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(RuntimeError, match=r"0 \(Conv2d\) has a hook. Call torch.compiler.reset"):
+        compiled(ours)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     "options",
