@@ -19,6 +19,7 @@ from critics import CRITICS as ORDINARY
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -541,12 +542,20 @@ def test_plain_critics_run_gankerns_layers() -> None:
     }
 
 
-class Nothing(TorchFunctionMode):
+class DoubledFunctions(TorchFunctionMode):
     """Doubles what ReLU makes."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         return 2 * result if func in (F.relu, F.leaky_relu) else result
+
+
+class DoubledOperators(TorchDispatchMode):
+    """Doubles what convolutions make."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is torch.ops.aten.convolution.default else result
 
 
 @contextmanager
@@ -572,8 +581,9 @@ PLAIN_CONV = F.conv2d
 MODULE_CALL = nn.Module.__call__
 
 AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "function mode": Nothing,
-    "dispatch mode": lambda: FlopCounterMode(display=False),
+    "function mode": DoubledFunctions,
+    "dispatch mode": DoubledOperators,
+    "counter of operations": lambda: FlopCounterMode(display=False),
     "saved tensors on the CPU": torch.autograd.graph.save_on_cpu,
     "hooks on saved tensors": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: 2 * t, lambda t: t / 2),
     "mutation of saved tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
