@@ -23,14 +23,18 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def layer(conv: Conv, activation: str, negative_slope: float) -> Layer:
-    """What a convolution without a batch norm, and its activation, are to the op."""
+def options(conv: Conv) -> ConvOptions:
+    """A convolution's geometry."""
     transposed, output_padding = isinstance(conv, nn.ConvTranspose2d), (0, 0)
     if isinstance(conv, nn.ConvTranspose2d):
         output_padding = conv.output_padding  # type: ignore[assignment]
     padding: Any = conv.padding
-    options = ConvOptions(conv.stride, padding, conv.dilation, transposed, output_padding, conv.groups)
-    return Layer(conv.weight, conv.bias, options, activation, negative_slope)
+    return ConvOptions(conv.stride, padding, conv.dilation, transposed, output_padding, conv.groups)
+
+
+def layer(conv: Conv, activation: str, negative_slope: float) -> Layer:
+    """What a convolution without a batch norm, and its activation, are to the op."""
+    return Layer(conv.weight, conv.bias, options(conv), activation, negative_slope)
 
 
 def refusal(conv: nn.Module, bn: nn.Module) -> str | None:
@@ -52,7 +56,7 @@ def run_fused(input: Tensor, conv: Conv | None, bn: Norm, activation: str, negat
     # Running statistics are updated only in training mode, as in torch.nn.
     updates = not training or (bn.training and bn.track_running_stats)
     mean, var = (bn.running_mean, bn.running_var) if updates else (None, None)
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "training": training,
         "momentum": momentum,
         "eps": bn.eps,
@@ -61,12 +65,12 @@ def run_fused(input: Tensor, conv: Conv | None, bn: Norm, activation: str, negat
         "process_group": group_of(bn),
     }
     if conv is None:
-        return batch_norm_act(input, mean, var, bn.weight, bn.bias, **options)
-    options |= {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups, "dilation": conv.dilation}
+        return batch_norm_act(input, mean, var, bn.weight, bn.bias, **arguments)
+    arguments |= {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups, "dilation": conv.dilation}
     tensors = (input, conv.weight, conv.bias, mean, var, bn.weight, bn.bias)
     if isinstance(conv, nn.ConvTranspose2d):
-        return conv_transpose2d_bn_act(*tensors, output_padding=conv.output_padding, **options)  # type: ignore[arg-type]
-    return conv2d_bn_act(*tensors, **options)
+        return conv_transpose2d_bn_act(*tensors, output_padding=conv.output_padding, **arguments)  # type: ignore[arg-type]
+    return conv2d_bn_act(*tensors, **arguments)
 
 
 def _update_count(bn: Norm) -> float:

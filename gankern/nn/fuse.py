@@ -14,7 +14,7 @@ from torch import nn
 
 from gankern.nn import block, guard, stretch
 from gankern.nn.conv_bn_act import ConvBnAct2d, ConvTransposeBnAct2d
-from gankern.nn.stretch import RAN, SMALL, FusedSequential, Step, Stretch, stock_class
+from gankern.nn.stretch import RAN, SMALL, FusedSequential, Stretch, stock_class
 from gankern.ops.critic_layers.chain import add_sequential
 
 M = TypeVar("M", bound=nn.Module)
@@ -223,7 +223,7 @@ def _own_forward(module: nn.Module) -> str:
 
 def _runs(module: nn.Module) -> list[Stretch]:
     """The stretches among a sequential's own children."""
-    return stretch.find_stretches([Step(child, module, i) for i, child in enumerate(module._modules.values())])
+    return stretch.find_stretches([(child, module, i) for i, child in enumerate(module._modules.values())])
 
 
 def _reported(module: nn.Module) -> list[tuple[int, int, str | None]]:

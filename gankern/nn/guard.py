@@ -125,30 +125,22 @@ def refusal(module: nn.Module) -> str | None:
     reason = _refusal(module, code)
     if reason is not None:
         return reason
-    if code.is_patched(kind):
+    if code.read(kind) != code.values:
         return f"a method of {kind.__name__} was replaced"
-    for parameter in module._parameters.values():
-        if parameter is not None and not is_plain(parameter):
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and not (
+            (type(tensor) is nn.Parameter or type(tensor) is Tensor)
+            and tensor.is_leaf
+            and not tensor._backward_hooks
+            and tensor.layout is torch.strided
+        ):
             return f"a parameter of {kind.__name__} is no plain leaf, or has a hook"
-    for buffer in module._buffers.values():
-        if buffer is not None and (buffer.requires_grad or not is_plain(buffer)):
-            return f"a buffer of {kind.__name__} is no plain tensor"
     if kind in CONVS:
         return _conv_refusal(module)
     if kind in NORMS:
         return _norm_refusal(module)
     slope = getattr(module, "negative_slope", 0.0) if kind is nn.LeakyReLU else 0.0
     return None if type(slope) in (int, float) and 0 <= slope < float("inf") else f"negative_slope is {slope}"
-
-
-def is_plain(tensor: Any) -> bool:
-    """Whether a parameter or buffer is what torch.nn makes, and nobody watches its gradient."""
-    return (
-        (type(tensor) is nn.Parameter or type(tensor) is Tensor)
-        and tensor.is_leaf
-        and not tensor._backward_hooks
-        and tensor.layout is torch.strided
-    )
 
 
 def _foreign(kind: type) -> str:
@@ -160,15 +152,14 @@ def _foreign(kind: type) -> str:
     return f"{kind.__name__} is a subclass of {base.__name__}, whose forward may be its own"
 
 
-def _is_pair(value: Any, least: int) -> bool:
-    return type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and min(value) >= least
-
-
 def _conv_refusal(conv: Any) -> str | None:
-    if conv.padding_mode != "zeros" or not _is_pair(conv.padding, 0):
+    if conv.padding_mode != "zeros":
         return f"padding {conv.padding!r} with padding_mode {conv.padding_mode!r} is not supported"
-    if not (_is_pair(conv.stride, 1) and _is_pair(conv.dilation, 1) and _is_pair(conv.output_padding, 0)):
-        return "stride, dilation or output_padding are no pairs of numbers"
+    for name, least in (("padding", 0), ("stride", 1), ("dilation", 1), ("output_padding", 0)):
+        pair = getattr(conv, name)
+        plain = type(pair) is tuple and len(pair) == 2 and type(pair[0]) is type(pair[1]) is int
+        if not plain or min(pair) < least:
+            return f"{name} {pair!r} is not supported"
     if conv._parameters.get("weight") is None or "bias" not in conv._parameters:
         return "it has no weight"
     return None if type(conv.groups) is int and conv.groups > 0 else f"groups is {conv.groups}"
@@ -179,6 +170,9 @@ def _norm_refusal(bn: Any) -> str | None:
         return f"momentum is {bn.momentum}"
     if not (type(bn.eps) in (int, float) and 0 <= bn.eps < float("inf")):
         return f"eps is {bn.eps}"
-    if (bn.running_mean is None) != (bn.running_var is None):
+    mean, var = bn._buffers.get("running_mean"), bn._buffers.get("running_var")
+    if (mean is None) != (var is None):
         return "one running statistic is missing"
-    return None
+    return (
+        "a running statistic requires grad" if mean is not None and (mean.requires_grad or var.requires_grad) else None
+    )

@@ -23,12 +23,8 @@ TOO_SMALL = "it is so small that stock is faster"
 ALONE = "a convolution with nothing to fuse"
 
 
-class Step(NamedTuple):
-    """A module that a sequential calls, with the sequential that it is a child of and its place there."""
-
-    module: Any
-    owner: nn.Module
-    place: int
+#: A module that a sequential calls, the sequential that it is a child of, and its place there.
+Step = tuple[Any, nn.Module, int]
 
 
 class Stretch(NamedTuple):
@@ -67,9 +63,10 @@ def stretch_at(steps: Sequence[Step], start: int) -> Stretch | None:
         return Stretch(start, stop, conv, bn, None, reason)
 
     def following(kinds: Any) -> Any:
-        found = steps[stop] if stop < len(steps) else None
-        fits = found is not None and found.owner is owner and type(found.module) in kinds
-        return found.module if fits and found is not None and guard.refusal(found.module) is None else None
+        if stop == len(steps):
+            return None
+        found, its_owner, _ = steps[stop]
+        return found if its_owner is owner and type(found) in kinds and guard.refusal(found) is None else None
 
     if conv is not None and (bn := following((nn.BatchNorm2d, nn.SyncBatchNorm))) is not None:
         stop += 1
@@ -121,8 +118,7 @@ def _is_small(steps: Sequence[Step], input: Tensor) -> bool:
         if type(stretch.bn) is nn.SyncBatchNorm or (stretch.conv is not None and len(shape) != 4):
             return False
         if stretch.conv is not None:
-            weight, _, options, *_ = block.layer(stretch.conv, *stretch.act)
-            shape = conv_shape(shape, weight.shape, options)
+            shape = conv_shape(shape, stretch.conv.weight.shape, block.options(stretch.conv))
         channels = shape[1] if stretch.bn is None else stretch.bn.num_features
         elements += shape[0] * math.prod(shape[2:]) * channels * min(1, channels / _FEW_CHANNELS)
         few += _FEW_ELEMENTS[stretch.bn is not None]
@@ -194,7 +190,7 @@ def _after(stretch: Stretch, given: Form, device: torch.device) -> Form | str:
 
 
 def _after_conv(conv: Any, given: Form, device: torch.device) -> Form | str:
-    weight, bias, options, *_ = block.layer(conv, "none", 0.0)
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     shape, dtype, channels_last = given
     types = {dtype}
     if torch.is_autocast_enabled(device.type):
@@ -208,13 +204,13 @@ def _after_conv(conv: Any, given: Form, device: torch.device) -> Form | str:
     order = _order(weight)
     if order is None or weight.dim() != 4 or len(shape) != 4:
         return f"a weight {tuple(weight.shape)} of strides {weight.stride()} for an input {tuple(shape)}"
-    groups = options.groups
+    groups, options = conv.groups, block.options(conv)
     ins, outs = weight.size(1) * groups, weight.size(0)
     if options.transposed:
         ins, outs = outs, ins
-        pads = zip(options.output_padding, options.stride, options.dilation, strict=True)
-        if any(pad >= max(stride, dilation) for pad, stride, dilation in pads):
-            return f"output_padding is {options.output_padding}"
+        for pad, stride, dilation in zip(options.output_padding, options.stride, options.dilation, strict=True):
+            if pad >= max(stride, dilation):
+                return f"output_padding is {options.output_padding}"
     if ins != shape[1] or weight.size(0) % groups or (bias is not None and bias.shape != (outs,)):
         return f"a weight {tuple(weight.shape)} for {shape[1]} channels"
     shape = conv_shape(shape, weight.shape, options)
@@ -230,13 +226,16 @@ def _after_norm(bn: Any, given: Form, device: torch.device) -> Form | str:
     shape, dtype, _ = given
     if len(shape) not in _DIMS.get(type(bn), range(2, 6)):
         return f"{len(shape)} dims"
-    tensors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
-    types = {t.dtype for t in tensors}
+    types, mean = set(), bn._buffers.get("running_mean")
+    for tensor in (*bn._parameters.values(), mean, bn._buffers.get("running_var")):
+        if tensor is None:
+            continue
+        types.add(tensor.dtype)
+        if tensor.shape != (shape[1],) or tensor.device != device:
+            return f"a {type(bn).__name__} of other channels or on another device than its input"
     if not (types <= {dtype} or (types == {torch.float32} and dtype.itemsize == 2)):
         return f"a {type(bn).__name__} of another type than its {dtype} input"
-    if any(t.shape != (shape[1],) or t.device != device for t in tensors):
-        return f"a {type(bn).__name__} of other channels or on another device than its input"
-    if shape[0] * math.prod(shape[2:]) == 1 and (bn.training or bn.running_mean is None) and not block.group_of(bn):
+    if shape[0] * math.prod(shape[2:]) == 1 and (bn.training or mean is None) and not block.group_of(bn):
         return "one value a channel"
     return given
 
@@ -258,7 +257,7 @@ def steps_of(sequential: nn.Module) -> list[Step]:
         if isinstance(module, FusedSequential) and refusal(module) is None:
             steps += steps_of(module)
         else:
-            steps.append(Step(module, sequential, place))
+            steps.append((module, sequential, place))
     return steps
 
 
@@ -297,7 +296,7 @@ class Walk:
         while self._position < len(self._steps):
             row = _row_at(self._steps, self._position)
             if not (row and self._run_row(row)):
-                self._call(self._steps[self._position])
+                self._call(self._steps[self._position][0])
         _note(self._steps, self._ran)
         return self._handed_out()
 
@@ -314,14 +313,14 @@ class Walk:
             return False
         return value.stride() != _strides(value.shape, channels_last)
 
-    def _call(self, step: Step) -> None:
+    def _call(self, module: nn.Module) -> None:
         """Call a module as it is."""
         self._position += 1
-        foreign = guard.refusal(step.module) is not None
-        if not foreign and type(step.module) in guard.ELEMENTWISE and self._is_turned():
-            self._value = step.module(self._value)
+        foreign = guard.refusal(module) is not None
+        if not foreign and type(module) in guard.ELEMENTWISE and self._is_turned():
+            self._value = module(self._value)
             return
-        self._receive(step.module(self._handed_out()))
+        self._receive(module(self._handed_out()))
         if foreign:
             # It may have changed what follows, or the state of torch.
             self._steps = steps_of(self._sequential)
@@ -362,7 +361,7 @@ class Walk:
             return ALONE
         if on_cpu and torch.is_autocast_enabled("cpu") and not conv_cpu.takes_autocast():
             return "autocast needs a processor with matrix units (AMX)"
-        return _no_kernel("conv2d_act", value, *(stretch.conv.weight for stretch in row))
+        return _no_kernel("conv2d_act", value, *[stretch.conv._parameters["weight"] for stretch in row])
 
     def _run(self, row: list[Stretch], form: Form) -> None:
         self._ran += [(stretch, stretch.stop, None) for stretch in row]
@@ -392,7 +391,7 @@ class Ran(NamedTuple):
 
 def _note(steps: Sequence[Step], ran: Sequence[tuple[Stretch, int, str | None]]) -> None:
     """Remember for each sequential what its modules ran as."""
-    found: dict[int, tuple[nn.Module, list[Ran]]] = {id(step.owner): (step.owner, []) for step in steps}
+    found: dict[int, tuple[nn.Module, list[Ran]]] = {id(owner): (owner, []) for _, owner, _ in steps}
     for stretch, stop, reason in ran:
         _, owner, place = steps[stretch.start]
         shift = place - stretch.start

@@ -142,7 +142,7 @@ REPLACED: dict[str, tuple[Callable[[nn.Sequential], Any], tuple[str, ...], str]]
     "weight_norm": (lambda m: parametrizations.weight_norm(m[0]), ("0",), "a parametrization on Conv2d"),
     "spectral_norm by hooks": (lambda m: torch.nn.utils.spectral_norm(m[0]), ("0",), "a hook on Conv2d"),
     "momentum": (lambda m: setattr(m[1], "momentum", torch.tensor(0.3)), ("1",), "momentum is 0.3"),
-    "padding": (lambda m: setattr(m[0], "padding", "same"), ("0",), "padding 'same' with padding_mode 'zeros'"),
+    "padding": (lambda m: setattr(m[0], "padding", "same"), ("0",), "padding 'same' is not supported"),
 }
 
 
