@@ -369,7 +369,11 @@ def test_checkpoint(reentrant: bool) -> None:
 # Order of memory, and changes in place.
 
 
-@pytest.mark.parametrize("make", [net, plain])
+def one_channel() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1), nn.Tanh())
+
+
+@pytest.mark.parametrize("make", [net, plain, one_channel])
 @pytest.mark.parametrize("weights", [torch.contiguous_format, CL])
 @pytest.mark.parametrize("images", ["contiguous", "channels_last", "transposed", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
@@ -516,6 +520,7 @@ class Swaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.into[0][1].register_forward_hook(lambda m, i, o: o * 3)
+        self.into[0][3] = nn.Tanh()
         return x
 
 
