@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 _PLAIN = (Tensor, nn.Parameter)
 _TRACERS = (
@@ -31,9 +32,16 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and _is_transformed()
 
 
-def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` is at work, to which checks of sizes are warnings."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+def is_traced(input: Any) -> bool:
+    """Whether ``torch.jit.trace`` or ``torch.fx`` is at work, to which checks of sizes are warnings or errors."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._get_tracing_state() is not None or is_stand_in(input)
+
+
+def is_stand_in(input: Any) -> bool:
+    """Whether it is no tensor, but takes part in torch's functions as one: a proxy of ``torch.fx``."""
+    return not isinstance(input, Tensor) and has_torch_function((input,))
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

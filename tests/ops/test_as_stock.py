@@ -364,6 +364,24 @@ def test_traces_and_exports_are_torchs(case: tuple[Op, Op, list[Tensor]]) -> Non
     assert_same(exported.module()(*inputs), want)
 
 
+class Traced(nn.Module):
+    """Of all ops, for torch.fx, which knows the number of arguments."""
+
+    def forward(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = ops.batch_norm_act(ops.conv2d_act(x, w, b), None, None, b, b, training=True)
+        y = ops.conv2d_bn_act(y, w[:, :1], None, None, None, b, b, training=True, groups=4)
+        y = ops.conv_transpose2d_bn_act(y, w, b[:3], b[:3], b[:3].exp(), None, None, training=False)
+        m = ops.minibatch_stddev(y).flatten(2)
+        return ops.minibatch_discrimination(m) + ops.l1_distance(m).sum(0)
+
+
+def test_symbolic_traces() -> None:
+    inputs = torch.randn(2, 3, 7, 7), torch.randn(4, 3, 3, 3), torch.randn(4)
+    graph = torch.fx.symbolic_trace(Traced())
+    assert_same(graph(*inputs), Traced()(*inputs))
+    assert "batch_norm_act" not in graph.code
+
+
 def test_tensors_without_values(case: tuple[Op, Op, list[Tensor]]) -> None:
     ours, stock, inputs = case
     want = stock(*inputs)

@@ -193,7 +193,8 @@ def test_convolution_blocks_match_the_reference(
         results.append([inference, *run(call, tensors, torch.ones_like(inference).expand_as(inference)), mean, var])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
-        assert got.stride() == want.stride() or not channels_last
+        # A weight's gradient lies as the weight does, of which people take views.
+        assert got.stride() in (want.stride(), w.stride()) or not channels_last
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -74,7 +74,7 @@ def conv2d_act(
         options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         options |= {"activation": activation, "negative_slope": negative_slope}
         return handle_torch_function(conv2d_act, tensors, *tensors, **options)
-    if is_traced():
+    if is_traced(input):
         output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         return reference.activate(output, activation, negative_slope)
     _check.floating("input", input)
@@ -121,7 +121,7 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
     """:func:`conv2d_act` layer by layer, as one node of the graph where that is possible; transposed ones too."""
     if has_torch_function((input,)):
         return handle_torch_function(conv2d_acts, (input,), input, layers)
-    if is_traced() or _fit(input, layers):
+    if is_traced(input) or _fit(input, layers):
         return autograd.conv2d_acts(input, layers)
     for layer in layers:
         weight, bias, options, activation, negative_slope = layer

@@ -248,18 +248,22 @@ def conv2d_acts(input: Tensor, layers: Sequence[Layer]) -> Tensor:
             raise backends.BackendUnavailable(f"conv2d_act cannot run on the {backends.requested()} backend: {reason}")
         return reference.conv2d_acts(input, layers)
     arguments = _geometry(layers), [layer.activation for layer in layers], [layer.negative_slope for layer in layers]
-    if chosen is not cpu:
-        input, *tensors = autocast(input, *tensors)
-    elif torch.is_autocast_enabled("cpu"):
+    is_cast = chosen is cpu and torch.is_autocast_enabled("cpu")
+    if is_cast:
         input = input.to(torch.bfloat16)
+    elif chosen is not cpu:
+        input, *tensors = autocast(input, *tensors)
     if not _autograd.is_recorded(input, *tensors):
         return _forward_op(input, tensors[::2], tensors[1::2], *arguments)[-1]
-    return _ConvActs.apply(input, arguments, *_with_own_biases(tensors))
+    return _ConvActs.apply(input, arguments, *_own(tensors, weights=is_cast))
 
 
-def _with_own_biases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Weights and biases in turns; the biases copied, which torch's convolutions do not need for their derivatives."""
-    return [t if i % 2 == 0 or t is None else t.clone() for i, t in enumerate(tensors)]
+def _own(tensors: Sequence[Tensor | None], weights: bool) -> list[Tensor | None]:
+    """Weights and biases in turns; copied where torch does not need them for derivatives, which lets them change.
+
+    Those are the biases, and weights that autocast would copy.
+    """
+    return [t if t is None or (i % 2 == 0 and not weights) else t.clone() for i, t in enumerate(tensors)]
 
 
 def conv2d_statistics(input: Tensor, layer: Layer) -> tuple[Tensor, Tensor] | None:
@@ -272,6 +276,6 @@ def conv2d_statistics(input: Tensor, layer: Layer) -> tuple[Tensor, Tensor] | No
         return None
     input, *tensors = autocast(input, layer.weight, layer.bias)
     if _autograd.is_recorded(input, *tensors):
-        tensors = _with_own_biases(tensors)
+        tensors = _own(tensors, weights=False)
     output, sums = _ConvStatistics.apply(input, _geometry([layer]), *tensors)
     return output, sums

@@ -94,7 +94,7 @@ def batch_norm_act(
     ----------
     Ioffe and Szegedy, "Batch Normalization", 2015, algorithms 1 and 2 and the gradients of section 3.
     """
-    if is_traced() and process_group is None:
+    if is_traced(input) and process_group is None:
         uses_batch = training or running_mean is None
         statistics: dict[str, Any] = {"training": uses_batch, "momentum": momentum, "eps": eps}
         act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
@@ -167,7 +167,7 @@ def conv_transpose2d_bn_act(
     ----------
     Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
     """
-    if is_traced() and process_group is None:
+    if is_traced(input) and process_group is None:
         output = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
         statistics: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
         act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
@@ -272,7 +272,7 @@ def conv2d_bn_act(
     ----------
     Radford, Metz and Chintala, "Unsupervised Representation Learning with DCGANs", 2016, section 3.
     """
-    if is_traced() and process_group is None:
+    if is_traced(input) and process_group is None:
         output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         statistics: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
         act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}

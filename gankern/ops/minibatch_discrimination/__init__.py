@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from gankern._autograd import is_plain, is_traced
+from gankern._autograd import is_plain, is_stand_in, is_traced
 from gankern.ops import _check
 from gankern.ops.minibatch_discrimination import autograd, reference, small
 
@@ -55,7 +56,9 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
     Salimans, Goodfellow, Zaremba, Cheung, Radford and Chen, "Improved Techniques for Training GANs", 2016,
     section 3.2.
     """
-    if is_traced():
+    if is_stand_in(m):
+        return handle_torch_function(minibatch_discrimination, (m,), m, include_self=include_self)
+    if is_traced(m):
         return reference.features(m, include_self)
     _check_m(m)
     _check.boolean("include_self", include_self)
@@ -100,6 +103,8 @@ def l1_distance(m: Tensor) -> Tensor:
     Salimans, Goodfellow, Zaremba, Cheung, Radford and Chen, "Improved Techniques for Training GANs", 2016,
     section 3.2.
     """
+    if is_stand_in(m):
+        return handle_torch_function(l1_distance, (m,), m)
     _check_m(m)
     if not is_plain(m):
         return reference.distance(m)

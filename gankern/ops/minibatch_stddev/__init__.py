@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from gankern._autograd import is_transformed
+from gankern._autograd import is_stand_in, is_transformed
 from gankern._native import acc_dtype
 from gankern.ops import _check
 
@@ -56,6 +57,8 @@ def minibatch_stddev(input: Tensor, group_size: int = 4, num_channels: int = 1, 
     >>> minibatch_stddev(torch.randn(8, 16, 4, 4)).shape
     torch.Size([8, 17, 4, 4])
     """
+    if is_stand_in(input):
+        return handle_torch_function(minibatch_stddev, (input,), input, group_size, num_channels, eps)
     _check.floating("input", input)
     _check.ndim("input", input, 4, "(N, C, H, W)")
     group_size, num_channels, eps = check_options(group_size, num_channels, eps)
