@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, layouts
+from processors import avx512
 from torch import Tensor, nn
 
 import gankern
@@ -330,6 +331,7 @@ def test_a_row_is_one_node_of_fused_critics() -> None:
         ours(torch.randn(4, 3, 16, 16))
 
 
+@avx512
 def test_first_order_gradients_are_the_kernels() -> None:
     x, weight, bias = torch.randn(4, 3, 8, 8), torch.randn(16, 3, 4, 4), torch.randn(16)
     for want in ([True, True, True], [False, True, False], [True, False, False], [False, False, True]):

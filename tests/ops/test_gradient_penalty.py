@@ -12,6 +12,7 @@ from critics import CRITICS, Minibatch, Residual, batch, both, gradients, layere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_accurate, layouts
+from processors import avx512
 from torch import Tensor, nn
 
 import gankern
@@ -186,6 +187,7 @@ def conv_calls(step: Callable[[], Any]) -> dict[str, int]:
     return {e.key: e.count for e in profile.key_averages() if e.key in passes or e.key.startswith("gankern::conv")}
 
 
+@avx512
 def test_four_passes_a_layer() -> None:
     critic = plain()
     real, fake, alpha = batch(dtype=torch.float32)
@@ -405,6 +407,7 @@ def test_no_graph_is_kept() -> None:
     assert reference_count() is None
 
 
+@avx512
 def test_without_gradients_only_the_value_is_computed() -> None:
     critic = plain()
     real, fake, alpha = batch(dtype=torch.float32)
