@@ -867,7 +867,7 @@ def control(w: Writer, d: Draw, inner: Inner) -> None:
         ("if h.size(0) > 1:", "    h = h - 0.1"),
         ("h = h + torch.randn_like(h)",),
         ("self.calls = getattr(self, 'calls', 0) + 1", "h = h * self.calls"),
-        ("while h.detach().abs().max() > 0.5:", "    h = h * 0.5"),
+        ("while h.detach().abs().max() > 0.5:", "    h = 0.9 * h.tanh()"),
         ("if torch.is_grad_enabled():", "    h = h * 1.1"),
         ("try:", "    h = h.relu()", "finally:", "    pass"),
         ("with torch.autocast('cpu', enabled=False):", "    h = h * 1.5"),

@@ -149,31 +149,6 @@ class Relu(torch.autograd.Function):
         "options": {"module_layout": "channels_last"},
     },
 }
-#: Those that are not mended.
-OPEN = frozenset(
-    {
-        "bias of the image",
-        "norm's weight of the image",
-        "own Function that ends in ReLU",
-        "detach_",
-        "data.add_",
-        "patched _conv_forward",
-        "patched forward of an activation",
-        "change after leaky ReLU",
-        "weights cached over loss and penalty",
-        "gradient inside",
-        "vmap inside",
-        "meta device",
-        "slope as a tensor",
-        "hook on a parameter",
-        "explain where a forward writes a parameter",
-        "checkpoint",
-        "layer norm of sliced points",
-        "dropout of transposed points",
-        "change of a linear layer's output",
-        "change of a view in channels_last",
-    }
-)
 
 
 def source(init: list[str], forward: list[str], top: str = "", setup: tuple[str, ...] = (), **_: Any) -> str:
@@ -188,8 +163,6 @@ def source(init: list[str], forward: list[str], top: str = "", setup: tuple[str,
 
 @pytest.mark.parametrize("name", REPORTED)
 def test_reported_networks_are_as_stock(name: str) -> None:
-    if name in OPEN:
-        pytest.skip("not mended")
     program = REPORTED[name]
     word, failure = check(source(**program), Options(**program.get("options", {})))
     assert failure is None, failure.facts

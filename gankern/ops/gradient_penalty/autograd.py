@@ -381,6 +381,9 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     with _phases.phase("penalty/interpolation"):
         few = real.numel() <= _FEW_VALUES and torch_may_run(real)
         unsafe = not torch.compiler.is_compiling() and watched(real, fake, alpha) is not None
-        if few or unsafe or alpha.requires_grad:
+        # Of other orders of memory the points get stock's: dropout draws its mask, and views go, in that order.
+        orders = (torch.contiguous_format, torch.channels_last) if real.dim() == 4 else (torch.contiguous_format,)
+        strided = not any(all(t.is_contiguous(memory_format=order) for t in (real, fake)) for order in orders)
+        if few or unsafe or strided or alpha.requires_grad:
             return reference.interpolate(real, fake, alpha)
         return _Interpolate.apply(real, fake, alpha)
