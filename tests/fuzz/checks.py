@@ -611,12 +611,12 @@ _INSTEAD: dict[str, Callable[[], Any]] = {
 
 def check(source: str, options: Options) -> tuple[str, Failure | None]:
     """What came of a program, in a word, and the failure."""
+    stock = outcome(source, options, False)
     ours = outcome(source, options, True)
     if isinstance(ours.error, gankern.BackendUnavailable):
         # Some kernels are there for float32 only; what cannot run by name at all runs as users have it.
         float32, auto = replace(options, dtype="float32"), replace(options, backend="auto")
         return check(source, float32 if options.dtype == "float64" else auto)
-    stock = outcome(source, options, False)
     if stock.error is not None and ours.error is not None:
         if type(stock.error) is type(ours.error) or any(text in str(ours.error) for text in _OURS):
             return "both raise", None
