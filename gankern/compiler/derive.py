@@ -1,0 +1,139 @@
+"""The flat graph of a penalty, both orders of derivatives in it, by autograd itself.
+
+The critic's own code runs once, on fake tensors, under ``make_fx``: no random number is drawn and no buffer written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C import DispatchKey
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from gankern.compiler.refusal import Refused
+
+aten = torch.ops.aten
+
+_lock = threading.RLock()
+
+
+def _double_backward(
+    gg_input: Tensor | None,
+    gg_weight: Tensor | None,
+    gg_bias: Tensor | None,
+    grad_output: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Second derivative of a convolution, which is bilinear: by the convolution and its two gradients.
+
+    Torch's own takes the groups apart, and writes the gradients as convolutions of transposed tensors.
+    """
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    output = grad_input = grad_weight = None
+    if mask[0]:
+        terms = []
+        if gg_input is not None:
+            terms.append(aten.convolution.default(gg_input, weight, None, *geometry))
+        if gg_weight is not None:
+            terms.append(aten.convolution.default(input, gg_weight, None, *geometry))
+        if gg_bias is not None:
+            terms.append(gg_bias.reshape(1, -1, *[1] * (grad_output.dim() - 2)).expand_as(grad_output))
+        for term in terms:
+            output = term if output is None else output + term
+    backward = aten.convolution_backward.default
+    if mask[1] and gg_weight is not None:
+        grad_input = backward(grad_output, input, gg_weight, None, *geometry, [True, False, False])[0]
+    if mask[2] and gg_input is not None:
+        grad_weight = backward(grad_output, gg_input, weight, None, *geometry, [False, True, False])[1]
+    return output, grad_input, grad_weight
+
+
+@contextmanager
+def _bilinear_convolutions() -> Iterator[None]:
+    """Second derivatives of convolutions stay whole in graphs that are traced inside."""
+    op: Any = aten._convolution_double_backward.default
+    key = DispatchKey.CompositeImplicitAutograd
+    with _lock:
+        before = op.py_kernels.get(key)
+        op.py_kernels[key] = _double_backward
+        op._dispatch_cache.clear()
+        try:
+            with enable_python_dispatcher():
+                yield
+        finally:
+            if before is None:
+                del op.py_kernels[key]
+            else:
+                op.py_kernels[key] = before
+            op._dispatch_cache.clear()
+
+
+def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequence[Tensor]) -> fx.GraphModule:
+    """Trace a function of tensors, inputs first and state after them.
+
+    Returns
+    -------
+    fx.GraphModule
+        Placeholders for all inputs and all of the state, in this order.
+
+    Raises
+    ------
+    Refused
+        Where values decide what is computed, or a tensor is read that is in neither list.
+    """
+    given = [*inputs, *state]
+    rng = torch.get_rng_state()
+    try:
+        with _bilinear_convolutions():
+            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise Refused(f"values decide what it computes: {error}") from None
+    finally:
+        if not torch.equal(torch.get_rng_state(), rng):
+            torch.set_rng_state(rng)
+    for node in traced.graph.nodes:
+        literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
+        if node.op == "get_attr" and not literal:
+            raise Refused("it reads a tensor that no guard knows")
+    return traced
+
+
+@contextmanager
+def in_place_of(modules: Sequence[nn.Module], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+    """Modules hold other parameters and buffers inside; refused where they put others in their place."""
+    swap = {id(t): other for t, other in zip(tensors, others, strict=True)}
+    tables = [table for m in modules for table in (m._parameters, m._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for table, kept in zip(tables, before, strict=True):
+            table.update({name: swap.get(id(t), t) for name, t in kept.items()})
+        yield
+        for table, kept in zip(tables, before, strict=True):
+            if any(table[name] is not swap.get(id(t), t) for name, t in kept.items()) or len(table) != len(kept):
+                raise Refused("the forward puts another tensor in the place of a buffer or parameter")
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            table.clear()
+            table.update(kept)
+
+
+def leaf_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A new leaf that is a parameter, and requires a gradient, where the model is and does."""
+    leaf = tensor.detach().requires_grad_(model.requires_grad)
+    leaf._is_param = isinstance(model, nn.Parameter)  # type: ignore[attr-defined]
+    return leaf

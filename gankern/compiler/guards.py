@@ -1,0 +1,222 @@
+"""What a plan depends on, checked at each call.
+
+Dynamo traces the critic's forward and guards whatever that reads in Python: attributes, globals, closures, layers, the
+tensors' metadata, torch's global state. Its graph is not used. :class:`_World` checks what Dynamo's guards leave out:
+hooks, and functions and methods that were replaced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from gankern.compiler.refusal import Refused
+
+_GLOBAL_HOOKS = [
+    value
+    for name, value in vars(module_hooks).items()
+    if name.startswith("_global_") and name.endswith("hooks") and isinstance(value, dict)
+]
+# Values that a forward reads are constants of its graph, guarded each.
+_CONFIG = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook_guards": False}
+_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _call(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
+    return critic(x, *args, **kwargs)
+
+
+def interference() -> str | None:
+    """What of the caller's would see, or be seen by, a stock run and not a replay."""
+    if any(_GLOBAL_HOOKS):
+        return "a hook on all modules"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode"
+    if torch._C._is_torch_function_mode_enabled():
+        return "a TorchFunctionMode"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    if torch.is_anomaly_enabled():
+        return "anomaly mode"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors"
+    if torch.is_inference_mode_enabled():
+        return "inference mode"
+    return None
+
+
+class _World:
+    """Functions and methods that the forward runs, and hooks on its modules and tensors."""
+
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+        for m in modules:
+            # A function that stands in an instance shadows a method.
+            for name, value in vars(m).items():
+                if callable(value) and not isinstance(value, type) and hasattr(type(m), name):
+                    raise Refused(f"{name} was replaced on {type(m).__name__}")
+        classes = {base for m in modules for base in type(m).__mro__ if base is not object}
+        self._namespaces = [(vars(owner), dict(vars(owner))) for owner in (F, *classes)]
+        # Not the modules themselves, which their plans must not keep alive.
+        self._instances = [(vars(m), set(vars(m))) for m in modules]
+        self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
+        if any(self._hooks) or any(map(_is_hooked, tensors)):
+            raise Refused("a hook on one of its modules or parameters")
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            not any(self._hooks)
+            and not any(map(_is_hooked, tensors))
+            and all(now == then for now, then in self._namespaces)
+            and all(now.keys() == then for now, then in self._instances)
+        )
+
+
+def _is_hooked(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
+class Held(NamedTuple):
+    """A tensor that the forward reads, the expression that finds it, and the module that has it, if one has."""
+
+    source: str
+    tensor: Tensor
+    module: nn.Module | None
+
+
+class Guards:
+    """When a plan may run, and where its tensors are.
+
+    Attributes
+    ----------
+    held : list of Held
+        Tensors that the forward read when the guards were made, the points left out; dropped once the plan is made.
+    """
+
+    def __init__(
+        self, critic: Any, function: types.FunctionType, check: Callable[[Any], bool], held: list[Held]
+    ) -> None:
+        # The guards live as long as the function that they belong to.
+        self._function = function
+        self._check = check
+        code = f"lambda L, G: ({''.join(h.source + ', ' for h in held)})"
+        self._fetch: Callable[[Any, Any], tuple[Tensor, ...]] = eval(code, {"__builtins__": {}})
+        roots = [critic, *(h.module for h in held)]
+        modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
+        self._world = _World(list(modules), [h.tensor for h in held])
+        self.held = held
+
+    def fetch(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
+        """The tensors of `held` as they are now; None where the plan is not for this call."""
+        if not self._check(call):
+            return None
+        tensors = self._fetch(call, self._function.__globals__)
+        return tensors if self._world.holds(tensors) else None
+
+
+class _Traced(Exception):
+    pass
+
+
+_number = itertools.count()
+
+
+def _lasting_change() -> str | None:
+    """What the forward that Dynamo is tracing changes besides tensors: a replay would not."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+
+    output: Any = InstructionTranslator.current_tx().output
+    if output.random_calls:
+        return "the forward draws from Python's random numbers"
+    effects = output.side_effects
+    if effects.tensor_hooks:
+        return "the forward registers a hook on a tensor"
+    for changed in effects._get_modified_vars():
+        if not isinstance(changed.mutation_type, AttributeMutationExisting | ValueMutationExisting):
+            continue
+        # The derivation sees whether a module's buffers are others afterwards.
+        if getattr(changed.source, "member", None) not in ("_buffers", "_parameters"):
+            names = ", ".join(effects.store_attr_mutations.get(changed, {}))
+            return f"the forward changes {names or 'a value'} of something that outlives it"
+    return None
+
+
+# How Dynamo writes the way to a module's parameter or buffer.
+_IN_MODULE = re.compile(r"(.*)\._(?:parameters|buffers)\['[^']*'\]")
+
+
+def _holder(source: str, call: dict[str, Any], scope: dict[str, Any]) -> nn.Module | None:
+    match = _IN_MODULE.fullmatch(source)
+    module = eval(match[1], {"L": call, "G": scope}) if match else None
+    return module if isinstance(module, nn.Module) else None
+
+
+def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
+    """Guards for calls like this one.
+
+    Raises
+    ------
+    Refused
+        Where Dynamo cannot follow the forward, the forward changes something in Python, or somebody has hooks on it.
+    """
+    from torch._dynamo import eval_frame
+    from torch._dynamo.exc import TorchDynamoException
+
+    # A code object of its own: Dynamo keeps its entries there, and a limited number of them.
+    name = f"gankern_plan_{next(_number)}"
+    function = types.FunctionType(_call.__code__.replace(co_name=name), dict(_call.__globals__), name)
+    call = {"critic": critic, "x": x, "args": args, "kwargs": kwargs}
+    held: list[Held] = []
+    reasons: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        reason = _lasting_change()
+        if reason is not None:
+            reasons.append(reason)
+        for node in graph.graph.nodes:
+            argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+            if argument is None:
+                continue
+            # A method up to torch 2.9.
+            source = argument.source.name if isinstance(argument.source.name, str) else argument.source.name()
+            if not isinstance(argument.example, Tensor):
+                reasons.append(f"the forward computes with {source}, which is no tensor")
+            elif source != "L['x']":
+                held.append(Held(source, argument.example, _holder(source, call, function.__globals__)))
+
+        def run(*flat: Any) -> Any:
+            raise _Traced
+
+        return run
+
+    try:
+        with torch._dynamo.config.patch(_CONFIG):
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(critic, x, args, kwargs)
+    except _Traced:
+        pass
+    except TorchDynamoException as error:
+        raise Refused(f"its forward cannot be guarded: {str(error).splitlines()[0]}") from None
+    else:
+        raise Refused("its forward computes nothing that a graph could hold")
+    if reasons:
+        raise Refused(reasons[0])
+    for h in held:
+        if type(h.tensor) not in (Tensor, nn.Parameter):
+            raise Refused(f"{h.source} is a {type(h.tensor).__name__}")
+        if h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
+            raise Refused(f"{h.source} is no parameter, buffer or argument")
+    (entry,) = eval_frame._debug_get_cache_entry_list(function.__code__)
+    guards = Guards(critic, function, entry.guard_manager.check, held)
+    if guards.fetch(call) is None:
+        raise Refused("its guards do not hold for the call that they were made for")
+    return guards

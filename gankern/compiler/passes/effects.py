@@ -1,0 +1,65 @@
+"""What a node does besides computing its result."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# Their schemas do not say that they write the running statistics.
+_WRITE_STATISTICS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+
+
+@functools.cache
+def _schema(target: Any) -> tuple[bool, bool, bool]:
+    """Whether an operator writes an argument, draws random numbers, and returns a view."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return (target.__module__ != "_operator", False, False)
+    schema = target._schema
+    infos = [a.alias_info for a in schema.arguments]
+    writes = any(info is not None and info.is_write for info in infos)
+    views = any(r.alias_info is not None for r in schema.returns)
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    # These return their input itself where nothing is to be done.
+    return writes, random, views or target in (aten._to_copy.default, aten.reshape.default, aten.contiguous.default)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its arguments."""
+    return node.op == "call_function" and (_schema(node.target)[0] or node.target in _WRITE_STATISTICS)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node may be left out where nobody reads it, and be shared with its equals."""
+    return node.op in ("call_function", "get_attr") and not (writes(node) or _draws(node))
+
+
+def _draws(node: fx.Node) -> bool:
+    return node.op == "call_function" and _schema(node.target)[1]
+
+
+def views(node: fx.Node) -> bool:
+    """Whether a node's result may share memory with one of its arguments."""
+    return node.op == "call_function" and _schema(node.target)[2]
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory is changed after they were computed, in whatever view of it."""
+    home: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        shares = node.op == "call_function" and (views(node) or writes(node))
+        first = node.args[0] if node.args else None
+        getitem = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+        if (shares or getitem) and isinstance(first, fx.Node):
+            home[node] = home.get(first, first)
+        else:
+            home[node] = node
+    changed = set()
+    for node in graph.nodes:
+        if writes(node):
+            changed |= {home[used] for used in node.all_input_nodes}
+    return {node for node in graph.nodes if home[node] in changed}

@@ -1,0 +1,121 @@
+"""Plans of gradient penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from gankern import _library, backends
+from gankern.compiler.derive import derive, in_place_of, leaf_like
+from gankern.compiler.guards import Held, interference, make_guards
+from gankern.compiler.passes import optimise
+from gankern.compiler.refusal import Refused
+from gankern.compiler.replay import compile_graph
+
+
+def _tail(grad: Tensor, weight: float, target: float, one_sided: bool, squared: bool) -> tuple[Tensor, Tensor]:
+    loss, cotangent = backends.select("gradient_penalty", grad).tail(grad, weight, target, one_sided, squared)
+    return loss, cotangent
+
+
+def _tail_fake(grad: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(()), torch.empty_like(grad)
+
+
+tail_op = _library.define(
+    "penalty_tail(Tensor grad, float weight, float target, bool one_sided, bool squared)"
+    " -> (Tensor loss, Tensor cotangent)",
+    _tail,
+    _tail_fake,
+)
+
+
+class PenaltyPlan:
+    """What computes a penalty and its gradients, for calls like the one it was made for.
+
+    Parameters
+    ----------
+    call : dict
+        The critic, points that require a gradient, args and kwargs, under these names (``x`` for the points).
+    wanted : sequence of Tensor
+        Tensors with respect to which gradients are wanted.
+    want_points : bool
+        Whether a gradient with respect to the points is wanted too, as the last one.
+
+    Raises
+    ------
+    Refused
+    """
+
+    def __init__(self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> None:
+        reason = interference()
+        if reason is not None:
+            raise Refused(reason)
+        self._guards = make_guards(**call)
+        held, self._guards.held = self._guards.held, []
+        place = {id(h.tensor): i for i, h in enumerate(held)}
+        self._wanted = [place.get(id(t)) for t in wanted]
+        self._want_points = want_points
+        state = [h.tensor.detach() for h in held]
+        self.graph = derive(self._step(call, held), [call["x"].detach()], state)
+        _open_options(self.graph.graph)
+        optimise(self.graph)
+        self._run = compile_graph(self.graph)
+
+    def _step(self, call: dict[str, Any], held: Sequence[Held]) -> Callable[..., list[Tensor | None]]:
+        """The penalty as a function of the points and of the tensors that the forward reads."""
+        critic, args, kwargs = call["critic"], call["args"], call["kwargs"]
+        models = [h.tensor for h in held]
+        modules = [h.module for h in held if h.module is not None]
+        given = {id(h.tensor) for h in held if h.module is None}
+
+        def step(points: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+            leaves = [leaf_like(t, model) for t, model in zip(tensors, models, strict=True)]
+            known = {id(model): leaf for model, leaf in zip(models, leaves, strict=True)}
+            wanted = [None if i is None else leaves[i] for i in self._wanted]
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                points = points.detach().requires_grad_()
+                a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
+                with in_place_of(modules, models, leaves):
+                    scores = critic(points, *a, **k)
+                reached = [t for t in [*wanted, points if self._want_points else None] if t is not None]
+                (grad,) = torch.autograd.grad(
+                    scores, points, torch.ones_like(scores), create_graph=bool(reached), allow_unused=True
+                )
+                if grad is None:
+                    raise Refused("its scores do not depend on the points")
+                loss, cotangent = tail_op(grad.detach(), 1.0, 0.0, False, False)
+                found: Iterator[Tensor | None] = iter([None] * len(reached))
+                if reached and grad.requires_grad:
+                    found = iter(torch.autograd.grad(grad, reached, cotangent, allow_unused=True))
+                return [loss, *(None if t is None else next(found) for t in wanted), *found]
+
+        return step
+
+    def __call__(
+        self, call: dict[str, Any], wanted: Sequence[Tensor], options: tuple[float, float, bool, bool]
+    ) -> list[Tensor | None] | None:
+        """Loss and gradients; None where the plan is not for this call."""
+        tensors = self._guards.fetch(call)
+        if tensors is None or len(wanted) != len(self._wanted):
+            return None
+        if any(i is not None and tensors[i] is not t for i, t in zip(self._wanted, wanted, strict=True)):
+            return None
+        # Casts of autocast are in the graph already.
+        with torch.no_grad(), torch.autocast(call["x"].device.type, enabled=False):
+            result: list[Tensor | None] = self._run(call["x"], *tensors, *options)
+        return result
+
+
+def _open_options(graph: fx.Graph) -> None:
+    """Make the penalty's weight, target and form inputs of the graph."""
+    (tail,) = [node for node in graph.nodes if node.target is tail_op]
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        options = [graph.placeholder(name) for name in ("squared", "one_sided", "target", "weight")]
+    tail.args = (tail.args[0], *reversed(options))
