@@ -16,6 +16,7 @@ from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from gankern.compiler.refusal import Refused
 
@@ -107,10 +108,23 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
         if not torch.equal(torch.get_rng_state(), rng):
             torch.set_rng_state(rng)
     for node in traced.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise Refused(f"it calls {node.target}")
         literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
         if node.op == "get_attr" and not literal:
             raise Refused("it reads a tensor that no guard knows")
     return traced
+
+
+class NoHooks(TorchFunctionMode):
+    """Refuses hooks on tensors: no guard knows what they read when they run."""
+
+    _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._HOOKS:
+            raise Refused("the forward registers a hook on a tensor")
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

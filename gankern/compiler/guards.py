@@ -216,7 +216,10 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         if h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
             raise Refused(f"{h.source} is no parameter, buffer or argument")
     (entry,) = eval_frame._debug_get_cache_entry_list(function.__code__)
-    guards = Guards(critic, function, entry.guard_manager.check, held)
+    guards = Guards(critic, function, entry.guard_manager.check, list(held))
     if guards.fetch(call) is None:
         raise Refused("its guards do not hold for the call that they were made for")
+    # Dynamo keeps the backend.
+    held.clear()
+    call.clear()
     return guards

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from gankern import _library, backends
-from gankern.compiler.derive import derive, in_place_of, leaf_like
-from gankern.compiler.guards import Held, interference, make_guards
+from gankern.compiler.derive import NoHooks, derive, in_place_of, leaf_like
+from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.passes import optimise
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
@@ -53,9 +53,6 @@ class PenaltyPlan:
     """
 
     def __init__(self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> None:
-        reason = interference()
-        if reason is not None:
-            raise Refused(reason)
         self._guards = make_guards(**call)
         held, self._guards.held = self._guards.held, []
         place = {id(h.tensor): i for i, h in enumerate(held)}
@@ -64,7 +61,7 @@ class PenaltyPlan:
         state = [h.tensor.detach() for h in held]
         self.graph = derive(self._step(call, held), [call["x"].detach()], state)
         _open_options(self.graph.graph)
-        optimise(self.graph)
+        optimise(self.graph, backends.select("critic_layers", call["x"]))
         self._run = compile_graph(self.graph)
 
     def _step(self, call: dict[str, Any], held: Sequence[Held]) -> Callable[..., list[Tensor | None]]:
@@ -81,7 +78,7 @@ class PenaltyPlan:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 points = points.detach().requires_grad_()
                 a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves):
+                with in_place_of(modules, models, leaves), NoHooks():
                     scores = critic(points, *a, **k)
                 reached = [t for t in [*wanted, points if self._want_points else None] if t is not None]
                 (grad,) = torch.autograd.grad(
@@ -98,11 +95,17 @@ class PenaltyPlan:
         return step
 
     def __call__(
-        self, call: dict[str, Any], wanted: Sequence[Tensor], options: tuple[float, float, bool, bool]
+        self,
+        call: dict[str, Any],
+        wanted: Sequence[Tensor],
+        want_points: bool,
+        options: tuple[float, float, bool, bool],
     ) -> list[Tensor | None] | None:
         """Loss and gradients; None where the plan is not for this call."""
+        if want_points != self._want_points or len(wanted) != len(self._wanted):
+            return None
         tensors = self._guards.fetch(call)
-        if tensors is None or len(wanted) != len(self._wanted):
+        if tensors is None:
             return None
         if any(i is not None and tensors[i] is not t for i, t in zip(self._wanted, wanted, strict=True)):
             return None

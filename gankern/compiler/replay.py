@@ -32,7 +32,7 @@ def compile_graph(traced: fx.GraphModule) -> Callable[..., Any]:
     def literal(value: Any) -> str:
         if isinstance(value, fx.Node):
             return value.name
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
             inner = ", ".join(map(literal, value))
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if value else "()"
         if value is None or isinstance(value, bool | int | str):

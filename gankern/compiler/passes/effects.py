@@ -18,7 +18,8 @@ _WRITE_STATISTICS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.defau
 def _schema(target: Any) -> tuple[bool, bool, bool]:
     """Whether an operator writes an argument, draws random numbers, and returns a view."""
     if not isinstance(target, torch._ops.OpOverload):
-        return (target.__module__ != "_operator", False, False)
+        # Python's getitem, and kernels that a pass has put in: they return new tensors.
+        return False, False, False
     schema = target._schema
     infos = [a.alias_info for a in schema.arguments]
     writes = any(info is not None and info.is_write for info in infos)
@@ -31,6 +32,18 @@ def _schema(target: Any) -> tuple[bool, bool, bool]:
 def writes(node: fx.Node) -> bool:
     """Whether a node changes one of its arguments."""
     return node.op == "call_function" and (_schema(node.target)[0] or node.target in _WRITE_STATISTICS)
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """Arguments that a node changes."""
+    if not writes(node):
+        return []
+    if node.target in _WRITE_STATISTICS:
+        return [a for a in node.args[3:5] if isinstance(a, fx.Node)]
+    infos = node.target._schema.arguments
+    places = [i for i, a in enumerate(infos) if a.alias_info is not None and a.alias_info.is_write]
+    given = [node.args[i] if i < len(node.args) else node.kwargs.get(infos[i].name) for i in places]
+    return [a for a in given if isinstance(a, fx.Node)]
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -61,5 +74,5 @@ def written(graph: fx.Graph) -> set[fx.Node]:
     changed = set()
     for node in graph.nodes:
         if writes(node):
-            changed |= {home[used] for used in node.all_input_nodes}
+            changed |= {home[used] for used in written_by(node)}
     return {node for node in graph.nodes if home[node] in changed}

@@ -98,8 +98,10 @@ def _materialise(graph: fx.Graph, node: fx.Node, zero: set[fx.Node]) -> None:
     if not readers or node.target in _SOURCES or not isinstance(value, torch.Tensor):
         return
     with graph.inserting_before(node):
-        args = (list(value.shape), list(value.stride()))
-        made = graph.call_function(aten.empty_strided.default, args, {"dtype": value.dtype, "device": value.device})
-        made = graph.call_function(aten.zero_.default, (made,))
+        made = graph.call_function(zeros, (tuple(value.shape), tuple(value.stride()), value.dtype, value.device))
     made.meta["val"] = value
     node.replace_all_uses_with(made, lambda user: user not in zero)
+
+
+def zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()

@@ -90,6 +90,11 @@ def _geometry(input: Tensor, weight: Tensor, bias: Tensor | None, options: ConvO
     return _fit(input.shape, weight.shape, None if bias is None else bias.shape, options)
 
 
+def takes_conv(input: Tensor, weight: Tensor, options: ConvOptions) -> bool:
+    """Whether a kernel computes a convolution and its gradients; of the tensors, only sizes and dtypes are used."""
+    return _geometry(input, weight, None, options) is not None
+
+
 @lru_cache(maxsize=1024)
 def _fit(input: torch.Size, weight: torch.Size, bias: torch.Size | None, options: ConvOptions) -> _Geometry | None:
     transposed = options.transposed

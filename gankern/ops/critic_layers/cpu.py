@@ -20,6 +20,7 @@ from gankern.ops.conv_act.cpu import (
     conv_as_stock,
     conv_input_grad,
     conv_weight_grad,
+    takes_conv,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "like_layout",
     "refuse",
     "room",
+    "takes_conv",
 ]
 
 #: All passes of a 2-d convolution are nearer the peak in channels_last.

@@ -1,0 +1,148 @@
+"""Plans that were made, found again by the calls that they are for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gankern.compiler.guards import interference
+from gankern.compiler.penalty import PenaltyPlan
+from gankern.compiler.refusal import Refused
+
+log = logging.getLogger("gankern.compiler")
+
+#: Plans that a critic keeps, the last used first.
+MOST_PLANS = 16
+# A first call that takes longer is announced.
+_SLOW = 3.0
+
+
+@dataclass
+class _Refusal:
+    """A kind of call that got no plan; tried again after twice as many calls each time, since the world changes."""
+
+    reason: str
+    wait: int = 1
+    calls: int = 0
+
+
+@dataclass
+class Plans:
+    """The plans of one critic.
+
+    Attributes
+    ----------
+    plans : list of PenaltyPlan
+        The last used first.
+    refused : dict
+        Reasons by the kind of call.
+    hits, made, evicted : int
+    """
+
+    plans: list[PenaltyPlan] = field(default_factory=list)
+    refused: dict[Any, _Refusal] = field(default_factory=dict)
+    hits: int = 0
+    made: int = 0
+    evicted: int = 0
+    _lock: Any = field(default_factory=threading.RLock)
+
+    def run(
+        self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool, options: tuple[Any, ...]
+    ) -> list[Tensor | None]:
+        """Loss and gradients by the plan for a call, made first where there is none.
+
+        Raises
+        ------
+        Refused
+            Where there can be none.
+        """
+        reason = interference()
+        if reason is not None:
+            raise Refused(reason)
+        for place, plan in enumerate(self.plans):
+            result = plan(call, wanted, want_points, options)
+            if result is not None:
+                self.hits += 1
+                if place:
+                    self._move_up(plan)
+                return result
+        with self._lock:
+            plan = self._make(call, wanted, want_points)
+        result = plan(call, wanted, want_points, options)
+        if result is None:
+            raise Refused("its guards do not hold for the call that they were made for")
+        return result
+
+    def _move_up(self, plan: PenaltyPlan) -> None:
+        with self._lock:
+            if plan in self.plans:
+                self.plans.remove(plan)
+                self.plans.insert(0, plan)
+
+    def _make(self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> PenaltyPlan:
+        key = _kind_of(call, wanted, want_points)
+        refusal = self.refused.get(key)
+        if refusal is not None:
+            refusal.calls += 1
+            if refusal.calls < refusal.wait:
+                raise Refused(refusal.reason)
+        begin = time.perf_counter()
+        try:
+            plan = PenaltyPlan(call, wanted, want_points)
+        except Refused as error:
+            self._note(key, str(error))
+            raise
+        except Exception as error:
+            # Stock's own run says what is wrong with the call, if anything is.
+            reason = f"deriving it failed with {type(error).__name__}: {str(error).splitlines()[:1]}"
+            self._note(key, reason)
+            raise Refused(reason) from None
+        took = time.perf_counter() - begin
+        log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a penalty in %.1f s", took)
+        self.refused.pop(key, None)
+        self.plans.insert(0, plan)
+        self.made += 1
+        while len(self.plans) > MOST_PLANS:
+            self.plans.pop()
+            self.evicted += 1
+        return plan
+
+    def _note(self, key: Any, reason: str) -> None:
+        refusal = self.refused.setdefault(key, _Refusal(reason))
+        refusal.reason, refusal.calls, refusal.wait = reason, 0, min(2 * refusal.wait, 1 << 12)
+        if len(self.refused) > MOST_PLANS:
+            self.refused.pop(next(iter(self.refused)))
+        log.info("no plan: %s", reason)
+
+
+def _kind_of(call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> Any:
+    x = call["x"]
+    return x.shape, x.stride(), x.dtype, x.device, want_points, tuple(t.requires_grad for t in wanted)
+
+
+_plans: weakref.WeakKeyDictionary[Any, Plans] = weakref.WeakKeyDictionary()
+
+
+def plans_of(critic: Callable[..., Any]) -> Plans:
+    """The plans of a module, or of all functions with one code.
+
+    Raises
+    ------
+    Refused
+        For other callables.
+    """
+    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
+    if not isinstance(owner, nn.Module | types.CodeType):
+        raise Refused(f"a critic that is a {type(critic).__name__}")
+    found = _plans.get(owner)
+    if found is None:
+        found = _plans.setdefault(owner, Plans())
+    return found

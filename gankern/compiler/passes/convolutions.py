@@ -1,0 +1,157 @@
+"""Convolutions, their gradients and the piecewise linear activations around them run as gankern's kernels.
+
+    h = convolution(x, w, b, ...)                               y = conv(x, w, b, leaky_relu)
+    y = leaky_relu(h, 0.2)
+                                                          ->
+    dy, _, _ = convolution_backward(g, y, w, ..., [1, 0, 0])    dh = conv_input_grad(g, w, y, leaky_relu)
+    dh = leaky_relu_backward(dy, h, 0.2, False)
+
+    _, dw, db = convolution_backward(g, x, w, ..., [0, 1, 1])   dw = conv_weight_grad(g, x, w); db = sum(g)
+
+Exact: a convolution is its kernel's sum in another order; with a slope above zero an activation's output is positive
+just where its input is, so that the derivative may be told from either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gankern.compiler.passes import effects
+from gankern.ops.conv_act.reference import ConvOptions
+
+aten = torch.ops.aten
+
+
+def lower(graph: fx.Graph, adapter: Any) -> None:
+    """Put an adapter's functions in the place of the convolutions that it takes, fused where nobody else reads."""
+    for node in list(graph.nodes):
+        if node.target is aten.convolution.default and _takes(adapter, node.args[0], node.args[1], node.args[3:9]):
+            _lower_forward(graph, node, adapter)
+        elif node.target is aten.convolution_backward.default and _takes(
+            adapter, node.args[1], node.args[2], node.args[4:10]
+        ):
+            _lower_backward(graph, node, adapter)
+    _fuse_forward(graph, adapter)
+    _fuse_backward(graph, adapter)
+
+
+def _value(node: Any) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _options(geometry: Any) -> ConvOptions:
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    return ConvOptions(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
+
+
+def _takes(adapter: Any, input: Any, weight: Any, geometry: Any) -> bool:
+    x, w = _value(input), _value(weight)
+    if x.dim() != 4 or adapter.refuse(x, w) is not None:
+        return False
+    return bool(adapter.takes_conv(x, w, _options(geometry)))
+
+
+def _insert(graph: fx.Graph, after: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], like: Tensor) -> fx.Node:
+    with graph.inserting_before(after):
+        node = graph.call_function(function, args)
+    node.meta["val"], node.meta["any_order"] = like, True
+    return node
+
+
+def _lower_forward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
+    input, weight, bias, *geometry = node.args
+    made = _insert(graph, node, adapter.conv, (input, weight, bias, _options(geometry), "none", 0.0), _value(node))
+    made.meta["order"] = torch.channels_last
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
+    grad, input, weight, _, *geometry, mask = node.args
+    options = _options(geometry)
+    for reader in list(node.users):
+        place = reader.args[1]
+        if not mask[place]:
+            continue
+        if place == 0:
+            args: tuple[Any, ...] = (grad, weight, input, options, "none", 0.0)
+            made = _insert(graph, node, adapter.conv_input_grad, args, _value(reader))
+            made.meta["order"] = torch.channels_last
+        elif place == 1:
+            made = _insert(graph, node, adapter.conv_weight_grad, (grad, input, weight, options), _value(reader))
+        else:
+            made = _insert(graph, node, aten.sum.dim_IntList, (grad, [0, 2, 3]), _value(reader))
+        reader.replace_all_uses_with(made)
+        graph.erase_node(reader)
+    graph.erase_node(node)
+
+
+_RELU = {aten.relu.default, aten.relu_.default}
+_LEAKY = {aten.leaky_relu.default, aten.leaky_relu_.default}
+
+
+def _activation(node: fx.Node) -> tuple[str, float] | None:
+    """The activation that a node applies to its first argument."""
+    if node.target in _RELU:
+        return "relu", 0.0
+    if node.target in _LEAKY:
+        slope = node.args[1] if len(node.args) > 1 else 0.01
+        return ("leaky_relu", float(slope)) if slope > 0 else None
+    return None
+
+
+def _derivative(node: fx.Node) -> tuple[str, float, Any, bool] | None:
+    """The activation whose derivative a node multiplies by, what tells it, and whether that is the output."""
+    if node.target is aten.threshold_backward.default and node.args[2] == 0:
+        return "relu", 0.0, node.args[1], True
+    if node.target is aten.leaky_relu_backward.default and node.args[2] > 0:
+        return "leaky_relu", float(node.args[2]), node.args[1], bool(node.args[3])
+    return None
+
+
+def _fuse_forward(graph: fx.Graph, adapter: Any) -> None:
+    for node in list(graph.nodes):
+        act = _activation(node)
+        conv = node.args[0] if act is not None else None
+        if act is None or not isinstance(conv, fx.Node) or conv.target is not adapter.conv or conv.args[4] != "none":
+            continue
+        if effects.writes(node):
+            # Whoever reads the convolution afterwards sees the activated values.
+            if next(iter(conv.users)) is not node or any(user.op == "output" for user in conv.users):
+                continue
+            conv.args = (*conv.args[:4], *act)
+            node.replace_all_uses_with(conv)
+            graph.erase_node(node)
+            continue
+        others = [user for user in conv.users if user is not node]
+        if all(_tells(user, conv, act) for user in others):
+            conv.args = (*conv.args[:4], *act)
+            for user in others:
+                user.args = (user.args[0], conv, user.args[2], True)
+            node.replace_all_uses_with(conv)
+            graph.erase_node(node)
+
+
+def _tells(user: fx.Node, conv: fx.Node, act: tuple[str, float]) -> bool:
+    found = _derivative(user)
+    return found is not None and found == (*act, conv, False) and user.args[0] is not conv
+
+
+def _fuse_backward(graph: fx.Graph, adapter: Any) -> None:
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        found = _derivative(node)
+        grad = node.args[0] if found is not None else None
+        if found is None or not isinstance(grad, fx.Node) or grad.target is not adapter.conv_input_grad:
+            continue
+        act, slope, told_by, _ = found
+        # The activation's input tells the same as its output: the signs are equal.
+        if len(grad.users) == 1 and grad.args[4] == "none" and place[told_by] < place[grad]:
+            grad.args = (*grad.args[:2], told_by, grad.args[3], act, slope)
+            node.replace_all_uses_with(grad)
+            graph.erase_node(node)

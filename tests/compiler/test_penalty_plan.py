@@ -1,0 +1,386 @@
+"""Plans of penalties: derived graphs give stock's values, and guards see every change."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gankern.compiler import Refused
+from gankern.compiler.cache import Plans
+
+GP = (10.0, 1.0, False, False)
+R1 = (5.0, 0.0, False, True)
+
+
+def stock(critic: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...], params: list[Tensor], options: Any) -> Any:
+    weight, target, one_sided, squared = options
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(critic(x, *args).sum(), x, create_graph=True)
+    if squared:
+        loss = weight * grad.flatten(1).square().sum(1).mean()
+    else:
+        excess = grad.flatten(1).norm(2, dim=1) - target
+        loss = weight * (excess.clamp_min(0) if one_sided else excess).square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, params, allow_unused=True)]
+
+
+def planned(plans: Plans, critic: Any, x: Tensor, args: Any, params: list[Tensor], options: Any) -> Any:
+    call = {"critic": critic, "x": x.detach().requires_grad_(), "args": args, "kwargs": {}}
+    return plans.run(call, params, False, options)
+
+
+def same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None and w is not None:
+            torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-11)
+
+
+def agrees(critic: nn.Module, x: Tensor, *args: Any, options: Any = GP, plans: Plans | None = None) -> Plans:
+    """Values, gradients, buffers and the random state after a planned run are those after a stock run."""
+    plans = Plans() if plans is None else plans
+    other = copy.deepcopy(critic)
+    torch.manual_seed(3)
+    want = stock(other, x, args, [p for p in other.parameters() if p.requires_grad], options)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    got = planned(plans, critic, x, args, [p for p in critic.parameters() if p.requires_grad], options)
+    assert torch.equal(torch.get_rng_state(), after)
+    same(got, want)
+    for b, c in zip(critic.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(b, c, rtol=1e-9, atol=1e-11)
+    return plans
+
+
+def images(n: int = 3, c: int = 2, size: int = 8) -> Tensor:
+    return torch.randn(n, c, size, size, dtype=torch.float64)
+
+
+def conv_critic(*norms: nn.Module) -> nn.Sequential:
+    layers = [nn.Conv2d(2, 4, 3, 2, 1), *norms, nn.LeakyReLU(0.2, True), nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 1)).double()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3, 1, 1), nn.Conv2d(2, 2, 3, 1, 1, groups=2)
+        self.head = nn.Linear(2, 1)
+        self.gain = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(F.leaky_relu(self.a(x), 0.2))
+        return self.head(F.relu(x + self.gain * h).sum((2, 3)))
+
+
+class Modulated(nn.Module):
+    """A bias that depends on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.m, self.c = nn.Conv2d(2, 8, 3, 1, 1), nn.Linear(2, 8), nn.Conv2d(8, 1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.conv2d(x, self.a.weight, self.m(x.mean((0, 2, 3))), 1, 1)).square()
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(x) * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * grad * F.relu(x)
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(Square.apply(self.a(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v)).mean(1)
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.a(x), 0.2)
+        h *= 2**0.5
+        return self.b(h * h.detach().sigmoid())
+
+
+class Labelled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.embed, self.head = nn.Linear(4, 8), nn.Embedding(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = F.softplus(self.body(x))
+        return self.head(h).flatten() + (self.embed(y) * h).sum(1)
+
+
+@pytest.mark.parametrize("options", [GP, R1, (3.0, 0.5, True, False)], ids=["gp", "r1", "one-sided"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        conv_critic,
+        lambda: conv_critic(nn.BatchNorm2d(4)),
+        lambda: conv_critic(nn.BatchNorm2d(4, momentum=None)).eval(),
+        lambda: conv_critic(nn.InstanceNorm2d(4, affine=True)),
+        lambda: conv_critic(nn.LayerNorm([4, 4, 4])),
+        lambda: conv_critic(nn.Dropout(0.4)),
+        lambda: conv_critic(nn.GroupNorm(2, 4)).to(memory_format=torch.channels_last),
+        Residual,
+        Modulated,
+    ],
+    ids=["plain", "bn", "bn-eval", "in", "ln", "dropout", "channels-last", "residual", "modulated"],
+)
+def test_images(make: Callable[[], nn.Module], options: Any) -> None:
+    agrees(make().double(), images(), options=options)
+
+
+@pytest.mark.parametrize("make", [Custom, Detached])
+def test_vectors(make: Callable[[], nn.Module]) -> None:
+    agrees(make().double(), torch.randn(5, 4, dtype=torch.float64))
+
+
+def test_attention_needs_no_choice_of_the_user() -> None:
+    critic = Attention().double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        want = stock(critic, x, (), list(critic.parameters()), GP)
+    same(planned(Plans(), critic, x, (), list(critic.parameters()), GP), want)
+
+
+def test_labels() -> None:
+    critic = Labelled().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x, torch.tensor([0, 1, 2, 1, 0]))
+    # The plan is for any labels.
+    agrees(critic, x, torch.tensor([2, 2, 2, 0, 1]), plans=plans)
+    assert plans.made == 1 and plans.hits == 1
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_parametrized(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    critic = nn.Sequential(wrap(nn.Linear(4, 8)), nn.LeakyReLU(0.2), wrap(nn.Linear(8, 1))).double()
+    plans = agrees(critic, torch.randn(5, 4, dtype=torch.float64))
+    agrees(critic, torch.randn(5, 4, dtype=torch.float64), plans=plans)
+    assert plans.made == 1
+
+
+def test_capturing_writes_nothing() -> None:
+    critic = conv_critic(nn.BatchNorm2d(4), nn.Dropout(0.5))
+    x = images().requires_grad_()
+    before, state = copy.deepcopy(critic.state_dict()), torch.get_rng_state()
+    versions = [t._version for t in (*critic.parameters(), *critic.buffers())]
+    from gankern.compiler.penalty import PenaltyPlan
+
+    PenaltyPlan({"critic": critic, "x": x, "args": (), "kwargs": {}}, list(critic.parameters()), False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [t._version for t in (*critic.parameters(), *critic.buffers())] == versions
+    for name, value in critic.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class Alpha(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.alpha, self.options, self.act = 0.3, {"slope": 0.2}, nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.alpha * self.act(F.leaky_relu(self.a(x), self.options["slope"])))
+
+
+_GLOBAL = 1.0
+
+
+class ReadsGlobal(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        return _GLOBAL * super().forward(x)
+
+
+def _assign(critic: Alpha) -> None:
+    critic.load_state_dict({k: v + 1 for k, v in critic.state_dict().items()}, assign=True)
+
+
+def _set_global(critic: Alpha) -> None:
+    global _GLOBAL
+    _GLOBAL += 1
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "attribute": lambda c: setattr(c, "alpha", c.alpha + 0.1),
+    "dict": lambda c: c.options.update(slope=0.4),
+    "layer": lambda c: setattr(c, "act", nn.Sigmoid()),
+    "parameter": lambda c: setattr(c.a, "weight", nn.Parameter(torch.randn_like(c.a.weight))),
+    "data": lambda c: setattr(c.a.weight, "data", torch.randn_like(c.a.weight)),
+    "frozen": lambda c: c.a.requires_grad_(False),
+    "bias": lambda c: setattr(c.a, "bias", None),
+    "load_state_dict": lambda c: c.load_state_dict({k: v + 1 for k, v in c.state_dict().items()}),
+    "assign": _assign,
+    "global": _set_global,
+    "patched instance": lambda c: setattr(c.act, "forward", torch.sigmoid),
+    "forward hook": lambda c: c.act.register_forward_hook(lambda m, i, o: o.square()),
+    "parameter hook": lambda c: c.a.weight.register_hook(lambda g: 3 * g),
+    "float32": lambda c: c.float().double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change: str) -> None:
+    critic = ReadsGlobal().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    CHANGES[change](critic)
+    hooks = [h for p in critic.parameters() for h in (p._backward_hooks or {}).values()]
+    try:
+        agrees(critic, x, plans=plans)
+        assert not hooks
+    except Refused:
+        assert change in ("patched instance", "forward hook", "parameter hook")
+
+
+def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    critic = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    monkeypatch.setattr(nn.LeakyReLU, "forward", lambda self, input: torch.tanh(input))
+    agrees(critic, x, plans=plans)
+    monkeypatch.undo()
+    monkeypatch.setattr(F, "leaky_relu", lambda input, *args: torch.sigmoid(input))
+    agrees(critic, x, plans=plans)
+
+
+def test_a_global_hook_is_seen() -> None:
+    critic = conv_critic()
+    plans = agrees(critic, images())
+    hook = nn.modules.module.register_module_forward_hook(lambda m, i, o: None)
+    try:
+        with pytest.raises(Refused, match="hook"):
+            agrees(critic, images(), plans=plans)
+    finally:
+        hook.remove()
+    agrees(critic, images(), plans=plans)
+
+
+def test_many_kinds_of_calls_are_planned_at_once() -> None:
+    critic = conv_critic(nn.BatchNorm2d(4))
+    plans = Plans()
+
+    def kinds() -> None:
+        for n in (8, 7, 2):
+            agrees(critic, images(n), plans=plans)
+        agrees(critic, images(4).to(memory_format=torch.channels_last), plans=plans)
+        agrees(critic, images(4, size=16)[:, :, ::2, ::2], plans=plans)
+        agrees(critic.eval(), images(4), plans=plans)
+        critic[0].requires_grad_(False)
+        agrees(critic, images(4), plans=plans)
+        critic[0].requires_grad_(True)
+        critic.train()
+
+    kinds()
+    made = plans.made
+    kinds()
+    assert plans.made == made == 7 and plans.hits == 7
+
+
+class Branches(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+class Counts(Alpha):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Replaces(Alpha):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return super().forward(x - self.mean)
+
+
+class Hooks(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h.register_hook(lambda g: 2 * g)
+        return self.b(self.act(h))
+
+
+class Differentiates(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.a(x))
+        (g,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+        return super().forward(x) + g.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("make", [Branches, Counts, Replaces, Hooks, Differentiates])
+def test_what_no_replay_can_follow_is_refused(make: Callable[[], nn.Module]) -> None:
+    critic = make().double()
+    before = copy.deepcopy(critic.state_dict())
+    with pytest.raises(Refused):
+        planned(Plans(), critic, torch.randn(3, 4, dtype=torch.float64), (), list(critic.parameters()), GP)
+    for name, value in critic.state_dict().items():
+        assert type(value) is Tensor and torch.equal(value, before[name])
+    assert vars(critic).get("calls", 0) == 0
+
+
+def test_a_function_is_planned_for_any_network_that_it_closes_over() -> None:
+    plans = Plans()
+
+    def scores_of(critic: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: critic(x)[:, 0]
+
+    for _ in range(2):
+        critic = conv_critic()
+        params, x = list(critic.parameters()), images()
+        want = stock(scores_of(critic), x, (), params, GP)
+        same(planned(plans, scores_of(critic), x, (), params, GP), want)
+
+
+def test_dead_networks_are_let_go() -> None:
+    from gankern.compiler.cache import plans_of
+
+    critic = conv_critic()
+    agrees(critic, images(), plans=plans_of(critic))
+    gone = weakref.ref(critic)
+    del critic
+    gc.collect()
+    assert gone() is None
