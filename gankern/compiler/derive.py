@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from gankern.compiler.norms import SUBSTITUTES
 from gankern.compiler.refusal import Refused
 
 aten = torch.ops.aten
@@ -116,15 +117,18 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
     return traced
 
 
-class NoHooks(TorchFunctionMode):
-    """Refuses hooks on tensors: no guard knows what they read when they run."""
+class Functions(TorchFunctionMode):
+    """Puts gankern's functions in the place of torch's, and refuses hooks: no guard knows what they read."""
 
     _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._HOOKS:
             raise Refused("the forward registers a hook on a tensor")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        substitute = SUBSTITUTES.get(func)
+        result = NotImplemented if substitute is None else substitute(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from gankern import _library, backends
-from gankern.compiler.derive import NoHooks, derive, in_place_of, leaf_like
+from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.passes import optimise
 from gankern.compiler.refusal import Refused
@@ -78,7 +78,7 @@ class PenaltyPlan:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 points = points.detach().requires_grad_()
                 a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves), NoHooks():
+                with in_place_of(modules, models, leaves), Functions():
                     scores = critic(points, *a, **k)
                 reached = [t for t in [*wanted, points if self._want_points else None] if t is not None]
                 (grad,) = torch.autograd.grad(

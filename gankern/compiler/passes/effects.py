@@ -48,10 +48,11 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def is_pure(node: fx.Node) -> bool:
     """Whether a node may be left out where nobody reads it, and be shared with its equals."""
-    return node.op in ("call_function", "get_attr") and not (writes(node) or _draws(node))
+    return node.op in ("call_function", "get_attr") and not (writes(node) or draws(node))
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
+    """Whether a node takes random numbers, each for the next element in memory."""
     return node.op == "call_function" and _schema(node.target)[1]
 
 

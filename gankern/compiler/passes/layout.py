@@ -11,12 +11,14 @@ arguments in the order that stock's graph has them in.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from gankern.compiler import norms
 from gankern.compiler.passes import effects
 from gankern.compiler.refusal import Refused
 
@@ -27,6 +29,7 @@ _ANY_ORDER = {
     *(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cat.default),
     *(aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default),
     *(aten.leaky_relu_backward.default, aten.threshold_backward.default, aten.copy_.default),
+    *(*norms.LAYER_NORM, *norms.GROUP_NORM),
     *(aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.constant_pad_nd.default),
 }
 
@@ -49,6 +52,9 @@ def settle(graph: fx.Graph) -> None:
         if "order" in node.meta:
             actual[node] = stock.contiguous(memory_format=node.meta["order"])
             continue
+        if node.target is operator.getitem and isinstance(actual[node.args[0]], list | tuple):
+            actual[node] = actual[node.args[0]][node.args[1]]
+            continue
         moved = [n for n in node.all_input_nodes if isinstance(actual[n], Tensor) and _moved(n, actual)]
         if not moved or node.meta.get("any_order"):
             continue
@@ -56,6 +62,9 @@ def settle(graph: fx.Graph) -> None:
             args, kwargs = pytree.tree_map(lambda a: actual[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
             with torch.no_grad():
                 actual[node] = node.target(*args, **kwargs)
+            continue
+        if node.target is operator.getitem:
+            actual[node] = actual[node.args[0]][node.args[1]]
             continue
         # A copy would be changed in the place of the images.
         if (effects.views(node) and node in changed) or any(n in effects.written_by(node) for n in moved):
@@ -78,4 +87,5 @@ def _moved(node: fx.Node, actual: dict[fx.Node, Any]) -> bool:
 def _takes_any_order(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return torch.Tag.pointwise in node.target.tags or node.target in _ANY_ORDER
+    ordered = effects.draws(node) or not (torch.Tag.pointwise in node.target.tags or node.target in _ANY_ORDER)
+    return not ordered

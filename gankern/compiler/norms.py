@@ -1,0 +1,282 @@
+"""Norms of one sample's own values in derivations: each pass one operator, where stock composes up to thirty.
+
+Ba et al. 2016 (layer norm), Wu and He 2018 (group norm), Ulyanov et al. 2016 (instance norm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gankern import _library, backends
+from gankern._layout import dense, memory_format, not_a_view
+from gankern.compiler.refusal import Refused
+from gankern.ops.critic_layers.layer_norm import Rows
+
+
+def _rows(input: Tensor, dims: int) -> Rows:
+    shape = input.shape[-dims:]
+    turned = dims == 3 and memory_format(input) == torch.channels_last
+    return Rows(input.shape, math.prod(shape), turned)
+
+
+def _flat(weight: Tensor | None, rows: Rows) -> Tensor | None:
+    if weight is None:
+        return None
+    return (weight.permute(1, 2, 0) if rows.turned else weight).reshape(-1)
+
+
+def _shaped(grad: Tensor | None, weight: Tensor | None, rows: Rows) -> Tensor:
+    if grad is None or weight is None:
+        return torch.empty(0)
+    if not rows.turned:
+        return grad.view(weight.shape)
+    c, h, w = weight.shape
+    return grad.view(h, w, c).permute(2, 0, 1).contiguous()
+
+
+def _layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
+    output, mean, rstd = adapter.layer_norm_forward(rows.of(input), _flat(weight, rows), _flat(bias, rows), eps)
+    return rows.fresh(output), mean, rstd
+
+
+def _layer_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
+    grad = grad.contiguous(memory_format=memory_format(input))
+    dx, dw, db = adapter.layer_norm_backward(
+        rows.of(grad), rows.of(input), _flat(weight, rows), mean, rstd, mask[1] or mask[2]
+    )
+    return rows.fresh(dx), _shaped(dw, weight, rows), _shaped(db, weight, rows)
+
+
+def _layer_norm_double_backward(
+    tangent: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dims: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
+    order = memory_format(input)
+    tangent, grad = tangent.contiguous(memory_format=order), grad.contiguous(memory_format=order)
+    gg, dx, dw = adapter.layer_norm_double_backward(
+        rows.of(tangent), rows.of(grad), rows.of(input), _flat(weight, rows), mean, rstd, mask[2]
+    )
+    return rows.fresh(gg), rows.fresh(dx), _shaped(dw, weight, rows)
+
+
+def _values(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Images as (N, C, L), in their order of memory or in another's."""
+    tensor = dense(tensor) if like is None else tensor.contiguous(memory_format=memory_format(like))
+    return tensor.flatten(2) if tensor.dim() > 3 else tensor
+
+
+def _group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    adapter = backends.select("critic_layers", input)
+    output, mean, rstd = adapter.group_norm_forward(_values(input), weight, bias, groups, eps)
+    return _like(output, input), mean, rstd
+
+
+def _like(values: Tensor, input: Tensor) -> Tensor:
+    return not_a_view(values.view(input.shape))
+
+
+def _group_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    adapter = backends.select("critic_layers", input)
+    dx, dw, db = adapter.group_norm_backward(
+        _values(grad, input), _values(input), weight, mean, rstd, mask[1] or mask[2]
+    )
+    return _like(dx, input), _or_nothing(dw), _or_nothing(db)
+
+
+def _group_norm_double_backward(
+    tangent: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    adapter = backends.select("critic_layers", input)
+    gg, dx, dw = adapter.group_norm_double_backward(
+        _values(tangent, input), _values(grad, input), _values(input), weight, mean, rstd, mask[2]
+    )
+    return _like(gg, input), _like(dx, input), _or_nothing(dw)
+
+
+def _or_nothing(tensor: Tensor | None) -> Tensor:
+    return torch.empty(0) if tensor is None else tensor
+
+
+def _define(name: str, how: str, impls: tuple[Callable[..., Any], ...], rows_of: Callable[..., tuple[int, ...]]) -> Any:
+    """The three operators of a norm; `how` is what says what is normalised together."""
+
+    def forward_fake(input: Tensor, weight: Any, bias: Any, size: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        moments = input.new_empty(rows_of(input, size), dtype=torch.float64)
+        return torch.empty_like(dense(input)), moments, torch.empty_like(moments)
+
+    def parameter(weight: Tensor | None, input: Tensor, wanted: bool) -> Tensor:
+        return input.new_empty(0) if weight is None or not wanted else torch.empty_like(weight.contiguous())
+
+    def backward_fake(grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, size: int, mask: Any) -> Any:
+        grads = [parameter(weight, input, mask[1] or mask[2]) for _ in range(2)]
+        return torch.empty_like(dense(input)), *grads
+
+    def double_fake(
+        tangent: Tensor, grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, size: int, mask: Any
+    ) -> Any:
+        images = [torch.empty_like(dense(input)) for _ in range(2)]
+        return *images, parameter(weight, input, mask[2])
+
+    rest = f"Tensor input, Tensor? weight, Tensor mean, Tensor rstd, int {how}, bool[3] mask"
+    results = "-> (Tensor, Tensor, Tensor)"
+    return (
+        _library.define(
+            f"{name}(Tensor input, Tensor? weight, Tensor? bias, int {how}, float eps) {results}", impls[0], forward_fake
+        ),
+        _library.define(f"{name}_backward(Tensor grad, {rest}) {results}", impls[1], backward_fake),
+        _library.define(
+            f"{name}_double_backward(Tensor tangent, Tensor grad, {rest}) {results}",
+            impls[2],
+            double_fake,
+        ),
+    )
+
+
+LAYER_NORM = _define(
+    "layer_norm",
+    "dims",
+    (_layer_norm, _layer_norm_backward, _layer_norm_double_backward),
+    lambda input, dims: (math.prod(input.shape[:-dims]),),
+)
+GROUP_NORM = _define(
+    "group_norm",
+    "groups",
+    (_group_norm, _group_norm_backward, _group_norm_double_backward),
+    lambda input, groups: (input.size(0), groups),
+)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ops: Any, size: int, eps: float
+    ) -> Tensor:
+        output, mean, rstd = ops[0](input, weight, bias, size, eps)
+        ctx.save_for_backward(input, weight, mean, rstd)
+        ctx.ops, ctx.size, ctx.biased = ops, size, bias is not None
+        ctx.set_materialize_grads(False)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None, None
+        input, weight, mean, rstd = ctx.saved_tensors
+        dx, dw, db = _NormBackward.apply(grad, input, weight, mean, rstd, ctx.ops, ctx.size)
+        return dx, None if weight is None else dw, db if ctx.biased else None, None, None, None
+
+
+class _NormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, ops: Any, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(grad, input, weight, mean, rstd)
+        ctx.ops, ctx.size = ops, size
+        ctx.set_materialize_grads(False)
+        # Which of them anybody reads is seen in the graph.
+        grads: tuple[Tensor, Tensor, Tensor] = ops[1](grad, input, weight, mean, rstd, size, [True, True, True])
+        return grads
+
+    @staticmethod
+    def backward(
+        ctx: Any, tangent: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 4
+        if of_weight is not None or of_bias is not None:
+            raise Refused("its gradient depends on the gradient of a norm's weight")
+        if tangent is None:
+            return None, None, None, *rest
+        if torch.is_grad_enabled():
+            raise Refused("a third derivative of a norm")
+        grad, input, weight, mean, rstd = ctx.saved_tensors
+        mask = [True, True, weight is not None]
+        gg, dx, dw = ctx.ops[2](tangent, grad, input, weight, mean, rstd, ctx.size, mask)
+        return gg, dx, None if weight is None else dw, *rest
+
+
+def _takes(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    params = [t for t in (weight, bias) if t is not None]
+    return bool(
+        input.numel()
+        and input.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == input.dtype for t in params)
+        and (weight is not None or bias is None)
+        and not torch.is_autocast_enabled(input.device.type)
+    )
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    """:func:`torch.nn.functional.layer_norm`; NotImplemented where stock runs."""
+    dims = len(normalized_shape)
+    if not dims or tuple(input.shape[-dims:]) != tuple(normalized_shape) or not _takes(input, weight, bias):
+        return NotImplemented
+    return _Norm.apply(input, weight, bias, LAYER_NORM, dims, eps)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    """:func:`torch.nn.functional.group_norm`; NotImplemented where stock runs."""
+    fits = input.dim() >= 3 and num_groups > 0 and input.size(1) % num_groups == 0
+    if not fits or input.numel() == num_groups * input.size(0) or not _takes(input, weight, bias):
+        return NotImplemented
+    return _Norm.apply(input, weight, bias, GROUP_NORM, num_groups, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """:func:`torch.nn.functional.instance_norm` without running statistics; NotImplemented where stock runs."""
+    if running_mean is not None or running_var is not None or not use_input_stats:
+        return NotImplemented
+    return group_norm(input, input.size(1), weight, bias, eps)
+
+
+#: What a derivation puts in the place of torch's functions.
+SUBSTITUTES = {F.layer_norm: layer_norm, F.group_norm: group_norm, F.instance_norm: instance_norm}
