@@ -3,8 +3,34 @@
 A plan is the flat graph of a gradient penalty, derived by running the critic itself under ``make_fx``, so that both
 orders of derivatives are autograd's own, and replayed without autograd as long as its guards hold. What cannot be
 derived or guarded is refused, with the reason, and stock autograd runs it.
+
+Nothing here is imported before the first plan is made: Dynamo takes a second.
 """
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from gankern.compiler.refusal import Refused
 
-__all__ = ["Refused"]
+__all__ = ["Refused", "enabled", "planning"]
+
+_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=os.environ.get("GANKERN_PLAN", "1") != "0")
+
+
+def enabled() -> bool:
+    """Whether plans are made and used: unless ``GANKERN_PLAN=0`` or :func:`planning` say otherwise."""
+    return _enabled.get()
+
+
+@contextmanager
+def planning(on: bool) -> Iterator[None]:
+    """Make and use plans, or leave all to stock autograd, inside a ``with`` block."""
+    token = _enabled.set(on)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)

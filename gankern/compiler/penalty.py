@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from gankern import _library, backends
+from gankern import _library, _stock, backends
 from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.passes import optimise
@@ -78,7 +78,7 @@ class PenaltyPlan:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 points = points.detach().requires_grad_()
                 a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves), Functions():
+                with in_place_of(modules, models, leaves), _stock.forwards(), Functions():
                     scores = critic(points, *a, **k)
                 reached = [t for t in [*wanted, points if self._want_points else None] if t is not None]
                 (grad,) = torch.autograd.grad(

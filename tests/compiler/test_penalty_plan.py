@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankern.compiler import Refused
+from gankern.compiler.refusal import Refused
 from gankern.compiler.cache import Plans
 
 GP = (10.0, 1.0, False, False)

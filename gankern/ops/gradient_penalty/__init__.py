@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gankern import _compiling, backends
+from gankern import _compiling, backends, compiler
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain, Declined
 from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.gradient_penalty.autograd import Critic
-from gankern.ops.gradient_penalty.choice import choose
+from gankern.ops.gradient_penalty.choice import choose, watched
 from gankern.ops.gradient_penalty.explain import PenaltyExplanation, explain_penalty
 
 __all__ = ["PenaltyExplanation", "check_points", "explain_penalty", "gradient_penalty", "penalty_at", "penalty_points"]
@@ -204,8 +204,8 @@ def penalty_at(
         if handle:
             return autograd.penalty(handle, list(inner.parameters()), reached, points, *options)
         # Outside of the graph, which does not see what a critic reads and writes.
-        return _out_of_graph(critic, inner, given, points, inputs, critic_kwargs, whole, options)
-    return _run(critic, inner, given, points, inputs, critic_kwargs, whole, options)
+        return _out_of_graph(critic, inner, given, points, inputs, critic_kwargs, whole, create_graph, options)
+    return _run(critic, inner, given, points, inputs, critic_kwargs, whole, create_graph, options)
 
 
 def _run(
@@ -216,6 +216,7 @@ def _run(
     inputs: tuple[Any, ...],
     critic_kwargs: dict[str, Any],
     whole: bool,
+    create_graph: bool,
     options: tuple[float, float, bool, bool],
 ) -> Tensor:
     """Penalty of a critic inside a wrapper; `whole` if nothing but the critic itself is asked for."""
@@ -226,6 +227,9 @@ def _run(
         reached = [True] * (len(chain.params) + 1) if distributed else chain.gets_gradients()
         with contextlib.suppress(Declined):
             loss = autograd.penalty(chain, chain.params, reached, points, *options)
+    if loss is None and not create_graph and compiler.enabled() and watched(points) is None:
+        with contextlib.suppress(compiler.Refused):
+            loss = autograd.planned_penalty(critic, points, inputs, critic_kwargs, given, options)
     if loss is None:
         loss = autograd.stock_penalty(critic, points, inputs, critic_kwargs, *options)
         if distributed:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from gankern import _compiling, _cuda, _library, _phases, _stock, _triton, backends, workspace
 from gankern._layout import memory_format
@@ -245,11 +246,7 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the penalty's graph is first order: its gradients are already computed. Pass create_graph=True to "
-                "gradient_penalty to differentiate them again"
-            )
+        first_order_only()
         grad_points, *grads = ctx.saved_tensors
         rest = _times(grads, grad_loss)
         tensors = [rest.pop(0) if wanted else None for wanted in ctx.wanted]
@@ -282,6 +279,52 @@ def penalty(
         return _Penalty.apply(points, options, want_points, wanted, autocast, *params)
     run: Callable[..., Any] = _penalty_op if isinstance(critic, int) else _penalty
     return run(points, params, *options, False, wanted, autocast)[0]
+
+
+class _Held(torch.autograd.Function):
+    """A loss whose gradients are computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
+        return None, None, *_times(list(ctx.saved_tensors), grad_loss)
+
+
+def planned_penalty(
+    critic: Critic,
+    points: Tensor,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: Sequence[Tensor],
+    options: tuple[float, float, bool, bool],
+) -> Tensor:
+    """Penalty at points by a plan; its graph is one node that holds the gradients.
+
+    Raises
+    ------
+    Refused
+        Where there can be no plan.
+    """
+    from gankern.compiler.cache import plans_of
+
+    leaves = [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
+    on = torch.is_grad_enabled()
+    wanted = [t for t in (*params, *leaves) if on and t.requires_grad]
+    want_points = on and points.requires_grad
+    with torch.enable_grad(), _phases.phase("penalty/plan"):
+        call = {"critic": critic, "x": points.detach().requires_grad_(), "args": inputs, "kwargs": kwargs}
+        loss, *found = plans_of(critic).run(call, wanted, want_points, options)
+    assert loss is not None
+    pairs = zip([*wanted, *([points] if want_points else [])], found, strict=True)
+    reached = [(t, _gradient_like(t, g)) for t, g in pairs if g is not None]
+    if not reached:
+        return loss
+    return _Held.apply(loss, _apart([g for _, g in reached]), *(t for t, _ in reached))
 
 
 def stock_penalty(
