@@ -81,6 +81,11 @@ class Plans:
             raise Refused("its guards do not hold for the call that they were made for")
         return result
 
+    def __str__(self) -> str:
+        counts = f"{self.made} made, {self.hits} hits, {self.evicted} evicted"
+        reasons = [f"; none for some calls: {r.reason}" for r in self.refused.values()]
+        return counts + "".join(dict.fromkeys(reasons))
+
     def _move_up(self, plan: PenaltyPlan) -> None:
         with self._lock:
             if plan in self.plans:
@@ -126,6 +131,12 @@ class Plans:
 def _kind_of(call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> Any:
     x = call["x"]
     return x.shape, x.stride(), x.dtype, x.device, want_points, tuple(t.requires_grad for t in wanted)
+
+
+def known_plans(critic: Any) -> Plans | None:
+    """The plans that were made of a critic, or refused; None where it was never asked for one."""
+    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
+    return _plans.get(owner) if isinstance(owner, nn.Module | types.CodeType) else None
 
 
 _plans: weakref.WeakKeyDictionary[Any, Plans] = weakref.WeakKeyDictionary()

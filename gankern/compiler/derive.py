@@ -135,7 +135,7 @@ class Functions(TorchFunctionMode):
 def in_place_of(modules: Sequence[nn.Module], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
     """Modules hold other parameters and buffers inside; refused where they put others in their place."""
     swap = {id(t): other for t, other in zip(tensors, others, strict=True)}
-    tables = [table for m in modules for table in (m._parameters, m._buffers)]
+    tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
     before = [dict(table) for table in tables]
     try:
         for table, kept in zip(tables, before, strict=True):
@@ -153,5 +153,5 @@ def in_place_of(modules: Sequence[nn.Module], tensors: Sequence[Tensor], others:
 def leaf_like(tensor: Tensor, model: Tensor) -> Tensor:
     """A new leaf that is a parameter, and requires a gradient, where the model is and does."""
     leaf = tensor.detach().requires_grad_(model.requires_grad)
-    leaf._is_param = isinstance(model, nn.Parameter)  # type: ignore[attr-defined]
+    leaf._is_param = isinstance(model, nn.Parameter)
     return leaf

@@ -82,7 +82,7 @@ class _World:
 
 
 def _is_hooked(tensor: Tensor) -> bool:
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 class Held(NamedTuple):

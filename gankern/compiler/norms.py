@@ -154,17 +154,15 @@ def _define(name: str, how: str, impls: tuple[Callable[..., Any], ...], rows_of:
         return *images, parameter(weight, input, mask[2])
 
     rest = f"Tensor input, Tensor? weight, Tensor mean, Tensor rstd, int {how}, bool[3] mask"
-    results = "-> (Tensor, Tensor, Tensor)"
-    return (
-        _library.define(
-            f"{name}(Tensor input, Tensor? weight, Tensor? bias, int {how}, float eps) {results}", impls[0], forward_fake
-        ),
-        _library.define(f"{name}_backward(Tensor grad, {rest}) {results}", impls[1], backward_fake),
-        _library.define(
-            f"{name}_double_backward(Tensor tangent, Tensor grad, {rest}) {results}",
-            impls[2],
-            double_fake,
-        ),
+    schemas = (
+        f"{name}(Tensor input, Tensor? weight, Tensor? bias, int {how}, float eps)",
+        f"{name}_backward(Tensor grad, {rest})",
+        f"{name}_double_backward(Tensor tangent, Tensor grad, {rest})",
+    )
+    fakes: tuple[Callable[..., Any], ...] = (forward_fake, backward_fake, double_fake)
+    return tuple(
+        _library.define(f"{schema} -> (Tensor, Tensor, Tensor)", impl, fake)
+        for schema, impl, fake in zip(schemas, impls, fakes, strict=True)
     )
 
 
@@ -187,11 +185,12 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ops: Any, size: int, eps: float
     ) -> Tensor:
+        output: Tensor
         output, mean, rstd = ops[0](input, weight, bias, size, eps)
         ctx.save_for_backward(input, weight, mean, rstd)
         ctx.ops, ctx.size, ctx.biased = ops, size, bias is not None
         ctx.set_materialize_grads(False)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -279,4 +278,8 @@ def instance_norm(
 
 
 #: What a derivation puts in the place of torch's functions.
-SUBSTITUTES = {F.layer_norm: layer_norm, F.group_norm: group_norm, F.instance_norm: instance_norm}
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+}

@@ -61,6 +61,7 @@ class PenaltyPlan:
         state = [h.tensor.detach() for h in held]
         self.graph = derive(self._step(call, held), [call["x"].detach()], state)
         _open_options(self.graph.graph)
+        self._backend = backends.requested()
         optimise(self.graph, backends.select("critic_layers", call["x"]))
         self._run = compile_graph(self.graph)
 
@@ -103,6 +104,8 @@ class PenaltyPlan:
     ) -> list[Tensor | None] | None:
         """Loss and gradients; None where the plan is not for this call."""
         if want_points != self._want_points or len(wanted) != len(self._wanted):
+            return None
+        if backends.requested() != self._backend:
             return None
         tensors = self._guards.fetch(call)
         if tensors is None:

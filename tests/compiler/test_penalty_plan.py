@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gankern.compiler.refusal import Refused
 from gankern.compiler.cache import Plans
+from gankern.compiler.refusal import Refused
 
 GP = (10.0, 1.0, False, False)
 R1 = (5.0, 0.0, False, True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from gankern.compiler.passes import effects
+from gankern.compiler.passes.effects import arguments
 from gankern.ops.conv_act.reference import ConvOptions
 
 aten = torch.ops.aten
@@ -29,11 +30,10 @@ aten = torch.ops.aten
 def lower(graph: fx.Graph, adapter: Any) -> None:
     """Put an adapter's functions in the place of the convolutions that it takes, fused where nobody else reads."""
     for node in list(graph.nodes):
-        if node.target is aten.convolution.default and _takes(adapter, node.args[0], node.args[1], node.args[3:9]):
+        args = arguments(node)
+        if node.target is aten.convolution.default and _takes(adapter, args[0], args[1], args[3:9]):
             _lower_forward(graph, node, adapter)
-        elif node.target is aten.convolution_backward.default and _takes(
-            adapter, node.args[1], node.args[2], node.args[4:10]
-        ):
+        elif node.target is aten.convolution_backward.default and _takes(adapter, args[1], args[2], args[4:10]):
             _lower_backward(graph, node, adapter)
     _fuse_forward(graph, adapter)
     _fuse_backward(graph, adapter)
@@ -56,7 +56,9 @@ def _takes(adapter: Any, input: Any, weight: Any, geometry: Any) -> bool:
     return bool(adapter.takes_conv(x, w, _options(geometry)))
 
 
-def _insert(graph: fx.Graph, after: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], like: Tensor) -> fx.Node:
+def _insert(
+    graph: fx.Graph, after: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], like: Tensor
+) -> fx.Node:
     with graph.inserting_before(after):
         node = graph.call_function(function, args)
     node.meta["val"], node.meta["any_order"] = like, True
@@ -64,7 +66,7 @@ def _insert(graph: fx.Graph, after: fx.Node, function: Callable[..., Any], args:
 
 
 def _lower_forward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
-    input, weight, bias, *geometry = node.args
+    input, weight, bias, *geometry = arguments(node)
     made = _insert(graph, node, adapter.conv, (input, weight, bias, _options(geometry), "none", 0.0), _value(node))
     made.meta["order"] = torch.channels_last
     node.replace_all_uses_with(made)
@@ -72,10 +74,10 @@ def _lower_forward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
 
 
 def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
-    grad, input, weight, _, *geometry, mask = node.args
+    grad, input, weight, _, *geometry, mask = arguments(node)
     options = _options(geometry)
     for reader in list(node.users):
-        place = reader.args[1]
+        place = arguments(reader)[1]
         if not mask[place]:
             continue
         if place == 0:
@@ -100,17 +102,18 @@ def _activation(node: fx.Node) -> tuple[str, float] | None:
     if node.target in _RELU:
         return "relu", 0.0
     if node.target in _LEAKY:
-        slope = node.args[1] if len(node.args) > 1 else 0.01
+        slope = arguments(node)[1] if len(node.args) > 1 else 0.01
         return ("leaky_relu", float(slope)) if slope > 0 else None
     return None
 
 
 def _derivative(node: fx.Node) -> tuple[str, float, Any, bool] | None:
     """The activation whose derivative a node multiplies by, what tells it, and whether that is the output."""
-    if node.target is aten.threshold_backward.default and node.args[2] == 0:
-        return "relu", 0.0, node.args[1], True
-    if node.target is aten.leaky_relu_backward.default and node.args[2] > 0:
-        return "leaky_relu", float(node.args[2]), node.args[1], bool(node.args[3])
+    args = arguments(node)
+    if node.target is aten.threshold_backward.default and args[2] == 0:
+        return "relu", 0.0, args[1], True
+    if node.target is aten.leaky_relu_backward.default and args[2] > 0:
+        return "leaky_relu", float(args[2]), args[1], bool(args[3])
     return None
 
 

@@ -1,8 +1,8 @@
 """What nobody reads is not computed.
 
-    y, dx, dw = convolution_backward(..., [True, True, True])        dx = convolution_backward(..., [True, False, False])
-    dw unused                                                  ->
-    z = detach(y)                                                    z is y
+    dx, dw, _ = convolution_backward(..., [1, 1, 0])            dx, _, _ = convolution_backward(..., [1, 0, 0])
+    dw unused                                             ->
+    z = detach(y)                                               z is y
 
 Exact: what is left out has no reader and writes nothing; a detach is there for autograd, which a replay has none of.
 """

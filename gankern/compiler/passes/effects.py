@@ -29,6 +29,11 @@ def _schema(target: Any) -> tuple[bool, bool, bool]:
     return writes, random, views or target in (aten._to_copy.default, aten.reshape.default, aten.contiguous.default)
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments, whose kinds a node's operator tells."""
+    return node.args
+
+
 def writes(node: fx.Node) -> bool:
     """Whether a node changes one of its arguments."""
     return node.op == "call_function" and (_schema(node.target)[0] or node.target in _WRITE_STATISTICS)
@@ -40,7 +45,8 @@ def written_by(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target in _WRITE_STATISTICS:
         return [a for a in node.args[3:5] if isinstance(a, fx.Node)]
-    infos = node.target._schema.arguments
+    target: Any = node.target
+    infos = target._schema.arguments
     places = [i for i, a in enumerate(infos) if a.alias_info is not None and a.alias_info.is_write]
     given = [node.args[i] if i < len(node.args) else node.kwargs.get(infos[i].name) for i in places]
     return [a for a in given if isinstance(a, fx.Node)]

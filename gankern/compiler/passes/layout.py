@@ -59,7 +59,9 @@ def settle(graph: fx.Graph) -> None:
         if not moved or node.meta.get("any_order"):
             continue
         if _takes_any_order(node):
-            args, kwargs = pytree.tree_map(lambda a: actual[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+            args, kwargs = pytree.tree_map(
+                lambda a: actual[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+            )
             with torch.no_grad():
                 actual[node] = node.target(*args, **kwargs)
             continue

@@ -80,15 +80,16 @@ def fold(graph: fx.Graph) -> None:
 
 
 def _fold_sum(node: fx.Node, zero: set[fx.Node], changed: set[fx.Node]) -> None:
-    first, second = (_is_zero(a, zero) for a in node.args)
+    args = effects.arguments(node)
+    first, second = (_is_zero(a, zero) for a in args)
     if any(used in changed for used in node.all_input_nodes):
         return
     if first and second:
         zero.add(node)
-    elif second and isinstance(node.args[0], fx.Node) and _same(node, node.args[0]):
-        node.replace_all_uses_with(node.args[0])
-    elif first and node.target is aten.add.Tensor and not node.kwargs and _same(node, node.args[1]):
-        node.replace_all_uses_with(node.args[1])
+    elif second and isinstance(args[0], fx.Node) and _same(node, args[0]):
+        node.replace_all_uses_with(args[0])
+    elif first and node.target is aten.add.Tensor and not node.kwargs and _same(node, args[1]):
+        node.replace_all_uses_with(args[1])
 
 
 def _materialise(graph: fx.Graph, node: fx.Node, zero: set[fx.Node]) -> None:

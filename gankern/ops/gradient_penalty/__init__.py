@@ -227,7 +227,8 @@ def _run(
         reached = [True] * (len(chain.params) + 1) if distributed else chain.gets_gradients()
         with contextlib.suppress(Declined):
             loss = autograd.penalty(chain, chain.params, reached, points, *options)
-    if loss is None and not create_graph and compiler.enabled() and watched(points) is None:
+    planned = compiler.enabled() and not create_graph and backends.requested() != "reference"
+    if loss is None and planned and watched(points) is None:
         with contextlib.suppress(compiler.Refused):
             loss = autograd.planned_penalty(critic, points, inputs, critic_kwargs, given, options)
     if loss is None:

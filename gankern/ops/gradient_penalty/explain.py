@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gankern import compiler
 from gankern.backends import Explanation, explain_call
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain
@@ -28,7 +30,10 @@ class PenaltyExplanation(Explanation):
     op, chosen, refused
         As in :class:`gankern.backends.Explanation`, for the points and the penalty itself.
     reason : str or None
-        Why stock autograd runs all of the critic; None where gankern's layers run.
+        Why gankern's layers do not run the critic; None where they do.
+    plan : str or None
+        What became of the calls so far that a plan could run in their place: how many plans were made and used, and why
+        stock autograd ran the others. None where there was no such call.
     taken : dict of str to int
         Modules of the critic by class that gankern's layers run.
     stock : dict of str to int
@@ -38,13 +43,15 @@ class PenaltyExplanation(Explanation):
     """
 
     reason: str | None = None
+    plan: str | None = None
     taken: dict[str, int] = field(default_factory=dict)
     stock: dict[str, int] = field(default_factory=dict)
     linear: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"{super().__str__()}\ncritic, by stock autograd: {self.reason}"
+            plan = f"plans, where one can be made: {self.plan or 'no call yet'}"
+            return f"{super().__str__()}\ncritic, by a plan or stock autograd: {self.reason}\n{plan}"
         lines = [super().__str__()]
         for what, calls in (
             ("by gankern's layers", self.taken),
@@ -76,7 +83,7 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     given = trainable(critic, call.get("params"))
     plain_call = not any(call.get(name) for name in ("inputs", "critic_kwargs", "create_graph"))
     if not isinstance(critic, nn.Module) or call.get("params") is not None or not plain_call:
-        return PenaltyExplanation(found.op, found.chosen, found.refused, PLAIN_CALL)
+        return PenaltyExplanation(found.op, found.chosen, found.refused, PLAIN_CALL, known_plans(critic))
     made = points[0].detach()
     made = made if len(points) == 1 else made.to(torch.promote_types(made.dtype, points[1].dtype))
     chain = choose(critic, made)
@@ -84,9 +91,16 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
         if isinstance(chain, Chain) and small.is_small(critic, made, given):
             chain = SMALL
     if isinstance(chain, str):
-        return PenaltyExplanation(found.op, found.chosen, found.refused, chain)
+        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, known_plans(critic))
     calls: dict[str, Counter[str]] = {"taken": Counter(), "stock": Counter(), "linear": Counter()}
     for step in chain.steps:
         how = "taken" if step.kind.run is not None else "stock" if step.kind.bends else "linear"
         calls[how][type(step.module).__name__] += 1
-    return PenaltyExplanation(found.op, found.chosen, found.refused, None, *map(dict, calls.values()))
+    return PenaltyExplanation(found.op, found.chosen, found.refused, None, None, *map(dict, calls.values()))
+
+
+def known_plans(critic: Any) -> str | None:
+    """What became of a critic's calls so far, without bringing Dynamo in."""
+    cache = sys.modules.get(f"{compiler.__name__}.cache")
+    found = None if cache is None else cache.known_plans(critic)
+    return None if found is None else str(found)
