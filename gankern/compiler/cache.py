@@ -76,7 +76,12 @@ class Plans:
                 return result
         with self._lock:
             plan = self._make(call, wanted, want_points)
-        result = plan(call, wanted, want_points, options)
+        try:
+            result = plan(call, wanted, want_points, options)
+        except Refused as error:
+            self._note(_kind_of(call, wanted, want_points), str(error))
+            self.plans.remove(plan)
+            raise
         if result is None:
             raise Refused("its guards do not hold for the call that they were made for")
         return result

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from gankern import _library, _stock, backends
 from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
-from gankern.compiler.passes import optimise
+from gankern.compiler.passes import effects, optimise
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
 
@@ -61,6 +61,10 @@ class PenaltyPlan:
         state = [h.tensor.detach() for h in held]
         self.graph = derive(self._step(call, held), [call["x"].detach()], state)
         _open_options(self.graph.graph)
+        changed = effects.written(self.graph.graph)
+        inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        self._writes = [node in changed for node in inputs[1 : len(held) + 1]]
+        self._proven: bool | None = False
         self._backend = backends.requested()
         optimise(self.graph, backends.select("critic_layers", call["x"]))
         self._run = compile_graph(self.graph)
@@ -105,7 +109,7 @@ class PenaltyPlan:
         """Loss and gradients; None where the plan is not for this call."""
         if want_points != self._want_points or len(wanted) != len(self._wanted):
             return None
-        if backends.requested() != self._backend:
+        if self._proven is None or backends.requested() != self._backend:
             return None
         tensors = self._guards.fetch(call)
         if tensors is None:
@@ -114,7 +118,25 @@ class PenaltyPlan:
             return None
         # Casts of autocast are in the graph already.
         with torch.no_grad(), torch.autocast(call["x"].device.type, enabled=False):
-            result: list[Tensor | None] = self._run(call["x"], *tensors, *options)
+            run = self._run if self._proven else self._prove
+            result: list[Tensor | None] = run(call["x"], *tensors, *options)
+        return result
+
+    def _prove(self, x: Tensor, *rest: Any) -> list[Tensor | None]:
+        """The first run: where it fails, the state is as before, and stock runs."""
+        tensors = [t for t in rest if isinstance(t, Tensor)]
+        state = torch.get_rng_state()
+        kept = [t.clone() if written else None for t, written in zip(tensors, self._writes, strict=True)]
+        try:
+            result: list[Tensor | None] = self._run(x, *rest)
+        except Exception as error:
+            torch.set_rng_state(state)
+            for t, before in zip(tensors, kept, strict=True):
+                if before is not None:
+                    t.copy_(before)
+            self._proven = None
+            raise Refused(f"its replay failed with {type(error).__name__}: {str(error).splitlines()[:1]}") from None
+        self._proven = True
         return result
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from gankern.compiler.passes import common, convolutions, dead, layout, zeros
+from gankern.compiler.passes import common, convolutions, dead, layout, views, zeros
 
 
 def optimise(traced: fx.GraphModule, adapter: Any) -> None:
@@ -16,6 +16,7 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
     zeros.fold(traced.graph)
     dead.drop(traced.graph)
     dead.narrow_masks(traced.graph)
+    views.relax(traced.graph)
     if hasattr(adapter, "takes_conv"):
         convolutions.lower(traced.graph, adapter)
         layout.settle(traced.graph)
