@@ -20,6 +20,7 @@ from cuda_on_cpu.launcher import Launcher
 from triton_interpreter import mend
 
 from gankern import _cuda, backend, workspace
+from gankern.compiler import planning
 from gankern.nn import stretch
 from gankern.ops.conv_act import cpu as conv_cpu
 from gankern.ops.gradient_penalty import autograd, small
@@ -84,6 +85,13 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(stretch, "_FEW_ELEMENTS", (0, 0))
         monkeypatch.setattr(few_pairs, "_FEW_DIFFERENCES", 0)
         monkeypatch.setattr(conv_cpu, "_LEAVES_THIN", False)
+
+
+@pytest.fixture(autouse=True)
+def plans(request: pytest.FixtureRequest) -> Iterator[None]:
+    """To make a plan takes a second: only tests about plans do."""
+    with planning("compiler" in request.path.parts):
+        yield
 
 
 @pytest.fixture(params=[1, 2])
