@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gankern.compiler.guards import interference
+from gankern.compiler.guards import is_hooked
 from gankern.compiler.penalty import PenaltyPlan
 from gankern.compiler.refusal import Refused
 
@@ -64,9 +64,8 @@ class Plans:
         Refused
             Where there can be none.
         """
-        reason = interference()
-        if reason is not None:
-            raise Refused(reason)
+        if is_hooked():
+            raise Refused("a hook on all modules")
         for place, plan in enumerate(self.plans):
             result = plan(call, wanted, want_points, options)
             if result is not None:

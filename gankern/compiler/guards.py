@@ -34,25 +34,9 @@ def _call(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
     return critic(x, *args, **kwargs)
 
 
-def interference() -> str | None:
-    """What of the caller's would see, or be seen by, a stock run and not a replay."""
-    if any(_GLOBAL_HOOKS):
-        return "a hook on all modules"
-    if torch._C._are_functorch_transforms_active():
-        return "a functorch transform"
-    if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode"
-    if torch._C._is_torch_function_mode_enabled():
-        return "a TorchFunctionMode"
-    if torch._C._is_tracing():
-        return "torch.jit.trace"
-    if torch.is_anomaly_enabled():
-        return "anomaly mode"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "hooks on saved tensors"
-    if torch.is_inference_mode_enabled():
-        return "inference mode"
-    return None
+def is_hooked() -> bool:
+    """Whether a hook is on all modules, which sees what runs."""
+    return any(_GLOBAL_HOOKS)
 
 
 class _World:
