@@ -78,8 +78,9 @@ class Plans:
         try:
             result = plan(call, wanted, want_points, options)
         except Refused as error:
-            self._note(_kind_of(call, wanted, want_points), str(error))
-            self.plans.remove(plan)
+            if plan.failed:
+                self._note(_kind_of(call, wanted, want_points), str(error))
+                self.plans.remove(plan)
             raise
         if result is None:
             raise Refused("its guards do not hold for the call that they were made for")

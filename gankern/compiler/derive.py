@@ -118,17 +118,27 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
 
 
 class Functions(TorchFunctionMode):
-    """Puts gankern's functions in the place of torch's, and refuses hooks: no guard knows what they read."""
+    """Puts gankern's functions in the place of torch's, and refuses what a graph of operators cannot say."""
 
-    _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+    # Hooks read what no guard knows; the others make a tensor another one, without an operator that says so.
+    _REFUSED = ("register_hook", "register_post_accumulate_grad_hook", "__set__", "__delete__", "set_", "resize_")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._HOOKS:
-            raise Refused("the forward registers a hook on a tensor")
+        name = getattr(func, "__name__", "")
+        if name in self._REFUSED:
+            what = getattr(getattr(func, "__self__", None), "__name__", name)
+            raise Refused(f"the forward calls {name} of {what} on a tensor" if what != name else f"it calls {name}")
         kwargs = kwargs or {}
         substitute = SUBSTITUTES.get(func)
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+        if result is NotImplemented:
+            return func(*args, **kwargs)
+        # What follows may go by the order of memory: a mask is drawn in it.
+        with torch.no_grad():
+            stock = func(*args, **kwargs)
+        order = torch.channels_last if not stock.is_contiguous() and stock.dim() == 4 else torch.contiguous_format
+        result = result if result.stride() == stock.stride() else result.contiguous(memory_format=order)
+        return result if result.stride() == stock.stride() else func(*args, **kwargs)
 
 
 @contextmanager

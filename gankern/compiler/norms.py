@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _library, backends
-from gankern._layout import dense, memory_format, not_a_view
+from gankern._layout import dense, like_layout, memory_format
 from gankern.compiler.refusal import Refused
 from gankern.ops.critic_layers.layer_norm import Rows
 
@@ -40,25 +40,30 @@ def _shaped(grad: Tensor | None, weight: Tensor | None, rows: Rows) -> Tensor:
     return grad.view(h, w, c).permute(2, 0, 1).contiguous()
 
 
+def _in_rows(input: Tensor, dims: int) -> Tensor:
+    """Images that lie so that a sample's values are together, the channels last where that is their order."""
+    return dense(input) if dims == 3 else input.contiguous()
+
+
 def _layer_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
+    input = _in_rows(input, dims)
     rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
     output, mean, rstd = adapter.layer_norm_forward(rows.of(input), _flat(weight, rows), _flat(bias, rows), eps)
-    return rows.fresh(output), mean, rstd
+    return _like(rows.back(output), input), mean, rstd
 
 
 def _layer_norm_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
+    input = _in_rows(input, dims)
     rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
-    grad = grad.contiguous(memory_format=memory_format(input))
+    grad = like_layout(grad, input)
     dx, dw, db = adapter.layer_norm_backward(
         rows.of(grad), rows.of(input), _flat(weight, rows), mean, rstd, mask[1] or mask[2]
     )
-    return rows.fresh(dx), _shaped(dw, weight, rows), _shaped(db, weight, rows)
+    return _like(rows.back(dx), input), _shaped(dw, weight, rows), _shaped(db, weight, rows)
 
 
 def _layer_norm_double_backward(
@@ -71,14 +76,13 @@ def _layer_norm_double_backward(
     dims: int,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
+    input = _in_rows(input, dims)
     rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
-    order = memory_format(input)
-    tangent, grad = tangent.contiguous(memory_format=order), grad.contiguous(memory_format=order)
+    tangent, grad = like_layout(tangent, input), like_layout(grad, input)
     gg, dx, dw = adapter.layer_norm_double_backward(
         rows.of(tangent), rows.of(grad), rows.of(input), _flat(weight, rows), mean, rstd, mask[2]
     )
-    return rows.fresh(gg), rows.fresh(dx), _shaped(dw, weight, rows)
+    return _like(rows.back(gg), input), _like(rows.back(dx), input), _shaped(dw, weight, rows)
 
 
 def _values(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -97,7 +101,9 @@ def _group_norm(
 
 
 def _like(values: Tensor, input: Tensor) -> Tensor:
-    return not_a_view(values.view(input.shape))
+    """Values in the memory order of dense images, as these: with the images' very strides, also of dims of one."""
+    result = torch.empty(0, dtype=values.dtype, device=values.device)
+    return result.set_(values.untyped_storage(), values.storage_offset(), input.shape, input.stride())
 
 
 def _group_norm_backward(
@@ -133,24 +139,33 @@ def _or_nothing(tensor: Tensor | None) -> Tensor:
     return torch.empty(0) if tensor is None else tensor
 
 
-def _define(name: str, how: str, impls: tuple[Callable[..., Any], ...], rows_of: Callable[..., tuple[int, ...]]) -> Any:
-    """The three operators of a norm; `how` is what says what is normalised together."""
+def _define(
+    name: str,
+    how: str,
+    impls: tuple[Callable[..., Any], ...],
+    rows_of: Callable[..., tuple[int, ...]],
+    lay: Callable[[Tensor, int], Tensor],
+) -> Any:
+    """The three operators of a norm.
+
+    `how` is what says what is normalised together, `rows_of` the shape of the moments, `lay` how images must lie.
+    """
 
     def forward_fake(input: Tensor, weight: Any, bias: Any, size: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         moments = input.new_empty(rows_of(input, size), dtype=torch.float64)
-        return torch.empty_like(dense(input)), moments, torch.empty_like(moments)
+        return torch.empty_like(lay(input, size)), moments, torch.empty_like(moments)
 
     def parameter(weight: Tensor | None, input: Tensor, wanted: bool) -> Tensor:
         return input.new_empty(0) if weight is None or not wanted else torch.empty_like(weight.contiguous())
 
     def backward_fake(grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, size: int, mask: Any) -> Any:
         grads = [parameter(weight, input, mask[1] or mask[2]) for _ in range(2)]
-        return torch.empty_like(dense(input)), *grads
+        return torch.empty_like(lay(input, size)), *grads
 
     def double_fake(
         tangent: Tensor, grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, size: int, mask: Any
     ) -> Any:
-        images = [torch.empty_like(dense(input)) for _ in range(2)]
+        images = [torch.empty_like(lay(input, size)) for _ in range(2)]
         return *images, parameter(weight, input, mask[2])
 
     rest = f"Tensor input, Tensor? weight, Tensor mean, Tensor rstd, int {how}, bool[3] mask"
@@ -171,12 +186,14 @@ LAYER_NORM = _define(
     "dims",
     (_layer_norm, _layer_norm_backward, _layer_norm_double_backward),
     lambda input, dims: (math.prod(input.shape[:-dims]),),
+    _in_rows,
 )
 GROUP_NORM = _define(
     "group_norm",
     "groups",
     (_group_norm, _group_norm_backward, _group_norm_double_backward),
     lambda input, groups: (input.size(0), groups),
+    lambda input, groups: dense(input),
 )
 
 

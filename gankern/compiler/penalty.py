@@ -64,6 +64,7 @@ class PenaltyPlan:
         changed = effects.written(self.graph.graph)
         inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         self._writes = [node in changed for node in inputs[1 : len(held) + 1]]
+        self._draws = any(map(effects.draws, self.graph.graph.nodes))
         self._proven: bool | None = False
         self._backend = backends.requested()
         optimise(self.graph, backends.select("critic_layers", call["x"]))
@@ -95,7 +96,7 @@ class PenaltyPlan:
                 found: Iterator[Tensor | None] = iter([None] * len(reached))
                 if reached and grad.requires_grad:
                     found = iter(torch.autograd.grad(grad, reached, cotangent, allow_unused=True))
-                return [loss, *(None if t is None else next(found) for t in wanted), *found]
+                return [loss, scores.detach(), *(None if t is None else next(found) for t in wanted), *found]
 
         return step
 
@@ -109,7 +110,7 @@ class PenaltyPlan:
         """Loss and gradients; None where the plan is not for this call."""
         if want_points != self._want_points or len(wanted) != len(self._wanted):
             return None
-        if self._proven is None or backends.requested() != self._backend:
+        if self.failed or backends.requested() != self._backend:
             return None
         tensors = self._guards.fetch(call)
         if tensors is None:
@@ -118,26 +119,37 @@ class PenaltyPlan:
             return None
         # Casts of autocast are in the graph already.
         with torch.no_grad(), torch.autocast(call["x"].device.type, enabled=False):
-            run = self._run if self._proven else self._prove
-            result: list[Tensor | None] = run(call["x"], *tensors, *options)
-        return result
+            return self._attempt(call["x"], *tensors, *options)
 
-    def _prove(self, x: Tensor, *rest: Any) -> list[Tensor | None]:
-        """The first run: where it fails, the state is as before, and stock runs."""
-        tensors = [t for t in rest if isinstance(t, Tensor)]
-        state = torch.get_rng_state()
-        kept = [t.clone() if written else None for t, written in zip(tensors, self._writes, strict=True)]
+    @property
+    def failed(self) -> bool:
+        """Whether its first replay failed, so that it never runs."""
+        return self._proven is None
+
+    def _attempt(self, x: Tensor, *rest: Any) -> list[Tensor | None]:
+        """A replay; where it cannot be right, the state is as before, and stock runs."""
+        tensors = [t for t, written in zip(rest, self._writes, strict=False) if written]
+        kept = [t.clone() for t in tensors]
+        state = torch.get_rng_state() if self._draws or not self._proven else None
+        failed = None
         try:
-            result: list[Tensor | None] = self._run(x, *rest)
+            loss, scores, *grads = self._run(x, *rest)
+            # Zeros were folded that are none beside an infinite value.
+            if x.device.type == "cpu" and not (loss + scores.sum()).isfinite():
+                failed = "values that are not finite"
         except Exception as error:
-            torch.set_rng_state(state)
-            for t, before in zip(tensors, kept, strict=True):
-                if before is not None:
-                    t.copy_(before)
+            if self._proven:
+                raise
+            failed = f"its replay failed with {type(error).__name__}: {str(error).splitlines()[:1]}"
             self._proven = None
-            raise Refused(f"its replay failed with {type(error).__name__}: {str(error).splitlines()[:1]}") from None
+        if failed is not None:
+            for t, before in zip(tensors, kept, strict=True):
+                t.copy_(before)
+            if state is not None:
+                torch.set_rng_state(state)
+            raise Refused(failed)
         self._proven = True
-        return result
+        return [loss, *grads]
 
 
 def _open_options(graph: fx.Graph) -> None:

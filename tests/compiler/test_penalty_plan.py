@@ -337,6 +337,12 @@ class Replaces(Alpha):
         return super().forward(x - self.mean)
 
 
+class SetsData(Replaces):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return Alpha.forward(self, x - self.mean)
+
+
 class Hooks(Alpha):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -351,7 +357,7 @@ class Differentiates(Alpha):
         return super().forward(x) + g.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("make", [Branches, Counts, Replaces, Hooks, Differentiates])
+@pytest.mark.parametrize("make", [Branches, Counts, Replaces, SetsData, Hooks, Differentiates])
 def test_what_no_replay_can_follow_is_refused(make: Callable[[], nn.Module]) -> None:
     critic = make().double()
     before = copy.deepcopy(critic.state_dict())

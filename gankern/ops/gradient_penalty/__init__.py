@@ -17,7 +17,7 @@ from gankern.ops import _check
 from gankern.ops.critic_layers import Chain, Declined
 from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.gradient_penalty.autograd import Critic
-from gankern.ops.gradient_penalty.choice import choose, watched
+from gankern.ops.gradient_penalty.choice import choose, stands_alone
 from gankern.ops.gradient_penalty.explain import PenaltyExplanation, explain_penalty
 
 __all__ = ["PenaltyExplanation", "check_points", "explain_penalty", "gradient_penalty", "penalty_at", "penalty_points"]
@@ -228,7 +228,7 @@ def _run(
         with contextlib.suppress(Declined):
             loss = autograd.penalty(chain, chain.params, reached, points, *options)
     planned = compiler.enabled() and not create_graph and backends.requested() != "reference"
-    if loss is None and planned and watched(points) is None:
+    if loss is None and planned and stands_alone(points) is None:
         with contextlib.suppress(compiler.Refused):
             loss = autograd.planned_penalty(critic, points, inputs, critic_kwargs, given, options)
     if loss is None:

@@ -34,13 +34,18 @@ def watched(*tensors: Tensor) -> str | None:
     return "anomaly detection" if torch.is_anomaly_enabled() else None
 
 
-def choose(critic: Any, points: Tensor) -> Chain | str:
-    """The chain that gankern's layers run; else the reason why stock runs the critic."""
-    reason = watched(points)
-    if reason is not None:
-        return reason
+def stands_alone(points: Tensor) -> str | None:
+    """Why a penalty at these points must be stock's own, whatever the critic; None where nobody looks on."""
     if points._backward_hooks or (points.retains_grad and not points.is_leaf):
         return "hooks on the points"
+    return watched(points)
+
+
+def choose(critic: Any, points: Tensor) -> Chain | str:
+    """The chain that gankern's layers run; else the reason why stock runs the critic."""
+    reason = stands_alone(points)
+    if reason is not None:
+        return reason
     chain = find(critic)
     if isinstance(chain, str):
         return chain
