@@ -111,6 +111,9 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise Refused(f"it calls {node.target}")
+        # Strides of fake tensors are not always those of real ones, which it goes by.
+        if node.target in (aten.as_strided.default, aten.as_strided_.default):
+            raise Refused("it goes by strides (as_strided)")
         literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
         if node.op == "get_attr" and not literal:
             raise Refused("it reads a tensor that no guard knows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from fuzz.checks import CHECKS
 from fuzz.fuzzer import run
 from fuzz.grammar import draw_program
+from gankern.compiler import planning
 from gankern.ops.gradient_penalty import cpu
 
 # Sizes decide as they do outside of tests.
@@ -31,6 +33,23 @@ def test_programs_are_as_stock(part: int) -> None:
         found = None if seed in OPEN else run(seed)
         if found is not None:
             failures.append(str(found))
+    assert not failures, "\n".join(failures)
+
+
+PLANNED = 50
+
+
+def _is_penalty(seed: int) -> bool:
+    check = draw_program(seed, CHECKS).options["check"]
+    return not check.startswith(("fuse", "explain", "meta", "create_graph"))
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_planned_penalties_are_as_stock(part: int) -> None:
+    """Programs with a penalty, by a plan wherever one can be made, as `make fuzz` runs them all."""
+    seeds = islice(filter(_is_penalty, count(PROGRAMS)), part, PLANNED, PARTS)
+    with planning(True):
+        failures = [str(found) for found in map(run, seeds) if found is not None]
     assert not failures, "\n".join(failures)
 
 
