@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as module_hooks
 
 from gankern.compiler.refusal import Refused
@@ -168,6 +169,9 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         if reason is not None:
             reasons.append(reason)
         for node in graph.graph.nodes:
+            if isinstance(node.target, HigherOrderOperator) and node.target.name() != "autograd_function_apply":
+                # A checkpoint, say: it runs again in the backward pass, with the random numbers of before.
+                reasons.append(f"the forward calls {node.target.name()}")
             argument = node.meta.get("grapharg") if node.op == "placeholder" else None
             if argument is None:
                 continue

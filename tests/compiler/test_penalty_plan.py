@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gankern.compiler.cache import Plans
 from gankern.compiler.refusal import Refused
@@ -343,6 +344,11 @@ class SetsData(Replaces):
         return Alpha.forward(self, x - self.mean)
 
 
+class Checkpointed(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 class Hooks(Alpha):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -357,7 +363,7 @@ class Differentiates(Alpha):
         return super().forward(x) + g.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("make", [Branches, Counts, Replaces, SetsData, Hooks, Differentiates])
+@pytest.mark.parametrize("make", [Branches, Counts, Replaces, SetsData, Checkpointed, Hooks, Differentiates])
 def test_what_no_replay_can_follow_is_refused(make: Callable[[], nn.Module]) -> None:
     critic = make().double()
     before = copy.deepcopy(critic.state_dict())

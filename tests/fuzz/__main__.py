@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     stop, counts, start = args.seed_start + args.n, Counts(), time.monotonic()
     workers = [Worker(args.seed_start + i, stop, args.workers) for i in range(args.workers)]
     failures: dict[Any, Found | str] = {}
-    total = 0
+    total = torch_dies = 0
     try:
         while not all(w.done for w in workers) and len(failures) < args.most:
             time.sleep(0.05)
@@ -37,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 if isinstance(came, str) and "stock" in came:
                     print(came, flush=True)  # torch's own fault
+                    continue
+                if isinstance(came, str) and "stock dies" in came:
+                    torch_dies += 1
+                    print(came, flush=True)
                     continue
                 total += 1
                 key = came if isinstance(came, str) else came.signature
@@ -50,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             w.stop()
     seconds = (time.monotonic() - start) * args.workers
     print(counts)
-    print(f"{seconds / max(1, counts.programs):.3f} s of a core for each; {total} fail, in {len(failures)} kinds")
+    each = seconds / max(1, counts.programs)
+    print(f"{each:.3f} s of a core for each; torch dies of {torch_dies}; {total} fail, in {len(failures)} kinds")
     return int(bool(failures))
 
 

@@ -987,6 +987,8 @@ def head(w: Writer, d: Draw, inner: Inner) -> None:
 
 INGREDIENTS["head"] = head
 
+#: Those that are nothing but a module's call.
+CHAINED = {"conv": 4, "linear": 2, "activation": 5, "norm": 2, "pool": 1, "conv_transpose": 1, "sequential": 1}
 SHAPES = ((3, 4, 4), (2, 5, 5), (3, 6, 5), (1, 4, 4), (3, 8, 8), (4, 3, 3), (5,), (3,), (2, 6), (3, 5), (2, 3, 3, 3))
 
 
@@ -994,6 +996,9 @@ def draw_program(seed: int, checks: dict[str, float]) -> Program:
     draw = Draw(seed)
     usual = draw.chance(0.35)
     weights = {name: weight for name, weight in WEIGHTS.items() if not usual or name in USUAL}
+    chained = draw.chance(0.4)
+    if chained:
+        weights = CHAINED
     options = {
         "check": draw.weighted(checks),
         "shape": draw.one(*SHAPES[:6], *SHAPES),
@@ -1010,5 +1015,7 @@ def draw_program(seed: int, checks: dict[str, float]) -> Program:
         "threads": 2 if draw.chance(0.08) else 1,
         "again": draw.chance(0.15),
     }
+    if chained:
+        options |= {"extras": (), "given": "module"}
     steps = tuple(draw_step(draw, weights) for _ in range(draw.one(1, 2, 3, 4, 5, 6, 8)))
     return Program(seed, steps, Step("head", draw.seed()), options)

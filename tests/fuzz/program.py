@@ -256,7 +256,8 @@ class Program:
         if not writer.body[-1].startswith("return"):
             writer.body.append("return h")
         net = writer.text("Net", signature)
-        build = "\n".join(["def build():", "    net = Net()", *("    " + s for s in shared.setup), "    return net"])
+        setup = [*shared.setup, *_as_chain(writer.body)]
+        build = "\n".join(["def build():", "    net = Net()", *("    " + s for s in setup), "    return net"])
         parts = [HEADER, *shared.tops.values(), net, build + "\n"]
         return "\n\n".join(part.rstrip("\n") for part in parts) + "\n", shared.names
 
@@ -270,6 +271,20 @@ class Program:
             yield replace(self, steps=steps)
         if not self.head.plain:
             yield replace(self, head=replace(self.head, plain=True))
+
+
+def _as_chain(body: list[str]) -> list[str]:
+    """The line that makes a forward of nothing but modules' calls a chain of them, which is what gankern runs whole."""
+    chain = []
+    for line in body[1:]:
+        if line == "h = h.clone()":
+            continue
+        called = re.fullmatch(r"(?:h = |return )self\.(\w+)\((h|h\.flatten\(1\))\)", line)
+        if called is None and line != "return h":
+            return []
+        if called is not None:
+            chain += ["nn.Flatten(1)"] * (called[2] != "h") + [f"net.{called[1]}"]
+    return [f"net = nn.Sequential({', '.join(chain)})"] if chain else []
 
 
 def _smaller(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
