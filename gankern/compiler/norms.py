@@ -28,7 +28,7 @@ def _rows(input: Tensor, dims: int) -> Rows:
 def _flat(weight: Tensor | None, rows: Rows) -> Tensor | None:
     if weight is None:
         return None
-    return (weight.permute(1, 2, 0) if rows.turned else weight).reshape(-1)
+    return (weight.permute(1, 2, 0) if rows.turned else weight).reshape(-1).contiguous()
 
 
 def _shaped(grad: Tensor | None, weight: Tensor | None, rows: Rows) -> Tensor:

@@ -134,6 +134,12 @@ class Relu(torch.autograd.Function):
         "forward": ["return self.a(F.layer_norm(x, (3,)))"],
         "options": {"shape": (3,), "layout": "sliced"},
     },
+    "layer norm of sliced points in a chain": {
+        "init": ["self.n = nn.LayerNorm(3)", "self.a = nn.Linear(3, 1)"],
+        "forward": ["return self.a(self.n(x))"],
+        "setup": ["net = nn.Sequential(net.n, net.a)"],
+        "options": {"shape": (3,), "layout": "sliced"},
+    },
     "dropout of transposed points": {
         "init": ["self.a = nn.Linear(48, 1)"],
         "forward": ["return self.a(F.dropout(x, 0.3).flatten(1)).square()"],

@@ -32,7 +32,8 @@ class Rows(NamedTuple):
     turned: bool
 
     def of(self, tensor: Tensor) -> Tensor:
-        return (tensor.permute(0, 2, 3, 1) if self.turned else tensor).reshape(-1, self.size)
+        # A reshape leaves rows apart that are: kernels read them one after the other.
+        return (tensor.permute(0, 2, 3, 1) if self.turned else tensor).reshape(-1, self.size).contiguous()
 
     def back(self, rows: Tensor) -> Tensor:
         if not self.turned:
@@ -66,7 +67,8 @@ def layer_norm(
     # The statistics do not ask for an order: only the weights' few elements move.
     turned = dims == 3 and memory_format(input) == torch.channels_last
     rows = Rows(input.shape, math.prod(normalized_shape), turned)
-    flat = [None if t is None else (t.permute(1, 2, 0) if turned else t).reshape(-1) for t in (weight, bias)]
+    order = (1, 2, 0) if turned else range(dims)
+    flat = [None if t is None else t.permute(*order).reshape(-1).contiguous() for t in (weight, bias)]
     # Used twice: by the norm, and by its input's gradient.
     input, again = Fork.apply(input) if input.requires_grad and large(input) else (input, input)
     return LayerNorm.apply(input, again, *flat, rows, eps, scope)
