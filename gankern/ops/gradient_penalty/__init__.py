@@ -45,7 +45,8 @@ def gradient_penalty(
 
     A plain critic, torch's own modules one after the other without hooks, is run once by gankern's layers, and second
     derivatives are taken inside: the result's graph is one first-order node that holds the gradients of the critic's
-    parameters. Any other critic is called once, unmodified, and stock autograd makes the graph.
+    parameters. So it is where a plan of the critic is replayed. Any other critic is called once, unmodified, and stock
+    autograd makes the graph.
     ``gankern.explain(gankern.gradient_penalty, critic, real, fake)`` tells which, and why.
 
     Parameters
@@ -98,6 +99,12 @@ def gradient_penalty(
     loss's. Give the wrapper, not its ``module``, where the penalty is the whole loss or some parameters are unused
     (``find_unused_parameters``): DDP learns from this function that a backward is coming. With ``static_graph``, and
     under torch.compile, the wrapper's own forward must be part of the loss.
+
+    A critic that is not plain is planned when its first penalty is asked for, and again for each new kind of call: its
+    own code runs once on fake tensors under ``make_fx``, and the graph of both orders of derivatives is replayed
+    without autograd as long as its guards hold. That takes a second, in which nothing is drawn or written. Where the
+    forward does what no graph can say or no guard can check (control flow on values, hooks, attributes that it sets,
+    ``checkpoint``), stock autograd runs. ``GANKERN_PLAN=0`` switches plans off, ``gankern.explain`` tells of them.
 
     A graph of torch.compile holds the penalty of a plain critic as one operator. That of any other breaks the graph:
     what a critic writes and reads in its forward (spectral norm's vectors, batch norm's statistics) is then right.
@@ -228,13 +235,14 @@ def _run(
         with contextlib.suppress(Declined):
             loss = autograd.penalty(chain, chain.params, reached, points, *options)
     planned = compiler.enabled() and not create_graph and backends.requested() != "reference"
+    of_all = loss is not None
     if loss is None and planned and stands_alone(points) is None:
         with contextlib.suppress(compiler.Refused):
             loss = autograd.planned_penalty(critic, points, inputs, critic_kwargs, given, options)
     if loss is None:
         loss = autograd.stock_penalty(critic, points, inputs, critic_kwargs, *options)
-        if distributed:
-            loss = autograd.reach(loss, given)
+    if distributed and not of_all:
+        loss = autograd.reach(loss, given)
     if distributed:
         _expect_gradients(wrapper, loss)
     return loss
