@@ -31,7 +31,14 @@ _CONFIG = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class _NotTraced(Exception):
+    pass
+
+
 def _call(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
+    # Where Dynamo is off or gives up it runs the code itself: the critic must not run for nothing.
+    if not torch.compiler.is_compiling():
+        raise _NotTraced
     return critic(x, *args, **kwargs)
 
 
@@ -192,6 +199,8 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
             torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(critic, x, args, kwargs)
     except _Traced:
         pass
+    except _NotTraced:
+        raise Refused("Dynamo is switched off, or finds no operator of torch in its forward") from None
     except TorchDynamoException as error:
         raise Refused(f"its forward cannot be guarded: {str(error).splitlines()[0]}") from None
     else:

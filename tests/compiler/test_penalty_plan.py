@@ -396,3 +396,19 @@ def test_dead_networks_are_let_go() -> None:
     del critic
     gc.collect()
     assert gone() is None
+
+
+def test_without_dynamo_nothing_runs_twice() -> None:
+    critic = conv_critic(nn.BatchNorm2d(4))
+    with torch.compiler.set_stance("force_eager"), pytest.raises(Refused, match="switched off"):
+        planned(Plans(), critic, images(), (), list(critic.parameters()), GP)
+    assert critic[1].num_batches_tracked == 0
+
+
+def test_a_reset_of_dynamo_is_survived() -> None:
+    critic = conv_critic(nn.BatchNorm2d(4))
+    plans = agrees(critic, images())
+    torch._dynamo.reset()
+    gc.collect()
+    agrees(critic, images(), plans=plans)
+    agrees(critic.eval(), images(), plans=plans)
