@@ -111,6 +111,6 @@ def _of_the_critic(side: Side) -> Iterator[Advice]:
             "use layer norm)"
         )
     if found.reason is not None:
-        yield Advice(f"{PENALTY} leaves the passes to stock autograd: {found.reason}")
+        yield Advice(f"{PENALTY} runs by a plan ({found.plan or 'none was asked for'}): {found.reason}")
     for name, calls in found.stock.items():
         yield Advice(f"{PENALTY} leaves {name} ({calls} in the critic) to stock autograd")

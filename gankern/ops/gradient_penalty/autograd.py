@@ -295,6 +295,12 @@ class _Held(torch.autograd.Function):
         return None, None, *_times(list(ctx.saved_tensors), grad_loss)
 
 
+def holds_gradients(loss: Tensor) -> bool:
+    """Whether a penalty's gradients are computed already, so that its backward pass only hands them on."""
+    names = {f"{function.__name__}Backward" for function in (_Held, _Penalty)}
+    return loss.grad_fn is not None and loss.grad_fn.name() in names
+
+
 def planned_penalty(
     critic: Critic,
     points: Tensor,
