@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 import re
 import types
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +117,13 @@ class Guards:
         return tensors if self._world.holds(tensors) else None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class _Traced(Exception):
     pass
 
@@ -195,7 +204,8 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         return run
 
     try:
-        with torch._dynamo.config.patch(_CONFIG):
+        # Dynamo looks at gradients of tensors that are no leaves, say.
+        with torch._dynamo.config.patch(_CONFIG), _quiet():
             torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(critic, x, args, kwargs)
     except _Traced:
         pass
