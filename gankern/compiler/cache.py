@@ -34,6 +34,20 @@ class _Refusal:
     calls: int = 0
 
 
+# Plans of one kind of call that may be made in a row without as many calls that use them.
+_MOST_UNUSED = 8
+
+
+@dataclass
+class _Churn:
+    """Plans made for a kind of call since they were last of use."""
+
+    hits: int
+    made: int = 0
+    calls: int = 0
+    wait: int = 2
+
+
 @dataclass
 class Plans:
     """The plans of one critic.
@@ -52,6 +66,7 @@ class Plans:
     hits: int = 0
     made: int = 0
     evicted: int = 0
+    _churn: dict[Any, _Churn] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.RLock)
 
     def run(
@@ -104,6 +119,7 @@ class Plans:
             refusal.calls += 1
             if refusal.calls < refusal.wait:
                 raise Refused(refusal.reason)
+        self._rest(key)
         begin = time.perf_counter()
         try:
             plan = PenaltyPlan(call, wants, wants_points)
@@ -124,6 +140,25 @@ class Plans:
             self.plans.pop()
             self.evicted += 1
         return plan
+
+    def _rest(self, key: Any) -> None:
+        """Refuse where plans for a kind of call are made again and again, of a number that changes at every step, say.
+
+        Raises
+        ------
+        Refused
+        """
+        churn = self._churn.setdefault(key, _Churn(self.hits))
+        churn.made += 1
+        if self.hits - churn.hits >= churn.made:
+            self._churn[key] = _Churn(self.hits, 1)
+        elif churn.made > _MOST_UNUSED:
+            churn.calls += 1
+            if churn.calls < churn.wait:
+                raise Refused("its plans hold for few calls")
+            churn.calls, churn.wait = 0, min(2 * churn.wait, 1 << 12)
+        if len(self._churn) > 4 * MOST_PLANS:
+            self._churn.pop(next(iter(self._churn)))
 
     def _note(self, key: Any, reason: str) -> None:
         refusal = self.refused.setdefault(key, _Refusal(reason))

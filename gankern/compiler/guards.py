@@ -7,7 +7,10 @@ hooks, and functions and methods that were replaced.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
+import os
 import re
 import types
 import warnings
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as module_hooks
+from torch.nn.parameter import is_lazy
 
 from gankern.compiler.refusal import Refused
 
@@ -50,16 +54,27 @@ def is_hooked() -> bool:
 
 
 class _World:
-    """Functions and methods that the forward runs, and hooks on its modules and tensors."""
+    """Functions and methods that the forward runs, and hooks on its modules and tensors.
 
-    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+    Parameters
+    ----------
+    modules : sequence of nn.Module
+    objects : sequence
+        What else the forward reads: methods are looked up in classes, which Dynamo does not guard.
+    tensors : sequence of Tensor
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], objects: Sequence[Any], tensors: Sequence[Tensor]) -> None:
         for m in modules:
             # A function that stands in an instance shadows a method.
             for name, value in vars(m).items():
                 if callable(value) and not isinstance(value, type) and hasattr(type(m), name):
                     raise Refused(f"{name} was replaced on {type(m).__name__}")
-        classes = {base for m in modules for base in type(m).__mro__ if base is not object}
-        self._namespaces = [(vars(owner), dict(vars(owner))) for owner in (F, *classes)]
+        types_of = {value if isinstance(value, type) else type(value) for value in (*modules, *objects)}
+        classes = {base for found in types_of for base in found.__mro__ if base.__flags__ & _CAN_BE_PATCHED}
+        self._namespaces = [_Methods(vars(owner)) for owner in (F, *classes)]
+        # Dynamo reads it without a guard.
+        self._environment = dict(_ENVIRONMENT)
         # Not the modules themselves, which their plans must not keep alive.
         self._instances = [(vars(m), set(vars(m))) for m in modules]
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
@@ -70,9 +85,29 @@ class _World:
         return (
             not any(self._hooks)
             and not any(map(_is_hooked, tensors))
-            and all(now == then for now, then in self._namespaces)
+            and all(map(_Methods.hold, self._namespaces))
             and all(now.keys() == then for now, then in self._instances)
+            and self._environment == _ENVIRONMENT
         )
+
+
+_ENVIRONMENT: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+# Py_TPFLAGS_HEAPTYPE: classes of Python's.
+_CAN_BE_PATCHED = 1 << 9
+
+
+class _Methods:
+    """Functions, properties and other descriptors in a namespace. Values are Dynamo's to guard: they may be arrays."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._now = namespace
+        self._names = set(namespace)
+        found = {name: value for name, value in namespace.items() if hasattr(type(value), "__get__")}
+        self._values = list(found.values())
+        self._get = operator.itemgetter(*found) if len(found) > 1 else lambda now: [now[name] for name in found]
+
+    def hold(self) -> bool:
+        return self._now.keys() == self._names and all(map(operator.is_, self._get(self._now), self._values))
 
 
 def _is_hooked(tensor: Tensor) -> bool:
@@ -97,16 +132,21 @@ class Guards:
     """
 
     def __init__(
-        self, critic: Any, function: types.FunctionType, check: Callable[[Any], bool], held: list[Held]
+        self,
+        critic: Any,
+        function: types.FunctionType,
+        check: Callable[[Any], bool],
+        held: list[Held],
+        objects: Sequence[Any],
     ) -> None:
         # The guards live as long as the function that they belong to.
         self._function = function
         self._check = check
         code = f"lambda L, G: ({''.join(h.source + ', ' for h in held)})"
         self._fetch: Callable[[Any, Any], tuple[Tensor, ...]] = eval(code, {"__builtins__": {}})
-        roots = [critic, *(h.module for h in held)]
+        roots = [critic, *(h.module for h in held), *objects]
         modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
-        self._world = _World(list(modules), [h.tensor for h in held])
+        self._world = _World(list(modules), objects, [h.tensor for h in held])
         self.held = held
 
     def fetch(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
@@ -152,6 +192,19 @@ def _lasting_change() -> str | None:
     return None
 
 
+def _name(source: Any) -> str:
+    """The expression of a source or guard, a method up to torch 2.9."""
+    return source.name if isinstance(source.name, str) else source.name()
+
+
+def _guarded() -> Iterator[str]:
+    """Expressions for what the forward that Dynamo is tracing has read."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output: Any = InstructionTranslator.current_tx().output
+    return map(_name, output.guards)
+
+
 # How Dynamo writes the way to a module's parameter or buffer.
 _IN_MODULE = re.compile(r"(.*)\._(?:parameters|buffers)\['[^']*'\]")
 
@@ -173,17 +226,21 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
     from torch._dynamo import eval_frame
     from torch._dynamo.exc import TorchDynamoException
 
+    if isinstance(critic, nn.Module) and any(map(is_lazy, itertools.chain(critic.parameters(), critic.buffers()))):
+        raise Refused("it has parameters whose shapes its first forward finds")
     # A code object of its own: Dynamo keeps its entries there, and a limited number of them.
     name = f"gankern_plan_{next(_number)}"
     function = types.FunctionType(_call.__code__.replace(co_name=name), dict(_call.__globals__), name)
     call = {"critic": critic, "x": x, "args": args, "kwargs": kwargs}
     held: list[Held] = []
+    names: set[str] = set()
     reasons: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         reason = _lasting_change()
         if reason is not None:
             reasons.append(reason)
+        names.update(_guarded())
         for node in graph.graph.nodes:
             if isinstance(node.target, HigherOrderOperator) and node.target.name() != "autograd_function_apply":
                 # A checkpoint, say: it runs again in the backward pass, with the random numbers of before.
@@ -191,8 +248,7 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
             argument = node.meta.get("grapharg") if node.op == "placeholder" else None
             if argument is None:
                 continue
-            # A method up to torch 2.9.
-            source = argument.source.name if isinstance(argument.source.name, str) else argument.source.name()
+            source = _name(argument.source)
             if not isinstance(argument.example, Tensor):
                 reasons.append(f"the forward computes with {source}, which is no tensor")
             elif source != "L['x']":
@@ -223,7 +279,13 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         if h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
             raise Refused(f"{h.source} is no parameter, buffer or argument")
     (entry,) = eval_frame._debug_get_cache_entry_list(function.__code__)
-    guards = Guards(critic, function, entry.guard_manager.check, list(held))
+    scope = {"L": call, "G": function.__globals__, **(entry.guard_manager.closure_vars or {})}
+    objects = [eval(source, scope) for source in names - {""}]
+    for value in objects:
+        # Dynamo looks through the cache, in which other calls leave what no guard knows.
+        if isinstance(value, functools._lru_cache_wrapper) and not f"{value.__module__}.".startswith("torch."):
+            raise Refused(f"the forward calls {value.__name__}, which functools.lru_cache remembers results of")
+    guards = Guards(critic, function, entry.guard_manager.check, list(held), objects)
     if guards.fetch(call) is None:
         raise Refused("its guards do not hold for the call that they were made for")
     # Dynamo keeps the backend.
