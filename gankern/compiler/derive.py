@@ -127,6 +127,9 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
         # Strides of fake tensors are not always those of real ones, which it goes by.
         if node.target in (aten.as_strided.default, aten.as_strided_.default):
             raise Refused("it goes by strides (as_strided)")
+        # It draws a mask, where stock's dropout of all draws none.
+        if node.target is aten.native_dropout.default and node.args[1] == 1:
+            raise Refused("its dropout keeps nothing")
         literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
         if node.op == "get_attr" and not literal:
             raise Refused("it reads a tensor that no guard knows")

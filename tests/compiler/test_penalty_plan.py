@@ -484,6 +484,33 @@ def test_what_no_replay_can_follow_is_refused(make: Callable[[], nn.Module]) -> 
     assert str(np.random.get_state()) == drawn  # noqa: NPY002
 
 
+def test_dropout_of_all_draws_nothing() -> None:
+    critic = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    critic[1].p = 1.0
+    with pytest.raises(Refused, match="keeps nothing"):
+        agrees(critic, x, plans=plans)
+
+
+def test_an_assertion_on_values_is_kept() -> None:
+    class Bounded(Alpha):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("most", torch.tensor(1e9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert_async((x.abs() < self.most).all())
+            return super().forward(x)
+
+    critic = Bounded().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    critic.most.zero_()  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="nonzero"):
+        planned(plans, critic, x, (), list(critic.parameters()), GP)
+
+
 def test_a_lazy_critic_draws_as_stock() -> None:
     critic = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 1)).double()
     x = torch.randn(3, 4, dtype=torch.float64)

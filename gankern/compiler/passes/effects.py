@@ -54,6 +54,9 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def is_pure(node: fx.Node) -> bool:
     """Whether a node may be left out where nobody reads it, and be shared with its equals."""
+    if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+        # An assertion.
+        return False
     return node.op in ("call_function", "get_attr") and not (writes(node) or draws(node))
 
 
