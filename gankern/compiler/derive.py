@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
@@ -148,6 +149,10 @@ class Functions(TorchFunctionMode):
             what = getattr(getattr(func, "__self__", None), "__name__", name)
             raise Refused(f"the forward calls {name} of {what} on a tensor" if what != name else f"it calls {name}")
         kwargs = kwargs or {}
+        if func is F.interpolate:
+            # Torch's decomposition rounds places to other pixels than its kernels do.
+            with torch._C._DisablePythonDispatcher():
+                return func(*args, **kwargs)
         substitute = SUBSTITUTES.get(func)
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
         if result is NotImplemented:

@@ -493,6 +493,15 @@ def test_dropout_of_all_draws_nothing() -> None:
         agrees(critic, x, plans=plans)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_resized_signals_are_those_of_the_kernels(mode: str) -> None:
+    critic = nn.Sequential(nn.Upsample(scale_factor=1.1, mode=mode), nn.Tanh(), nn.Conv1d(2, 1, 3)).float()
+    x = torch.randn(2, 2, 5)
+    want = stock(critic, x, (), list(critic.parameters()), GP)
+    for g, w in zip(planned(Plans(), critic, x, (), list(critic.parameters()), GP), want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
 def test_an_assertion_on_values_is_kept() -> None:
     class Bounded(Alpha):
         def __init__(self) -> None:
