@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
-from gankern import _phases, backends
+from gankern import backends
+from gankern._autograd import onlooker
 from gankern.ops.critic_layers import Chain, find, reference
 
 
@@ -20,18 +19,8 @@ def watched(*tensors: Tensor) -> str | None:
             return "tensors of a kind of their own"
         if t.device.type not in ("cpu", "cuda"):
             return f"gankern has no kernels for {t.device.type}"
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return "torch.func or forward-mode derivatives"
-    # One default device for all is no more than that.
-    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
-        return "a mode that sees torch's functions"
-    if torch._C._len_torch_dispatch_stack() and not _phases.inline:
-        return "a mode that sees torch's operators"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "hooks on saved tensors"
-    if torch._C._is_tracing():
-        return "torch.jit traces"
-    return "anomaly detection" if torch.is_anomaly_enabled() else None
+    reason = onlooker()
+    return "anomaly detection" if reason is None and torch.is_anomaly_enabled() else reason
 
 
 def stands_alone(points: Tensor) -> str | None:
