@@ -138,13 +138,19 @@ def _kind_of(call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) 
     return x.shape, x.stride(), x.dtype, x.device, want_points, tuple(t.requires_grad for t in wanted)
 
 
+_plans: weakref.WeakKeyDictionary[nn.Module | types.CodeType, Plans] = weakref.WeakKeyDictionary()
+
+
+def _owner(critic: Any) -> nn.Module | types.CodeType | None:
+    """What a critic's plans are kept for: a module, or the code of a function."""
+    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
+    return owner if isinstance(owner, nn.Module | types.CodeType) else None
+
+
 def known_plans(critic: Any) -> Plans | None:
     """The plans that were made of a critic, or refused; None where it was never asked for one."""
-    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
-    return _plans.get(owner) if isinstance(owner, nn.Module | types.CodeType) else None
-
-
-_plans: weakref.WeakKeyDictionary[Any, Plans] = weakref.WeakKeyDictionary()
+    owner = _owner(critic)
+    return None if owner is None else _plans.get(owner)
 
 
 def plans_of(critic: Callable[..., Any]) -> Plans:
@@ -155,8 +161,8 @@ def plans_of(critic: Callable[..., Any]) -> Plans:
     Refused
         For other callables.
     """
-    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
-    if not isinstance(owner, nn.Module | types.CodeType):
+    owner = _owner(critic)
+    if owner is None:
         raise Refused(f"a critic that is a {type(critic).__name__}")
     found = _plans.get(owner)
     if found is None:
