@@ -1,4 +1,4 @@
-"""The penalty: by gankern's layers as one node, second order inside and first order outside, a plan, or stock autograd."""
+"""The penalty, by gankern's layers, a plan or stock autograd; the first two are one node, of first order outside."""
 
 from __future__ import annotations
 

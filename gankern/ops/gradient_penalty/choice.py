@@ -31,7 +31,7 @@ def stands_alone(points: Tensor) -> str | None:
 
 
 def choose(critic: Any, points: Tensor) -> Chain | str:
-    """The chain that gankern's layers run; else the reason why stock runs the critic."""
+    """The chain that gankern's layers run; else the reason why they do not run the critic."""
     reason = stands_alone(points)
     if reason is not None:
         return reason
@@ -42,7 +42,7 @@ def choose(critic: Any, points: Tensor) -> Chain | str:
     if any(p.device != points.device or (p.dtype != points.dtype and not casts) for p in chain.params):
         return "parameters of another device or type than the points"
     if casts and not chain.casts:
-        return "norms and poolings run stock under autocast"
+        return "under autocast there are no layers for norms and poolings"
     # On a GPU, made of torch's functions, the layers still spare passes.
     adapter = backends.select("critic_layers", points)
     if points.device.type == "cpu" and backends.requested() == "auto" and adapter.__name__ == reference.__name__:
