@@ -282,6 +282,16 @@ def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(critic, x, plans=plans)
 
 
+def test_a_class_may_hold_what_the_forward_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Alpha, "history", torch.zeros(3), raising=False)
+    critic = Alpha().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    monkeypatch.setattr(Alpha, "history", torch.ones(3))
+    agrees(critic, x, plans=plans)
+    assert plans.made == 1 and plans.hits == 1
+
+
 def test_a_global_hook_is_seen() -> None:
     critic = conv_critic()
     plans = agrees(critic, images())
