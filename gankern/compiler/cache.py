@@ -21,6 +21,8 @@ log = logging.getLogger("gankern.compiler")
 
 #: Plans that a critic keeps, the last used first.
 MOST_PLANS = 16
+# Calls that plans must have run for each one more than these: to make one takes as long as hundreds of stock's calls.
+_HITS_A_PLAN = 200
 # A first call that takes longer is announced.
 _SLOW = 3.0
 
@@ -104,6 +106,10 @@ class Plans:
             refusal.calls += 1
             if refusal.calls < refusal.wait:
                 raise Refused(refusal.reason)
+        if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
+            reason = "too few calls for each plan so far: what the forward reads changes too often"
+            self._note(key, reason)
+            raise Refused(reason)
         begin = time.perf_counter()
         try:
             plan = PenaltyPlan(call, wanted, want_points)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gankern.compiler.cache import Plans
+from gankern.compiler.cache import MOST_PLANS, Plans
 from gankern.compiler.refusal import Refused
 
 GP = (10.0, 1.0, False, False)
@@ -323,6 +323,18 @@ def test_many_kinds_of_calls_are_planned_at_once() -> None:
     made = plans.made
     kinds()
     assert plans.made == made == 7 and plans.hits == 7
+
+
+def test_plans_that_no_second_call_can_use_are_made_no_more() -> None:
+    critic, plans = Alpha().double(), Plans()
+    x, params = torch.randn(3, 4, dtype=torch.float64), list(critic.parameters())
+    for _ in range(MOST_PLANS):
+        critic.alpha += 0.01
+        planned(plans, critic, x, (), params, GP)
+    critic.alpha += 0.01
+    with pytest.raises(Refused, match="changes too often"):
+        planned(plans, critic, x, (), params, GP)
+    assert plans.made == MOST_PLANS
 
 
 class Branches(Alpha):
