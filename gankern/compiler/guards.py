@@ -50,9 +50,17 @@ class _Namespace:
         # All have a docstring, if None; not all have functions.
         self._read = itemgetter("__doc__", *functions)
         self._then = self._read(now)
+        # IPython's autoreload puts new code into functions that are there.
+        given = [getattr(now[name], "fget", getattr(now[name], "__func__", now[name])) for name in functions]
+        own = (f for f in given if isinstance(f, types.FunctionType) and not f.__module__.startswith("torch."))
+        self._codes = [(f, f.__code__) for f in own]
 
     def holds(self) -> bool:
-        return [*self._now] == self._names and bool(self._read(self._now) == self._then)
+        return (
+            [*self._now] == self._names
+            and bool(self._read(self._now) == self._then)
+            and all(f.__code__ is code for f, code in self._codes)
+        )
 
 
 class _World:
@@ -65,7 +73,7 @@ class _World:
                 if callable(value) and not isinstance(value, type) and hasattr(type(m), name):
                     raise Refused(f"{name} was replaced on {type(m).__name__}")
         classes = {base for m in modules for base in type(m).__mro__ if base is not object}
-        self._namespaces = [_Namespace(vars(owner)) for owner in (F, *classes)]
+        self._namespaces = [_Namespace(vars(owner)) for owner in (F, Tensor, *classes)]
         # Not the modules themselves, which their plans must not keep alive.
         self._instances = [(vars(m), set(vars(m))) for m in modules]
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]

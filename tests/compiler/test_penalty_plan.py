@@ -282,6 +282,21 @@ def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(critic, x, plans=plans)
 
 
+def test_a_patched_method_of_tensors_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    critic, x = Detached().double(), torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    monkeypatch.setattr(Tensor, "sigmoid", lambda self: self.tanh())
+    agrees(critic, x, plans=plans)
+
+
+def test_new_code_in_a_method_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As IPython's autoreload puts it there."""
+    critic, x = Detached().double(), torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    monkeypatch.setattr(Detached.forward, "__code__", (lambda self, x: self.b(self.a(x).tanh())).__code__)
+    agrees(critic, x, plans=plans)
+
+
 def test_a_class_may_hold_what_the_forward_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Alpha, "history", torch.zeros(3), raising=False)
     critic = Alpha().double()
