@@ -2,14 +2,16 @@
 
 Dynamo traces the critic's forward and guards whatever that reads in Python: attributes, globals, closures, layers, the
 tensors' metadata, torch's global state. Its graph is not used. :class:`_World` checks what Dynamo's guards leave out:
-hooks, and functions and methods that were replaced.
+hooks, functions and methods that were replaced, and the environment.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ _GLOBAL_HOOKS = [
 ]
 # Values that a forward reads are constants of its graph, guarded each.
 _CONFIG = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook_guards": False}
+_ENVIRONMENT: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -64,7 +67,7 @@ class _Namespace:
 
 
 class _World:
-    """Functions and methods that the forward runs, and hooks on its modules and tensors."""
+    """Functions and methods that the forward runs, hooks on its modules and tensors, and the process's environment."""
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         for m in modules:
@@ -76,13 +79,15 @@ class _World:
         self._namespaces = [_Namespace(vars(owner)) for owner in (F, Tensor, *classes)]
         # Not the modules themselves, which their plans must not keep alive.
         self._instances = [(vars(m), set(vars(m))) for m in modules]
+        self._environment = dict(_ENVIRONMENT)
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
         if any(self._hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         return (
-            not any(self._hooks)
+            self._environment == _ENVIRONMENT
+            and not any(self._hooks)
             and not any(map(_is_hooked, tensors))
             and all(namespace.holds() for namespace in self._namespaces)
             and all(now.keys() == then for now, then in self._instances)
@@ -159,6 +164,8 @@ def _lasting_change() -> str | None:
     return None
 
 
+# Of such a tuple Dynamo's guard keeps the very list that is in it, and sees no change (torch 2.13).
+_OPEN_TUPLE = re.compile(r" == \(.*[\[{]")
 # How Dynamo writes the way to a module's parameter or buffer.
 _IN_MODULE = re.compile(r"(.*)\._(?:parameters|buffers)\['[^']*'\]")
 
@@ -211,7 +218,9 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         return run
 
     try:
-        with torch._dynamo.config.patch(_CONFIG):
+        with torch._dynamo.config.patch(_CONFIG), warnings.catch_warnings():
+            # Of what it cannot trace: stock runs that.
+            warnings.simplefilter("ignore")
             torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(critic, x, args, kwargs)
     except _Traced:
         pass
@@ -227,6 +236,9 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         if h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
             raise Refused(f"{h.source} is no parameter, buffer or argument")
     (entry,) = eval_frame._debug_get_cache_entry_list(function.__code__)
+    for part in entry.guard_manager.code_parts:
+        if _OPEN_TUPLE.search(part):
+            raise Refused(f"the forward reads a tuple that holds what can be changed in place: {part}")
     guards = Guards(critic, function, entry.guard_manager.check, list(held))
     if guards.fetch(call) is None:
         raise Refused("its guards do not hold for the call that they were made for")
