@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gankern.arguments import first_line
 from gankern.compiler.guards import is_hooked
 from gankern.compiler.penalty import PenaltyPlan
 from gankern.compiler.refusal import Refused
@@ -118,7 +119,7 @@ class Plans:
             raise
         except Exception as error:
             # Stock's own run says what is wrong with the call, if anything is.
-            reason = f"deriving it failed with {type(error).__name__}: {str(error).splitlines()[:1]}"
+            reason = f"deriving it failed with {first_line(error)}"
             self._note(key, reason)
             raise Refused(reason) from None
         took = time.perf_counter() - begin
