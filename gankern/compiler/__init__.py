@@ -28,7 +28,12 @@ def enabled() -> bool:
 
 @contextmanager
 def planning(on: bool) -> Iterator[None]:
-    """Make and use plans, or leave all to stock autograd, inside a ``with`` block."""
+    """Make and use plans inside a ``with`` block, or leave to stock autograd what they would run.
+
+    Parameters
+    ----------
+    on : bool
+    """
     token = _enabled.set(on)
     try:
         yield

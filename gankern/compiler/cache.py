@@ -21,6 +21,8 @@ log = logging.getLogger("gankern.compiler")
 
 #: Plans that a critic keeps, the last used first.
 MOST_PLANS = 16
+# Calls that plans must have run for each one more than these: to make one takes as long as hundreds of stock's calls.
+_HITS_A_PLAN = 200
 # A first call that takes longer is announced.
 _SLOW = 3.0
 
@@ -104,6 +106,10 @@ class Plans:
             refusal.calls += 1
             if refusal.calls < refusal.wait:
                 raise Refused(refusal.reason)
+        if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
+            reason = "too few calls for each plan so far: what the forward reads changes too often"
+            self._note(key, reason)
+            raise Refused(reason)
         begin = time.perf_counter()
         try:
             plan = PenaltyPlan(call, wants, wants_points)
@@ -138,13 +144,19 @@ def _kind_of(call: dict[str, Any], wants: bool, wants_points: bool) -> Any:
     return x.shape, x.stride(), x.dtype, x.device, wants, wants_points
 
 
+_plans: weakref.WeakKeyDictionary[nn.Module | types.CodeType, Plans] = weakref.WeakKeyDictionary()
+
+
+def _owner(critic: Any) -> nn.Module | types.CodeType | None:
+    """What a critic's plans are kept for: a module, or the code of a function."""
+    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
+    return owner if isinstance(owner, nn.Module | types.CodeType) else None
+
+
 def known_plans(critic: Any) -> Plans | None:
     """The plans that were made of a critic, or refused; None where it was never asked for one."""
-    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
-    return _plans.get(owner) if isinstance(owner, nn.Module | types.CodeType) else None
-
-
-_plans: weakref.WeakKeyDictionary[Any, Plans] = weakref.WeakKeyDictionary()
+    owner = _owner(critic)
+    return None if owner is None else _plans.get(owner)
 
 
 def plans_of(critic: Callable[..., Any]) -> Plans:
@@ -155,8 +167,8 @@ def plans_of(critic: Callable[..., Any]) -> Plans:
     Refused
         For other callables.
     """
-    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
-    if not isinstance(owner, nn.Module | types.CodeType):
+    owner = _owner(critic)
+    if owner is None:
         raise Refused(f"a critic that is a {type(critic).__name__}")
     found = _plans.get(owner)
     if found is None:

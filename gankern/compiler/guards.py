@@ -11,8 +11,9 @@ import itertools
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,20 @@ def is_hooked() -> bool:
     return any(_GLOBAL_HOOKS)
 
 
+class _Namespace:
+    """The functions and descriptors of a class or module; what else it has Dynamo guards where the forward reads it."""
+
+    def __init__(self, now: Mapping[str, Any]) -> None:
+        self._now, self._names = now, list(now)
+        functions = [name for name, value in now.items() if callable(value) or hasattr(value, "__get__")]
+        # All have a docstring, if None; not all have functions.
+        self._read = itemgetter("__doc__", *functions)
+        self._then = self._read(now)
+
+    def holds(self) -> bool:
+        return [*self._now] == self._names and bool(self._read(self._now) == self._then)
+
+
 class _World:
     """Functions and methods that the forward runs, and hooks on its modules and tensors."""
 
@@ -59,7 +74,7 @@ class _World:
                 if callable(value) and not isinstance(value, type) and hasattr(type(m), name):
                     raise Refused(f"{name} was replaced on {type(m).__name__}")
         classes = {base for m in modules for base in type(m).__mro__ if base is not object}
-        self._namespaces = [(vars(owner), dict(vars(owner))) for owner in (F, *classes)]
+        self._namespaces = [_Namespace(vars(owner)) for owner in (F, *classes)]
         # Not the modules themselves, which their plans must not keep alive.
         self._instances = [(vars(m), set(vars(m))) for m in modules]
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
@@ -70,7 +85,7 @@ class _World:
         return (
             not any(self._hooks)
             and not any(map(_is_hooked, tensors))
-            and all(now == then for now, then in self._namespaces)
+            and all(namespace.holds() for namespace in self._namespaces)
             and all(now.keys() == then for now, then in self._instances)
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gankern import penalties
-from gankern.compiler.cache import Plans, plans_of
+from gankern.compiler.cache import MOST_PLANS, Plans, plans_of
 from gankern.compiler.refusal import Refused
 
 GP = (10.0, 1.0, False, False)
@@ -285,6 +285,16 @@ def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(critic, x, plans=plans)
 
 
+def test_a_class_may_hold_what_the_forward_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Alpha, "history", torch.zeros(3), raising=False)
+    critic = Alpha().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    monkeypatch.setattr(Alpha, "history", torch.ones(3))
+    agrees(critic, x, plans=plans)
+    assert plans.made == 1 and plans.hits == 1
+
+
 def test_a_global_hook_is_seen() -> None:
     critic = conv_critic()
     plans = agrees(critic, images())
@@ -316,6 +326,18 @@ def test_many_kinds_of_calls_are_planned_at_once() -> None:
     made = plans.made
     kinds()
     assert plans.made == made == 7 and plans.hits == 7
+
+
+def test_plans_that_no_second_call_can_use_are_made_no_more() -> None:
+    critic, plans = Alpha().double(), Plans()
+    x, params = torch.randn(3, 4, dtype=torch.float64), list(critic.parameters())
+    for _ in range(MOST_PLANS):
+        critic.alpha += 0.01
+        planned(plans, critic, x, (), params, GP)
+    critic.alpha += 0.01
+    with pytest.raises(Refused, match="changes too often"):
+        planned(plans, critic, x, (), params, GP)
+    assert plans.made == MOST_PLANS
 
 
 class Branches(Alpha):
