@@ -101,7 +101,9 @@ def test_a_disk_that_is_full_at_any_write(tmp_path, monkeypatch, whole, resume, 
 
 def test_a_process_that_dies_at_any_write(tmp_path, whole):
     fit(tmp_path / "base", 1)
-    subprocess.run([sys.executable, crashing.__file__, tmp_path], check=True)
+    # The same bits need as many threads.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, crashing.__file__, tmp_path], check=True, env=env)
     runs = sorted(path for path in tmp_path.iterdir() if path.name != "base")
     assert len(runs) > 15
     for folder in runs:
