@@ -7,15 +7,15 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gankern.arguments import first_line
 from gankern.compiler.guards import is_hooked
-from gankern.compiler.penalty import PenaltyPlan
+from gankern.compiler.penalty import PenaltyPlan, Result
 from gankern.compiler.refusal import Refused
 
 log = logging.getLogger("gankern.compiler")
@@ -58,8 +58,8 @@ class Plans:
     _lock: Any = field(default_factory=threading.RLock)
 
     def run(
-        self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool, options: tuple[Any, ...]
-    ) -> list[Tensor | None]:
+        self, call: dict[str, Any], wants: bool, wants_points: bool, options: tuple[float, float, bool, bool]
+    ) -> Result:
         """Loss and gradients by the plan for a call, made first where there is none.
 
         Raises
@@ -70,19 +70,19 @@ class Plans:
         if is_hooked():
             raise Refused("a hook on all modules")
         for place, plan in enumerate(self.plans):
-            result = plan(call, wanted, want_points, options)
+            result = plan(call, wants, wants_points, options)
             if result is not None:
                 self.hits += 1
                 if place:
                     self._move_up(plan)
                 return result
         with self._lock:
-            plan = self._make(call, wanted, want_points)
+            plan = self._make(call, wants, wants_points)
         try:
-            result = plan(call, wanted, want_points, options)
+            result = plan(call, wants, wants_points, options)
         except Refused as error:
             if plan.failed:
-                self._note(_kind_of(call, wanted, want_points), str(error))
+                self._note(_kind_of(call, wants, wants_points), str(error))
                 self.plans.remove(plan)
             raise
         if result is None:
@@ -100,8 +100,8 @@ class Plans:
                 self.plans.remove(plan)
                 self.plans.insert(0, plan)
 
-    def _make(self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> PenaltyPlan:
-        key = _kind_of(call, wanted, want_points)
+    def _make(self, call: dict[str, Any], wants: bool, wants_points: bool) -> PenaltyPlan:
+        key = _kind_of(call, wants, wants_points)
         refusal = self.refused.get(key)
         if refusal is not None:
             refusal.calls += 1
@@ -113,7 +113,7 @@ class Plans:
             raise Refused(reason)
         begin = time.perf_counter()
         try:
-            plan = PenaltyPlan(call, wanted, want_points)
+            plan = PenaltyPlan(call, wants, wants_points)
         except Refused as error:
             self._note(key, str(error))
             raise
@@ -140,9 +140,9 @@ class Plans:
         log.info("no plan: %s", reason)
 
 
-def _kind_of(call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> Any:
+def _kind_of(call: dict[str, Any], wants: bool, wants_points: bool) -> Any:
     x = call["x"]
-    return x.shape, x.stride(), x.dtype, x.device, want_points, tuple(t.requires_grad for t in wanted)
+    return x.shape, x.stride(), x.dtype, x.device, wants, wants_points
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module | types.CodeType, Plans] = weakref.WeakKeyDictionary()

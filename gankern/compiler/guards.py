@@ -12,7 +12,8 @@ import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -35,7 +36,14 @@ _ENVIRONMENT: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class _NotTraced(Exception):
+    pass
+
+
 def _call(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
+    # Where Dynamo is off or gives up it runs the code itself: the critic must not run for nothing.
+    if not torch.compiler.is_compiling():
+        raise _NotTraced
     return critic(x, *args, **kwargs)
 
 
@@ -136,6 +144,13 @@ class Guards:
         return tensors if self._world.holds(tensors) else None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class _Traced(Exception):
     pass
 
@@ -218,12 +233,13 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         return run
 
     try:
-        with torch._dynamo.config.patch(_CONFIG), warnings.catch_warnings():
-            # Of what it cannot trace: stock runs that.
-            warnings.simplefilter("ignore")
+        # Dynamo looks at gradients of tensors that are no leaves, say.
+        with torch._dynamo.config.patch(_CONFIG), _quiet():
             torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(critic, x, args, kwargs)
     except _Traced:
         pass
+    except _NotTraced:
+        raise Refused("Dynamo is switched off, or finds no operator of torch in its forward") from None
     except TorchDynamoException as error:
         raise Refused(f"its forward cannot be guarded: {str(error).splitlines()[0]}") from None
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ tail_op = _library.define(
 )
 
 
+#: A loss, and tensors with their gradients; None for the points.
+Result = tuple[Tensor, list[tuple[Tensor | None, Tensor]]]
+
+
 class PenaltyPlan:
     """What computes a penalty and its gradients, for calls like the one it was made for.
 
@@ -43,22 +47,21 @@ class PenaltyPlan:
     ----------
     call : dict
         The critic, points that require a gradient, args and kwargs, under these names (``x`` for the points).
-    wanted : sequence of Tensor
-        Tensors with respect to which gradients are wanted.
-    want_points : bool
-        Whether a gradient with respect to the points is wanted too, as the last one.
+    wants : bool
+        Whether gradients are wanted: of all that the forward reads and that requires one.
+    wants_points : bool
+        Whether one with respect to the points is wanted too.
 
     Raises
     ------
     Refused
     """
 
-    def __init__(self, call: dict[str, Any], wanted: Sequence[Tensor], want_points: bool) -> None:
+    def __init__(self, call: dict[str, Any], wants: bool, wants_points: bool) -> None:
         self._guards = make_guards(**call)
         held, self._guards.held = self._guards.held, []
-        place = {id(h.tensor): i for i, h in enumerate(held)}
-        self._wanted = [place.get(id(t)) for t in wanted]
-        self._want_points = want_points
+        self._kind = wants, wants_points, backends.requested()
+        self._wanted = [i for i, h in enumerate(held) if wants and h.tensor.requires_grad]
         state = [h.tensor.detach() for h in held]
         self.graph = derive(self._step(call, held), [call["x"].detach()], state)
         _open_options(self.graph.graph)
@@ -67,7 +70,6 @@ class PenaltyPlan:
         self._writes = [node in changed for node in inputs[1 : len(held) + 1]]
         self._draws = any(map(effects.draws, self.graph.graph.nodes))
         self._proven: bool | None = False
-        self._backend = backends.requested()
         optimise(self.graph, backends.select("critic_layers", call["x"]))
         self._run = compile_graph(self.graph)
 
@@ -81,53 +83,47 @@ class PenaltyPlan:
         def step(points: Tensor, *tensors: Tensor) -> list[Tensor | None]:
             leaves = [leaf_like(t, model) for t, model in zip(tensors, models, strict=True)]
             known = {id(model): leaf for model, leaf in zip(models, leaves, strict=True)}
-            wanted = [None if i is None else leaves[i] for i in self._wanted]
+            wanted = [leaves[i] for i in self._wanted]
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 points = points.detach().requires_grad_()
                 a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
                 with in_place_of(modules, models, leaves), _stock.forwards(), Functions():
                     scores = critic(points, *a, **k)
-                reached = [t for t in [*wanted, points if self._want_points else None] if t is not None]
+                wanted += [points] if self._kind[1] else []
                 (grad,) = torch.autograd.grad(
-                    scores, points, torch.ones_like(scores), create_graph=bool(reached), allow_unused=True
+                    scores, points, torch.ones_like(scores), create_graph=bool(wanted), allow_unused=True
                 )
                 if grad is None:
                     raise Refused("its scores do not depend on the points")
                 loss, cotangent = tail_op(grad.detach(), 1.0, 0.0, False, False)
-                found: Iterator[Tensor | None] = iter([None] * len(reached))
-                if reached and grad.requires_grad:
-                    found = iter(torch.autograd.grad(grad, reached, cotangent, allow_unused=True))
-                return [loss, scores.detach(), *(None if t is None else next(found) for t in wanted), *found]
+                found: Sequence[Tensor | None] = [None] * len(wanted)
+                if wanted and grad.requires_grad:
+                    found = torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
+                return [loss, scores.detach(), *found]
 
         return step
 
     def __call__(
-        self,
-        call: dict[str, Any],
-        wanted: Sequence[Tensor],
-        want_points: bool,
-        options: tuple[float, float, bool, bool],
-    ) -> list[Tensor | None] | None:
-        """Loss and gradients; None where the plan is not for this call."""
-        if want_points != self._want_points or len(wanted) != len(self._wanted):
-            return None
-        if self.failed or backends.requested() != self._backend:
+        self, call: dict[str, Any], wants: bool, wants_points: bool, options: tuple[float, float, bool, bool]
+    ) -> Result | None:
+        """Loss, and each tensor that gets a gradient with it; None where the plan is not for this call."""
+        if self.failed or (wants, wants_points, backends.requested()) != self._kind:
             return None
         tensors = self._guards.fetch(call)
         if tensors is None:
             return None
-        if any(i is not None and tensors[i] is not t for i, t in zip(self._wanted, wanted, strict=True)):
-            return None
         # Casts of autocast are in the graph already.
         with torch.no_grad(), torch.autocast(call["x"].device.type, enabled=False):
-            return self._attempt(call["x"], *tensors, *options)
+            loss, *grads = self._attempt(call["x"], *tensors, *options)
+        wanted = [tensors[i] for i in self._wanted] + ([None] if wants_points else [])
+        return loss, [(t, g) for t, g in zip(wanted, grads, strict=True) if g is not None]
 
     @property
     def failed(self) -> bool:
         """Whether its first replay failed, so that it never runs."""
         return self._proven is None
 
-    def _attempt(self, x: Tensor, *rest: Any) -> list[Tensor | None]:
+    def _attempt(self, x: Tensor, *rest: Any) -> list[Any]:
         """A replay; where it cannot be right, the state is as before, and stock runs."""
         tensors = [t for t, written in zip(rest, self._writes, strict=False) if written]
         kept = [t.clone() for t in tensors]

@@ -13,6 +13,7 @@ from gankern.bench import stock
 from gankern.bench.own import CLIP, copied
 from gankern.bench.results import OURS, STOCK
 from gankern.ops.gradient_penalty import PenaltyExplanation
+from gankern.ops.gradient_penalty.autograd import holds_gradients
 from gankern.profile.feed import Feed
 from gankern.profile.recorder import CriticSteps
 
@@ -50,11 +51,6 @@ class Side:
             if changes.optimizer
             else self.subject.optimizer(self.critic)
         )
-        self._is_double_backward = not changes.penalty or self._penalty_runs_stock()
-
-    def _penalty_runs_stock(self) -> bool:
-        explained = self.explain()
-        return explained is not None and explained.reason is not None
 
     def explain(self) -> PenaltyExplanation | None:
         """What gankern takes of the critic's penalty; None without one."""
@@ -99,8 +95,7 @@ class Side:
     def _backward(self, prof: CriticSteps, loss: Tensor, penalty: Tensor) -> None:
         """Autograd begins with what was computed last: the penalty's part is over when the other loss has its turn."""
         with ExitStack() as part:
-            # What gankern hands to autograd are finished gradients, unless the penalty runs stock.
-            name = "penalty/double backward" if self._is_double_backward else "penalty/tail"
+            name = "penalty/tail" if holds_gradients(penalty) else "penalty/double backward"
             part.enter_context(prof.phase(name))
             loss.register_hook(lambda grad: part.close())
             (loss + penalty).backward()

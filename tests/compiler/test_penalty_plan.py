@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gankern.compiler.cache import MOST_PLANS, Plans
+from gankern import penalties
+from gankern.compiler.cache import MOST_PLANS, Plans, plans_of
 from gankern.compiler.refusal import Refused
 
 GP = (10.0, 1.0, False, False)
@@ -37,7 +38,9 @@ def stock(critic: Callable[..., Tensor], x: Tensor, args: tuple[Any, ...], param
 
 def planned(plans: Plans, critic: Any, x: Tensor, args: Any, params: list[Tensor], options: Any) -> Any:
     call = {"critic": critic, "x": x.detach().requires_grad_(), "args": args, "kwargs": {}}
-    return plans.run(call, params, False, options)
+    loss, found = plans.run(call, True, False, options)
+    grads = {id(t): g for t, g in found}
+    return [loss, *(grads.get(id(p)) for p in params)]
 
 
 def same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
@@ -207,7 +210,7 @@ def test_capturing_writes_nothing() -> None:
     versions = [t._version for t in (*critic.parameters(), *critic.buffers())]
     from gankern.compiler.penalty import PenaltyPlan
 
-    PenaltyPlan({"critic": critic, "x": x, "args": (), "kwargs": {}}, list(critic.parameters()), False)
+    PenaltyPlan({"critic": critic, "x": x, "args": (), "kwargs": {}}, True, False)
     assert torch.equal(torch.get_rng_state(), state)
     assert [t._version for t in (*critic.parameters(), *critic.buffers())] == versions
     for name, value in critic.state_dict().items():
@@ -455,11 +458,56 @@ def test_a_function_is_planned_for_any_network_that_it_closes_over() -> None:
 
 
 def test_dead_networks_are_let_go() -> None:
-    from gankern.compiler.cache import plans_of
-
     critic = conv_critic()
     agrees(critic, images(), plans=plans_of(critic))
     gone = weakref.ref(critic)
     del critic
     gc.collect()
     assert gone() is None
+
+
+def test_without_dynamo_nothing_runs_twice() -> None:
+    critic = conv_critic(nn.BatchNorm2d(4))
+    with torch.compiler.set_stance("force_eager"), pytest.raises(Refused, match="switched off"):
+        planned(Plans(), critic, images(), (), list(critic.parameters()), GP)
+    assert critic[1].num_batches_tracked == 0
+
+
+def test_a_reset_of_dynamo_is_survived() -> None:
+    critic = conv_critic(nn.BatchNorm2d(4))
+    plans = agrees(critic, images())
+    torch._dynamo.reset()
+    gc.collect()
+    agrees(critic, images(), plans=plans)
+    agrees(critic.eval(), images(), plans=plans)
+
+
+def test_a_planned_penalty_is_a_tensor_like_others() -> None:
+    critic = Residual().double()
+    x = images()
+    want = stock(critic, x, (), list(critic.parameters()), R1)
+    loss = penalties.r1(critic, x, weight=10.0)
+    loss *= 2
+    (loss + 1).backward(retain_graph=True)
+    loss.backward()
+    same(
+        [loss.detach() / 2, *(p.grad / 4 for p in critic.parameters() if p.grad is not None)],
+        [w for w in want if w is not None],
+    )
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(penalties.r1(critic, x), next(critic.parameters()), create_graph=True)
+    again = penalties.r1(critic, x, weight=10.0, create_graph=True)
+    torch.autograd.grad(again, next(critic.parameters()), create_graph=True)
+    assert plans_of(critic).made == 1 and plans_of(critic).hits == 1
+
+
+def test_params_do_not_limit_who_gets_a_gradient() -> None:
+    critic, x = Residual().double(), images()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    critic.register_buffer("scale", scale * 1)
+    critic.__class__ = type("Scaled", (Residual,), {"forward": lambda self, x: self.scale * Residual.forward(self, x)})
+    params = [critic.a.weight, critic.head.weight, critic.scale]
+    want = stock(critic, x, (), params, R1)
+    same(planned(Plans(), lambda x: critic(x), x, (), params, R1), want)
+    loss = penalties.r1(lambda x: critic(x), x, weight=10.0, params=params[:1])
+    same([loss.detach(), *torch.autograd.grad(loss, params)], want)

@@ -238,7 +238,7 @@ def _run(
     of_all = loss is not None
     if loss is None and planned and stands_alone(points) is None:
         with contextlib.suppress(compiler.Refused):
-            loss = autograd.planned_penalty(critic, points, inputs, critic_kwargs, given, options)
+            loss = autograd.planned_penalty(critic, points, inputs, critic_kwargs, options)
     if loss is None:
         loss = autograd.stock_penalty(critic, points, inputs, critic_kwargs, *options)
     if distributed and not of_all:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from gankern import _compiling, _cuda, _library, _phases, _stock, _triton, backends, workspace
 from gankern._layout import memory_format
@@ -277,7 +276,7 @@ class _Held(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*grads)
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -285,12 +284,17 @@ class _Held(torch.autograd.Function):
         return None, None, *_times(list(ctx.saved_tensors), grad_loss)
 
 
+def holds_gradients(loss: Tensor) -> bool:
+    """Whether a penalty's gradients are computed already, so that its backward pass only hands them on."""
+    names = {f"{function.__name__}Backward" for function in (_Held, _Penalty)}
+    return loss.grad_fn is not None and loss.grad_fn.name() in names
+
+
 def planned_penalty(
     critic: Critic,
     points: Tensor,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
-    params: Sequence[Tensor],
     options: tuple[float, float, bool, bool],
 ) -> Tensor:
     """Penalty at points by a plan; its graph is one node that holds the gradients.
@@ -302,19 +306,14 @@ def planned_penalty(
     """
     from gankern.compiler.cache import plans_of
 
-    leaves = [t for t in pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)]
-    on = torch.is_grad_enabled()
-    wanted = [t for t in (*params, *leaves) if on and t.requires_grad]
-    want_points = on and points.requires_grad
+    wants = torch.is_grad_enabled()
     with torch.enable_grad(), _phases.phase("penalty/plan"):
         call = {"critic": critic, "x": points.detach().requires_grad_(), "args": inputs, "kwargs": kwargs}
-        loss, *found = plans_of(critic).run(call, wanted, want_points, options)
-    assert loss is not None
-    pairs = zip([*wanted, *([points] if want_points else [])], found, strict=True)
-    reached = [(t, _gradient_like(t, g)) for t, g in pairs if g is not None]
-    if not reached:
+        loss, found = plans_of(critic).run(call, wants, wants and points.requires_grad, options)
+    if not found:
         return loss
-    return _Held.apply(loss, _apart([g for _, g in reached]), *(t for t, _ in reached))
+    reached = [(points if t is None else t, g) for t, g in found]
+    return _Held.apply(loss, _apart([_gradient_like(t, g) for t, g in reached]), *(t for t, _ in reached))
 
 
 def stock_penalty(
