@@ -75,7 +75,7 @@ class _Namespace:
 
 
 class _World:
-    """Functions and methods that the forward runs, hooks on its modules and tensors, and the process's environment."""
+    """Functions and methods that the forward runs, hooks on and facts about its tensors and modules, the environment."""
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         for m in modules:
@@ -91,15 +91,22 @@ class _World:
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
         if any(self._hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
+        self._facts = list(map(_facts, tensors))
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         return (
             self._environment == _ENVIRONMENT
             and not any(self._hooks)
             and not any(map(_is_hooked, tensors))
+            and list(map(_facts, tensors)) == self._facts
             and all(namespace.holds() for namespace in self._namespaces)
             and all(now.keys() == then for now, then in self._instances)
         )
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """What the graph takes for granted of a tensor; Dynamo of torch 2.8 does not see one frozen."""
+    return tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_hooked(tensor: Tensor) -> bool:
