@@ -75,7 +75,7 @@ class _Namespace:
 
 
 class _World:
-    """Functions and methods that the forward runs, hooks on and facts about its tensors and modules, the environment."""
+    """What the forward runs, hooks on its modules and tensors, facts about these, and the environment."""
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         for m in modules:
