@@ -18,7 +18,15 @@ from gankern.compiler.refusal import Refused
 
 __all__ = ["Refused", "enabled", "planning"]
 
-_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=os.environ.get("GANKERN_PLAN", "1") != "0")
+
+def _from_environment() -> bool:
+    value = os.environ.get("GANKERN_PLAN", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"GANKERN_PLAN must be 0 or 1; got {value!r}")
+    return value == "1"
+
+
+_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=_from_environment())
 
 
 def enabled() -> bool:
