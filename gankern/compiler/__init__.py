@@ -26,7 +26,8 @@ def _from_environment() -> bool:
     return value == "1"
 
 
-_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=_from_environment())
+_DEFAULT = _from_environment()
+_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=_DEFAULT)
 
 
 def enabled() -> bool:
