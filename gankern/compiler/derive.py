@@ -5,6 +5,9 @@ The critic's own code runs once, on fake tensors, under ``make_fx``: no random n
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,7 +102,9 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
         Where values decide what is computed, or a tensor is read that is in neither list.
     """
     given = [*inputs, *state]
-    rng = torch.get_rng_state()
+    rng, others = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy.random")
+    numpys = pickle.dumps(numpy.get_state()) if numpy else None
     try:
         with _bilinear_convolutions():
             traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
@@ -108,6 +113,14 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
     finally:
         if not torch.equal(torch.get_rng_state(), rng):
             torch.set_rng_state(rng)
+        drawn = random.getstate() != others
+        if drawn:
+            random.setstate(others)
+        if numpy is not None and numpys is not None and pickle.dumps(numpy.get_state()) != numpys:
+            numpy.set_state(pickle.loads(numpys))
+            drawn = True
+    if drawn:
+        raise Refused("it draws random numbers of Python's or of numpy's")
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise Refused(f"it calls {node.target}")

@@ -7,6 +7,7 @@ hooks, functions and methods that were replaced, and the environment.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as module_hooks
+from torch.nn.parameter import is_lazy
 
 from gankern.compiler.refusal import Refused
 
@@ -30,6 +32,8 @@ _GLOBAL_HOOKS = [
     for name, value in vars(module_hooks).items()
     if name.startswith("_global_") and name.endswith("hooks") and isinstance(value, dict)
 ]
+# Py_TPFLAGS_HEAPTYPE: classes of Python's.
+_CAN_BE_PATCHED = 1 << 9
 # Values that a forward reads are constants of its graph, guarded each.
 _CONFIG = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook_guards": False}
 _ENVIRONMENT: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
@@ -75,16 +79,25 @@ class _Namespace:
 
 
 class _World:
-    """What the forward runs, hooks on its modules and tensors, facts about these, and the environment."""
+    """What the forward runs, hooks on its modules and tensors, facts about these, and the environment.
 
-    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+    Parameters
+    ----------
+    modules : sequence of nn.Module
+    objects : sequence
+        What else the forward reads: methods are looked up in classes, which Dynamo does not guard.
+    tensors : sequence of Tensor
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], objects: Sequence[Any], tensors: Sequence[Tensor]) -> None:
         for m in modules:
             # A function that stands in an instance shadows a method.
             for name, value in vars(m).items():
                 if callable(value) and not isinstance(value, type) and hasattr(type(m), name):
                     raise Refused(f"{name} was replaced on {type(m).__name__}")
-        classes = {base for m in modules for base in type(m).__mro__ if base is not object}
-        self._namespaces = [_Namespace(vars(owner)) for owner in (F, Tensor, *classes)]
+        types_of = {value if isinstance(value, type) else type(value) for value in (*modules, *objects)}
+        classes = {base for found in types_of for base in found.__mro__ if base.__flags__ & _CAN_BE_PATCHED}
+        self._namespaces = [_Namespace(vars(owner)) for owner in (F, *({Tensor} | classes))]
         # Not the modules themselves, which their plans must not keep alive.
         self._instances = [(vars(m), set(vars(m))) for m in modules]
         self._environment = dict(_ENVIRONMENT)
@@ -131,16 +144,21 @@ class Guards:
     """
 
     def __init__(
-        self, critic: Any, function: types.FunctionType, check: Callable[[Any], bool], held: list[Held]
+        self,
+        critic: Any,
+        function: types.FunctionType,
+        check: Callable[[Any], bool],
+        held: list[Held],
+        objects: Sequence[Any],
     ) -> None:
         # The guards live as long as the function that they belong to.
         self._function = function
         self._check = check
         code = f"lambda L, G: ({''.join(h.source + ', ' for h in held)})"
         self._fetch: Callable[[Any, Any], tuple[Tensor, ...]] = eval(code, {"__builtins__": {}})
-        roots = [critic, *(h.module for h in held)]
+        roots = [critic, *(h.module for h in held), *objects]
         modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
-        self._world = _World(list(modules), [h.tensor for h in held])
+        self._world = _World(list(modules), objects, [h.tensor for h in held])
         self.held = held
 
     def fetch(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
@@ -188,6 +206,21 @@ def _lasting_change() -> str | None:
 
 # Of such a tuple Dynamo's guard keeps the very list that is in it, and sees no change (torch 2.13).
 _OPEN_TUPLE = re.compile(r" == \(.*[\[{]")
+
+
+def _name(source: Any) -> str:
+    """The expression of a source or guard, a method up to torch 2.9."""
+    return source.name if isinstance(source.name, str) else source.name()
+
+
+def _guarded() -> Iterator[str]:
+    """Expressions for what the forward that Dynamo is tracing has read."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output: Any = InstructionTranslator.current_tx().output
+    return map(_name, output.guards)
+
+
 # How Dynamo writes the way to a module's parameter or buffer.
 _IN_MODULE = re.compile(r"(.*)\._(?:parameters|buffers)\['[^']*'\]")
 
@@ -209,17 +242,21 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
     from torch._dynamo import eval_frame
     from torch._dynamo.exc import TorchDynamoException
 
+    if isinstance(critic, nn.Module) and any(map(is_lazy, itertools.chain(critic.parameters(), critic.buffers()))):
+        raise Refused("it has parameters whose shapes its first forward finds")
     # A code object of its own: Dynamo keeps its entries there, and a limited number of them.
     name = f"gankern_plan_{next(_number)}"
     function = types.FunctionType(_call.__code__.replace(co_name=name), dict(_call.__globals__), name)
     call = {"critic": critic, "x": x, "args": args, "kwargs": kwargs}
     held: list[Held] = []
+    names: set[str] = set()
     reasons: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         reason = _lasting_change()
         if reason is not None:
             reasons.append(reason)
+        names.update(_guarded())
         for node in graph.graph.nodes:
             if isinstance(node.target, HigherOrderOperator) and node.target.name() != "autograd_function_apply":
                 # A checkpoint, say: it runs again in the backward pass, with the random numbers of before.
@@ -227,8 +264,7 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
             argument = node.meta.get("grapharg") if node.op == "placeholder" else None
             if argument is None:
                 continue
-            # A method up to torch 2.9.
-            source = argument.source.name if isinstance(argument.source.name, str) else argument.source.name()
+            source = _name(argument.source)
             if not isinstance(argument.example, Tensor):
                 reasons.append(f"the forward computes with {source}, which is no tensor")
             elif source != "L['x']":
@@ -262,7 +298,13 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
     for part in entry.guard_manager.code_parts:
         if _OPEN_TUPLE.search(part):
             raise Refused(f"the forward reads a tuple that holds what can be changed in place: {part}")
-    guards = Guards(critic, function, entry.guard_manager.check, list(held))
+    scope = {"L": call, "G": function.__globals__, **(entry.guard_manager.closure_vars or {})}
+    objects = [eval(source, scope) for source in names - {""}]
+    for value in objects:
+        # Dynamo looks through the cache, in which other calls leave what no guard knows.
+        if isinstance(value, functools._lru_cache_wrapper) and not f"{value.__module__}.".startswith("torch."):
+            raise Refused(f"the forward calls {value.__name__}, which functools.lru_cache remembers results of")
+    guards = Guards(critic, function, entry.guard_manager.check, list(held), objects)
     if guards.fetch(call) is None:
         raise Refused("its guards do not hold for the call that they were made for")
     # Dynamo keeps the backend.

@@ -67,7 +67,8 @@ class PenaltyPlan:
         _open_options(self.graph.graph)
         changed = effects.written(self.graph.graph)
         inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
-        self._writes = [node in changed for node in inputs[1 : len(held) + 1]]
+        self._writes = [node in changed for node in inputs[: len(held) + 1]]
+        _refuse_aliases([call["x"], *(h.tensor for h in held)], self._writes)
         self._draws = any(map(effects.draws, self.graph.graph.nodes))
         self._proven: bool | None = False
         optimise(self.graph, backends.select("critic_layers", call["x"]))
@@ -125,7 +126,7 @@ class PenaltyPlan:
 
     def _attempt(self, x: Tensor, *rest: Any) -> list[Any]:
         """A replay; where it cannot be right, the state is as before, and stock runs."""
-        tensors = [t for t, written in zip(rest, self._writes, strict=False) if written]
+        tensors = [t for t, written in zip((x, *rest), self._writes, strict=False) if written]
         kept = [t.clone() for t in tensors]
         state = torch.get_rng_state() if self._draws or not self._proven else None
         failed = None
@@ -147,6 +148,13 @@ class PenaltyPlan:
             raise Refused(failed)
         self._proven = True
         return [loss, *grads]
+
+
+def _refuse_aliases(tensors: Sequence[Tensor], writes: Sequence[bool]) -> None:
+    """What is written is read nowhere else: in the graph all inputs are apart."""
+    storages = [t.untyped_storage()._cdata for t in tensors]
+    if any(written and storages.count(s) > 1 for s, written in zip(storages, writes, strict=True)):
+        raise Refused("it changes a tensor that shares memory with another")
 
 
 def _open_options(graph: fx.Graph) -> None:

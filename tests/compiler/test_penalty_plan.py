@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import random
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,6 +325,56 @@ def test_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(critic, x, plans=plans)
 
 
+class Scale:
+    def of(self, h: Tensor) -> Tensor:
+        return 2 * h
+
+
+class Outside(Alpha):
+    """Reads what is no module of its own: an object, a layer in a list, the environment."""
+
+    count = torch.zeros(3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.acts = Scale(), [nn.SiLU()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.scale.of(self.acts[0](super().forward(x)).sinh())
+        return h * float(os.environ.get("GANKERN_TEST_SCALE", "1"))
+
+
+PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "method of an object": lambda patch: patch.setattr(Scale, "of", lambda self, h: h.square()),
+    "class of a layer in a list": lambda patch: patch.setattr(nn.SiLU, "forward", lambda self, h: h.square()),
+    "method of Tensor": lambda patch: patch.setattr(Tensor, "sinh", lambda h: h.sin(), raising=False),
+    "environment": lambda patch: patch.setenv("GANKERN_TEST_SCALE", "3"),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_change_outside_of_the_critic_is_seen(patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    critic = Outside().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    PATCHES[patch](monkeypatch)
+    agrees(critic, x, plans=plans)
+    assert plans.made == 2
+    monkeypatch.undo()
+    agrees(critic, x, plans=plans)
+    assert plans.made == 2
+
+
+def test_arrays_of_a_class_may_change() -> None:
+    critic = Outside().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plans = agrees(critic, x)
+    for value in (torch.ones(3), torch.ones(2), np.ones(3), np.ones(4)):
+        Outside.count = value  # type: ignore[assignment]
+        agrees(critic, x, plans=plans)
+    assert plans.made == 1
+
+
 def test_a_global_hook_is_seen() -> None:
     critic = conv_critic()
     plans = agrees(critic, images())
@@ -416,6 +468,33 @@ class Checkpointed(Alpha):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
+class DrawsNumpy(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.from_numpy(np.random.randn(4)))  # noqa: NPY002
+
+
+class Aliases(Alpha):
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("first", self.mean[:1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.add_(x.detach().mean(0))
+        return super().forward(x - self.first)
+
+
+@functools.lru_cache
+def _remembered() -> float:
+    return _GLOBAL
+
+
+class Remembers(Alpha):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * _remembered()
+
+
 class Hooks(Alpha):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -431,17 +510,48 @@ class Differentiates(Alpha):
 
 
 REFUSED = [Branches, Counts, Replaces, SetsData, DrawsInPython, ListInTuple, Checkpointed, Hooks, Differentiates]
+REFUSED += [DrawsNumpy, Aliases, Remembers]
 
 
 @pytest.mark.parametrize("make", REFUSED)
 def test_what_no_replay_can_follow_is_refused(make: Callable[[], nn.Module]) -> None:
-    critic = make().double()
+    critic = make().to(torch.float64)
+    drawn = str(np.random.get_state())  # noqa: NPY002
     before = copy.deepcopy(critic.state_dict())
     with pytest.raises(Refused, match=r"^(?!.*Warning)"):
         planned(Plans(), critic, torch.randn(3, 4, dtype=torch.float64), (), list(critic.parameters()), GP)
     for name, value in critic.state_dict().items():
         assert type(value) is Tensor and torch.equal(value, before[name])
     assert vars(critic).get("calls", 0) == 0
+    assert str(np.random.get_state()) == drawn  # noqa: NPY002
+
+
+def test_a_lazy_critic_draws_as_stock() -> None:
+    critic = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    params = list(critic.parameters())
+    with pytest.raises(Refused, match="shapes"):
+        planned(Plans(), critic, x, (), params, GP)
+    critic(x)
+    agrees(critic, x)
+
+
+def test_points_that_a_refused_replay_changed_are_as_before() -> None:
+    class Clamps(Alpha):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x.clamp_(-0.5, 0.5)
+            return super().forward(x)
+
+    critic, plans = Clamps().double(), Plans()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    agrees(critic, x.clone(), plans=plans)
+    critic.a.bias.data.fill_(torch.inf)
+    critic.act = nn.Identity()
+    before = x.clone()
+    with pytest.raises(Refused, match="finite"):
+        planned(plans, critic, x, (), list(critic.parameters()), GP)
+    assert torch.equal(x, before)
 
 
 def test_a_function_is_planned_for_any_network_that_it_closes_over() -> None:
