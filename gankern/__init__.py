@@ -4,9 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gankern import compiler, nn, ops, optim, penalties, profile, workspace
     from gankern import data as data
     from gankern import models as models
-    from gankern import nn, ops, optim, penalties, profile, workspace
     from gankern import train as train
     from gankern._capture import CapturedStep, CaptureError, capture
     from gankern._info import info
@@ -24,6 +24,7 @@ __all__ = [
     "backend",
     "capture",
     "clip_weights_",
+    "compiler",
     "explain",
     "fuse",
     "fusion_report",
@@ -55,7 +56,7 @@ _MODULE_OF = {
     "set_backend": "gankern.backends",
     "unfuse": "gankern.nn.fuse",
 }
-_MODULES = {"data", "models", "nn", "ops", "optim", "penalties", "profile", "train", "workspace"}
+_MODULES = {"compiler", "data", "models", "nn", "ops", "optim", "penalties", "profile", "train", "workspace"}
 
 
 def __getattr__(name: str) -> Any:

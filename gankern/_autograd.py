@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
+from torch.overrides import _get_current_function_mode_stack, has_torch_function
+from torch.utils._device import DeviceContext
+
+from gankern import _phases
 
 _PLAIN = (Tensor, nn.Parameter)
 _TRACERS = (
@@ -59,6 +62,24 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
         return False
     return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+
+
+def onlooker() -> str | None:
+    """Who traces, transforms or watches what torch runs now, so that only stock's own code may run; None if nobody."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces"
+    if _is_transformed() or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode derivatives"
+    # A default device is a mode as well, that leaves alone what gets tensors.
+    if torch._C._len_torch_function_stack() and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    ):
+        return "a mode that sees torch's functions"
+    if torch._C._len_torch_dispatch_stack() and not _phases.inline:
+        return "a mode that sees torch's operators"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors"
+    return None
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 #: Called with a part's name while somebody measures.
 hook: Callable[[str], AbstractContextManager[Any]] | None = None
-#: Whether the dispatch modes are the profiler's own: the penalty runs as it does without them.
+#: Whether the dispatch modes are the profiler's own: the penalty and fused modules run as they do without.
 inline = False
 
 

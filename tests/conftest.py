@@ -8,6 +8,8 @@ import pytest
 
 # Before torch is loaded: threads that wait for others leave the processor to other tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# To make a plan takes a second: only tests about plans do, also in processes that tests start.
+os.environ["GANKERN_PLAN"] = "0"
 
 import torch
 
@@ -89,7 +91,6 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(autouse=True)
 def plans(request: pytest.FixtureRequest) -> Iterator[None]:
-    """To make a plan takes a second: only tests about plans do."""
     with planning(request.path.parent.name == "compiler"):
         yield
 

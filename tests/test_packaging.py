@@ -132,6 +132,7 @@ def test_names_come_from_where_type_checkers_look_for_them():
         "torch.compile(lambda x: gankern.ops.l1_distance(x), fullgraph=True, backend='eager')(torch.rand(2, 3, 4))",
         "gankern.workspace; torch.ops.gankern.clip_weights_; gankern.explain('gradient_penalty', torch.rand(2))",
         "from gankern.profile import formulas",
+        "gankern.compiler.planning(False)",
         "from gankern.backends import adapters; import gankern.ops; assert len(adapters('cuda')) >= 6",
     ],
 )

@@ -18,7 +18,16 @@ from gankern.compiler.refusal import Refused
 
 __all__ = ["Refused", "enabled", "planning"]
 
-_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=os.environ.get("GANKERN_PLAN", "1") != "0")
+
+def _from_environment() -> bool:
+    value = os.environ.get("GANKERN_PLAN", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"GANKERN_PLAN must be 0 or 1; got {value!r}")
+    return value == "1"
+
+
+_DEFAULT = _from_environment()
+_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=_DEFAULT)
 
 
 def enabled() -> bool:
@@ -28,7 +37,12 @@ def enabled() -> bool:
 
 @contextmanager
 def planning(on: bool) -> Iterator[None]:
-    """Make and use plans, or leave all to stock autograd, inside a ``with`` block."""
+    """Make and use plans inside a ``with`` block, or leave to stock autograd what they would run.
+
+    Parameters
+    ----------
+    on : bool
+    """
     token = _enabled.set(on)
     try:
         yield

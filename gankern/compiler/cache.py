@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from gankern.arguments import first_line
 from gankern.compiler.guards import is_hooked
 from gankern.compiler.penalty import PenaltyPlan, Result
 from gankern.compiler.refusal import Refused
@@ -21,6 +22,8 @@ log = logging.getLogger("gankern.compiler")
 
 #: Plans that a critic keeps, the last used first.
 MOST_PLANS = 16
+# Calls that plans must have run for each one more than these: to make one takes as long as hundreds of stock's calls.
+_HITS_A_PLAN = 200
 # A first call that takes longer is announced.
 _SLOW = 3.0
 
@@ -32,20 +35,6 @@ class _Refusal:
     reason: str
     wait: int = 1
     calls: int = 0
-
-
-# Plans of one kind of call that may be made in a row without as many calls that use them.
-_MOST_UNUSED = 8
-
-
-@dataclass
-class _Churn:
-    """Plans made for a kind of call since they were last of use."""
-
-    hits: int
-    made: int = 0
-    calls: int = 0
-    wait: int = 2
 
 
 @dataclass
@@ -66,7 +55,6 @@ class Plans:
     hits: int = 0
     made: int = 0
     evicted: int = 0
-    _churn: dict[Any, _Churn] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.RLock)
 
     def run(
@@ -119,7 +107,10 @@ class Plans:
             refusal.calls += 1
             if refusal.calls < refusal.wait:
                 raise Refused(refusal.reason)
-        self._rest(key)
+        if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
+            reason = "too few calls for each plan so far: what the forward reads changes too often"
+            self._note(key, reason)
+            raise Refused(reason)
         begin = time.perf_counter()
         try:
             plan = PenaltyPlan(call, wants, wants_points)
@@ -128,7 +119,7 @@ class Plans:
             raise
         except Exception as error:
             # Stock's own run says what is wrong with the call, if anything is.
-            reason = f"deriving it failed with {type(error).__name__}: {str(error).splitlines()[:1]}"
+            reason = f"deriving it failed with {first_line(error)}"
             self._note(key, reason)
             raise Refused(reason) from None
         took = time.perf_counter() - begin
@@ -140,25 +131,6 @@ class Plans:
             self.plans.pop()
             self.evicted += 1
         return plan
-
-    def _rest(self, key: Any) -> None:
-        """Refuse where plans for a kind of call are made again and again, of a number that changes at every step, say.
-
-        Raises
-        ------
-        Refused
-        """
-        churn = self._churn.setdefault(key, _Churn(self.hits))
-        churn.made += 1
-        if self.hits - churn.hits >= churn.made:
-            self._churn[key] = _Churn(self.hits, 1)
-        elif churn.made > _MOST_UNUSED:
-            churn.calls += 1
-            if churn.calls < churn.wait:
-                raise Refused("its plans hold for few calls")
-            churn.calls, churn.wait = 0, min(2 * churn.wait, 1 << 12)
-        if len(self._churn) > 4 * MOST_PLANS:
-            self._churn.pop(next(iter(self._churn)))
 
     def _note(self, key: Any, reason: str) -> None:
         refusal = self.refused.setdefault(key, _Refusal(reason))
@@ -173,13 +145,19 @@ def _kind_of(call: dict[str, Any], wants: bool, wants_points: bool) -> Any:
     return x.shape, x.stride(), x.dtype, x.device, wants, wants_points
 
 
+_plans: weakref.WeakKeyDictionary[nn.Module | types.CodeType, Plans] = weakref.WeakKeyDictionary()
+
+
+def _owner(critic: Any) -> nn.Module | types.CodeType | None:
+    """What a critic's plans are kept for: a module, or the code of a function."""
+    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
+    return owner if isinstance(owner, nn.Module | types.CodeType) else None
+
+
 def known_plans(critic: Any) -> Plans | None:
     """The plans that were made of a critic, or refused; None where it was never asked for one."""
-    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
-    return _plans.get(owner) if isinstance(owner, nn.Module | types.CodeType) else None
-
-
-_plans: weakref.WeakKeyDictionary[Any, Plans] = weakref.WeakKeyDictionary()
+    owner = _owner(critic)
+    return None if owner is None else _plans.get(owner)
 
 
 def plans_of(critic: Callable[..., Any]) -> Plans:
@@ -190,8 +168,8 @@ def plans_of(critic: Callable[..., Any]) -> Plans:
     Refused
         For other callables.
     """
-    owner = critic.__code__ if isinstance(critic, types.FunctionType) else critic
-    if not isinstance(owner, nn.Module | types.CodeType):
+    owner = _owner(critic)
+    if owner is None:
         raise Refused(f"a critic that is a {type(critic).__name__}")
     found = _plans.get(owner)
     if found is None:

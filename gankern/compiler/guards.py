@@ -2,20 +2,20 @@
 
 Dynamo traces the critic's forward and guards whatever that reads in Python: attributes, globals, closures, layers, the
 tensors' metadata, torch's global state. Its graph is not used. :class:`_World` checks what Dynamo's guards leave out:
-hooks, and functions and methods that were replaced.
+hooks, functions and methods that were replaced, and the environment.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,11 @@ _GLOBAL_HOOKS = [
     for name, value in vars(module_hooks).items()
     if name.startswith("_global_") and name.endswith("hooks") and isinstance(value, dict)
 ]
+# Py_TPFLAGS_HEAPTYPE: classes of Python's.
+_CAN_BE_PATCHED = 1 << 9
 # Values that a forward reads are constants of its graph, guarded each.
 _CONFIG = {"specialize_float": True, "specialize_int": True, "skip_nnmodule_hook_guards": False}
+_ENVIRONMENT: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,8 +56,30 @@ def is_hooked() -> bool:
     return any(_GLOBAL_HOOKS)
 
 
+class _Namespace:
+    """The functions and descriptors of a class or module; what else it has Dynamo guards where the forward reads it."""
+
+    def __init__(self, now: Mapping[str, Any]) -> None:
+        self._now, self._names = now, list(now)
+        functions = [name for name, value in now.items() if callable(value) or hasattr(value, "__get__")]
+        # All have a docstring, if None; not all have functions.
+        self._read = itemgetter("__doc__", *functions)
+        self._then = self._read(now)
+        # IPython's autoreload puts new code into functions that are there.
+        given = [getattr(now[name], "fget", getattr(now[name], "__func__", now[name])) for name in functions]
+        own = (f for f in given if isinstance(f, types.FunctionType) and not f.__module__.startswith("torch."))
+        self._codes = [(f, f.__code__) for f in own]
+
+    def holds(self) -> bool:
+        return (
+            [*self._now] == self._names
+            and bool(self._read(self._now) == self._then)
+            and all(f.__code__ is code for f, code in self._codes)
+        )
+
+
 class _World:
-    """Functions and methods that the forward runs, and hooks on its modules and tensors.
+    """What the forward runs, hooks on its modules and tensors, facts about these, and the environment.
 
     Parameters
     ----------
@@ -72,42 +97,29 @@ class _World:
                     raise Refused(f"{name} was replaced on {type(m).__name__}")
         types_of = {value if isinstance(value, type) else type(value) for value in (*modules, *objects)}
         classes = {base for found in types_of for base in found.__mro__ if base.__flags__ & _CAN_BE_PATCHED}
-        self._namespaces = [_Methods(vars(owner)) for owner in (F, *classes)]
-        # Dynamo reads it without a guard.
-        self._environment = dict(_ENVIRONMENT)
+        self._namespaces = [_Namespace(vars(owner)) for owner in (F, *({Tensor} | classes))]
         # Not the modules themselves, which their plans must not keep alive.
         self._instances = [(vars(m), set(vars(m))) for m in modules]
+        self._environment = dict(_ENVIRONMENT)
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
         if any(self._hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
+        self._facts = list(map(_facts, tensors))
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         return (
-            not any(self._hooks)
+            self._environment == _ENVIRONMENT
+            and not any(self._hooks)
             and not any(map(_is_hooked, tensors))
-            and all(map(_Methods.hold, self._namespaces))
+            and list(map(_facts, tensors)) == self._facts
+            and all(namespace.holds() for namespace in self._namespaces)
             and all(now.keys() == then for now, then in self._instances)
-            and self._environment == _ENVIRONMENT
         )
 
 
-_ENVIRONMENT: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-# Py_TPFLAGS_HEAPTYPE: classes of Python's.
-_CAN_BE_PATCHED = 1 << 9
-
-
-class _Methods:
-    """Functions, properties and other descriptors in a namespace. Values are Dynamo's to guard: they may be arrays."""
-
-    def __init__(self, namespace: Any) -> None:
-        self._now = namespace
-        self._names = set(namespace)
-        found = {name: value for name, value in namespace.items() if hasattr(type(value), "__get__")}
-        self._values = list(found.values())
-        self._get = operator.itemgetter(*found) if len(found) > 1 else lambda now: [now[name] for name in found]
-
-    def hold(self) -> bool:
-        return self._now.keys() == self._names and all(map(operator.is_, self._get(self._now), self._values))
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """What the graph takes for granted of a tensor; Dynamo of torch 2.8 does not see one frozen."""
+    return tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_hooked(tensor: Tensor) -> bool:
@@ -190,6 +202,10 @@ def _lasting_change() -> str | None:
             names = ", ".join(effects.store_attr_mutations.get(changed, {}))
             return f"the forward changes {names or 'a value'} of something that outlives it"
     return None
+
+
+# Of such a tuple Dynamo's guard keeps the very list that is in it, and sees no change (torch 2.13).
+_OPEN_TUPLE = re.compile(r" == \(.*[\[{]")
 
 
 def _name(source: Any) -> str:
@@ -279,6 +295,9 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         if h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
             raise Refused(f"{h.source} is no parameter, buffer or argument")
     (entry,) = eval_frame._debug_get_cache_entry_list(function.__code__)
+    for part in entry.guard_manager.code_parts:
+        if _OPEN_TUPLE.search(part):
+            raise Refused(f"the forward reads a tuple that holds what can be changed in place: {part}")
     scope = {"L": call, "G": function.__globals__, **(entry.guard_manager.closure_vars or {})}
     objects = [eval(source, scope) for source in names - {""}]
     for value in objects:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends
+from gankern.arguments import first_line
 from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.passes import effects, optimise
@@ -137,7 +138,7 @@ class PenaltyPlan:
         except Exception as error:
             if self._proven:
                 raise
-            failed = f"its replay failed with {type(error).__name__}: {str(error).splitlines()[:1]}"
+            failed = f"its replay failed with {first_line(error)}"
             self._proven = None
         if failed is not None:
             for t, before in zip(tensors, kept, strict=True):

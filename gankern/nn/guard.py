@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as calls
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from gankern import _autograd
 
@@ -83,20 +80,8 @@ def state_refusal() -> str | None:
         or calls._global_backward_pre_hooks
     ):
         return "a hook on all modules"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit traces it"
-    if _autograd.is_transformed() or forward_ad._current_level >= 0:
-        return "a transform of torch.func is active"
-    # A default device is a mode as well, that leaves alone what gets tensors.
-    if torch._C._len_torch_function_stack() and any(
-        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
-    ):
-        return "a torch function mode is active"
-    if torch._C._len_torch_dispatch_stack():
-        return "a torch dispatch mode is active"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "hooks for saved tensors are active"
-    return "a function of torch was replaced" if _TORCH.is_patched(torch) else None
+    reason = _autograd.onlooker()
+    return "a function of torch was replaced" if reason is None and _TORCH.is_patched(torch) else reason
 
 
 def sequential_refusal(module: nn.Module, kind: Any) -> str | None:

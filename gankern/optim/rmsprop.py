@@ -203,7 +203,7 @@ def _step_by_torch(
     lists = (params, grads, square_avgs, grad_avgs, momentum_buffers, steps)
     _functional.rmsprop(*lists, has_complex=is_complex, **options)
     if clip is not None:
-        reference.clip_weights(params, clip)
+        reference.clamp_(params, clip)
 
 
 def _number_or_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:

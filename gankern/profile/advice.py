@@ -111,6 +111,7 @@ def _of_the_critic(side: Side) -> Iterator[Advice]:
             "use layer norm)"
         )
     if found.reason is not None:
-        yield Advice(f"{PENALTY} runs by a plan ({found.plan or 'none was asked for'}): {found.reason}")
+        plans = found.plan or "not asked for"
+        yield Advice(f"{PENALTY} runs the critic by a plan or stock autograd: {found.reason}; plans: {plans}")
     for name, calls in found.stock.items():
         yield Advice(f"{PENALTY} leaves {name} ({calls} in the critic) to stock autograd")

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import gankern
 from gankern import workspace
 from gankern.bench.cases import select
 from gankern.commands import build_parser
@@ -24,7 +25,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = ("", ".data", ".models", ".nn", ".ops", ".optim", ".penalties", ".profile", ".train", ".workspace")
+MODULES = ("", *(f".{name}" for name in sorted(gankern._MODULES)))
 
 
 def check_commands(example: Example) -> None:

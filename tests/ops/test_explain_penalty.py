@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gankern
 from gankern import penalties
+from gankern.compiler import planning
 
 
 def explained(critic: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:
@@ -95,6 +96,15 @@ def test_the_moment_is_told() -> None:
         assert "autocast" in explained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))).reason
     with torch.device("cpu"):
         assert explained(plain()).reason is None
+
+
+def test_calls_without_plans_are_told() -> None:
+    assert explained(Residual(), create_graph=True).plan == "none with create_graph"
+    assert explained(Residual()).plan == "switched off"
+    with planning(True):
+        assert explained(Residual()).plan is None
+        with gankern.backend("reference"):
+            assert "reference" in explained(Residual()).plan
 
 
 def test_nothing_runs() -> None:

@@ -103,9 +103,11 @@ def worker(rank: int, store: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def answers() -> Any:
-    return on_ranks(worker, WORLD)
+@pytest.fixture(scope="module", params=["0", "1"], ids=["stock", "planned"])
+def answers(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GANKERN_PLAN", request.param)
+        return on_ranks(worker, WORLD)
 
 
 @pytest.mark.filterwarnings("ignore")

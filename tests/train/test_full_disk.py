@@ -34,6 +34,15 @@ def losses(folder):
         return [row[:3] for row in csv.reader(file)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The same bits need as many threads as `crashing` has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tmp_path(tmp_path):
     """In memory, where fsync takes no time."""
@@ -42,7 +51,7 @@ def tmp_path(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(one_thread, tmp_path_factory):
     """A run of three steps that nothing stopped, and the state of its model."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, fit(folder, 3)

@@ -29,7 +29,7 @@ from gankern.ops.critic_layers.scope import Scope
 
 
 class Declined(Exception):
-    """Values or shapes that the layers do not take: stock is to run the critic."""
+    """Values or shapes that the layers do not take."""
 
 
 #: Runs a module by one of gankern's layers, on tensors that stand for its own; NotImplemented where it declines.

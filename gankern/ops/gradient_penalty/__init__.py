@@ -43,10 +43,10 @@ def gradient_penalty(
     all dimensions of a sample. One ordinary ``backward()`` of the critic's whole loss works, under torch.compile,
     DistributedDataParallel, autocast and GradScaler too.
 
-    A plain critic, torch's own modules one after the other without hooks, is run once by gankern's layers, and second
-    derivatives are taken inside: the result's graph is one first-order node that holds the gradients of the critic's
-    parameters. So it is where a plan of the critic is replayed. Any other critic is called once, unmodified, and stock
-    autograd makes the graph.
+    A plain critic, torch's own modules one after the other without hooks, is run once by gankern's layers; any other by
+    a plan, where one can be made: see the notes. Second derivatives are taken inside: the result's graph is one
+    first-order node that holds the gradients of the critic's parameters. Where there is no plan either, the critic is
+    called once, unmodified, and stock autograd makes the graph.
     ``gankern.explain(gankern.gradient_penalty, critic, real, fake)`` tells which, and why.
 
     Parameters
@@ -110,7 +110,7 @@ def gradient_penalty(
     what a critic writes and reads in its forward (spectral norm's vectors, batch norm's statistics) is then right.
 
     Where critic and batch are so small that calls from Python cost more than the arithmetic (a perceptron of points),
-    stock autograd runs a plain critic too. ``gankern.backend("cpu")`` asks for the kernels at any size.
+    a plan or stock autograd runs a plain critic too. ``gankern.backend("cpu")`` asks for the kernels at any size.
 
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight

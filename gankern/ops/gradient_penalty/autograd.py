@@ -1,4 +1,4 @@
-"""The penalty: by gankern's layers as one node, second order inside and first order outside, or by stock autograd."""
+"""The penalty, by gankern's layers, a plan or stock autograd; the first two are one node, of first order outside."""
 
 from __future__ import annotations
 
@@ -102,16 +102,6 @@ def _recording() -> Iterator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
-
-
-def check_scores(scores: Any) -> None:
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"critic must return a Tensor; got {type(scores).__name__}")
-
-
-def check_input_gradient(grad: Tensor | None) -> None:
-    if grad is None:
-        raise ValueError("critic must depend on its input; its output does not")
 
 
 def first_order_only() -> None:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
-from gankern import _phases, backends
+from gankern import backends
+from gankern._autograd import onlooker
 from gankern.ops.critic_layers import Chain, find, reference
 
 
@@ -20,18 +19,8 @@ def watched(*tensors: Tensor) -> str | None:
             return "tensors of a kind of their own"
         if t.device.type not in ("cpu", "cuda"):
             return f"gankern has no kernels for {t.device.type}"
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return "torch.func or forward-mode derivatives"
-    # One default device for all is no more than that.
-    if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
-        return "a mode that sees torch's functions"
-    if torch._C._len_torch_dispatch_stack() and not _phases.inline:
-        return "a mode that sees torch's operators"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "hooks on saved tensors"
-    if torch._C._is_tracing():
-        return "torch.jit traces"
-    return "anomaly detection" if torch.is_anomaly_enabled() else None
+    reason = onlooker()
+    return "anomaly detection" if reason is None and torch.is_anomaly_enabled() else reason
 
 
 def stands_alone(points: Tensor) -> str | None:
@@ -42,7 +31,7 @@ def stands_alone(points: Tensor) -> str | None:
 
 
 def choose(critic: Any, points: Tensor) -> Chain | str:
-    """The chain that gankern's layers run; else the reason why stock runs the critic."""
+    """The chain that gankern's layers run; else the reason why they do not run the critic."""
     reason = stands_alone(points)
     if reason is not None:
         return reason
@@ -53,7 +42,7 @@ def choose(critic: Any, points: Tensor) -> Chain | str:
     if any(p.device != points.device or (p.dtype != points.dtype and not casts) for p in chain.params):
         return "parameters of another device or type than the points"
     if casts and not chain.casts:
-        return "norms and poolings run stock under autocast"
+        return "under autocast there are no layers for norms and poolings"
     # On a GPU, made of torch's functions, the layers still spare passes.
     adapter = backends.select("critic_layers", points)
     if points.device.type == "cpu" and backends.requested() == "auto" and adapter.__name__ == reference.__name__:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gankern import compiler
+from gankern import backends, compiler
 from gankern.backends import Explanation, explain_call
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain
@@ -33,7 +33,7 @@ class PenaltyExplanation(Explanation):
         Why gankern's layers do not run the critic; None where they do.
     plan : str or None
         What became of the calls so far that a plan could run in their place: how many plans were made and used, and why
-        stock autograd ran the others. None where there was no such call.
+        stock autograd ran the others; or why such a call gets none. None where there was no such call.
     taken : dict of str to int
         Modules of the critic by class that gankern's layers run.
     stock : dict of str to int
@@ -50,7 +50,7 @@ class PenaltyExplanation(Explanation):
 
     def __str__(self) -> str:
         if self.reason is not None:
-            plan = f"plans, where one can be made: {self.plan or 'no call yet'}"
+            plan = f"plans: {self.plan or 'no call yet'}"
             return f"{super().__str__()}\ncritic, by a plan or stock autograd: {self.reason}\n{plan}"
         lines = [super().__str__()]
         for what, calls in (
@@ -83,7 +83,7 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     given = trainable(critic, call.get("params"))
     plain_call = not any(call.get(name) for name in ("inputs", "critic_kwargs", "create_graph"))
     if not isinstance(critic, nn.Module) or call.get("params") is not None or not plain_call:
-        return PenaltyExplanation(found.op, found.chosen, found.refused, PLAIN_CALL, known_plans(critic))
+        return PenaltyExplanation(found.op, found.chosen, found.refused, PLAIN_CALL, told_of_plans(critic, call))
     made = points[0].detach()
     made = made if len(points) == 1 else made.to(torch.promote_types(made.dtype, points[1].dtype))
     chain = choose(critic, made)
@@ -91,7 +91,7 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
         if isinstance(chain, Chain) and small.is_small(critic, made, given):
             chain = SMALL
     if isinstance(chain, str):
-        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, known_plans(critic))
+        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, told_of_plans(critic, call))
     calls: dict[str, Counter[str]] = {"taken": Counter(), "stock": Counter(), "linear": Counter()}
     for step in chain.steps:
         how = "taken" if step.kind.run is not None else "stock" if step.kind.bends else "linear"
@@ -99,8 +99,14 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     return PenaltyExplanation(found.op, found.chosen, found.refused, None, None, *map(dict, calls.values()))
 
 
-def known_plans(critic: Any) -> str | None:
-    """What became of a critic's calls so far, without bringing Dynamo in."""
+def told_of_plans(critic: Any, call: Mapping[str, Any]) -> str | None:
+    """Why a call gets no plan; else what became of the critic's calls so far, without bringing Dynamo in."""
+    if call.get("create_graph"):
+        return "none with create_graph"
+    if backends.requested() == "reference":
+        return "none on the backend 'reference'"
+    if not compiler.enabled():
+        return "switched off"
     cache = sys.modules.get(f"{compiler.__name__}.cache")
     found = None if cache is None else cache.known_plans(critic)
     return None if found is None else str(found)

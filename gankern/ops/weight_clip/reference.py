@@ -10,12 +10,17 @@ def refuse(*tensors: Tensor) -> str | None:
     return None
 
 
-@torch.no_grad()
-def clip_weights(params: list[Tensor], c: float | Tensor) -> None:
+def clamp_(params: list[Tensor], c: float | Tensor) -> None:
+    """The clamp as autograd records it, where it does."""
     for param in params:
         # Of other dtypes than the parameter's, tensors cannot be bounds.
         bound = c.to(param.dtype) if isinstance(c, Tensor) else c
         param.clamp_(-bound, bound)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def clip_weights(params: list[Tensor], c: float | Tensor) -> None:
+    clamp_(params, c)
 
 
 @torch.no_grad()
