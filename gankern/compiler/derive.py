@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
@@ -70,8 +69,12 @@ def _double_backward(
 
 
 @contextmanager
-def _bilinear_convolutions() -> Iterator[None]:
-    """Second derivatives of convolutions stay whole in graphs that are traced inside."""
+def bilinear_convolutions() -> Iterator[None]:
+    """Second derivatives of convolutions that are taken inside stay whole in the graph.
+
+    Nothing else should be computed there: torch's other decompositions in Python round otherwise than its kernels, and
+    resize to other pixels.
+    """
     op: Any = aten._convolution_double_backward.default
     key = DispatchKey.CompositeImplicitAutograd
     with _lock:
@@ -107,7 +110,7 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
     numpy = sys.modules.get("numpy.random")
     numpys = pickle.dumps(numpy.get_state()) if numpy else None
     try:
-        with _bilinear_convolutions():
+        with _lock:
             traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise Refused(f"values decide what it computes: {error}") from None
@@ -128,9 +131,6 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
         # Strides of fake tensors are not always those of real ones, which it goes by.
         if node.target in (aten.as_strided.default, aten.as_strided_.default):
             raise Refused("it goes by strides (as_strided)")
-        # It draws a mask, where stock's dropout of all draws none.
-        if node.target is aten.native_dropout.default and node.args[1] == 1:
-            raise Refused("its dropout keeps nothing")
         literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
         if node.op == "get_attr" and not literal:
             raise Refused("it reads a tensor that no guard knows")
@@ -149,10 +149,6 @@ class Functions(TorchFunctionMode):
             what = getattr(getattr(func, "__self__", None), "__name__", name)
             raise Refused(f"the forward calls {name} of {what} on a tensor" if what != name else f"it calls {name}")
         kwargs = kwargs or {}
-        if func is F.interpolate:
-            # Torch's decomposition rounds places to other pixels than its kernels do.
-            with torch._C._DisablePythonDispatcher():
-                return func(*args, **kwargs)
         substitute = SUBSTITUTES.get(func)
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
         if result is NotImplemented:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends
 from gankern.arguments import first_line
-from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
+from gankern.compiler.derive import Functions, bilinear_convolutions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.passes import effects, optimise
 from gankern.compiler.refusal import Refused
@@ -99,7 +99,8 @@ class PenaltyPlan:
                 loss, cotangent = tail_op(grad.detach(), 1.0, 0.0, False, False)
                 found: Sequence[Tensor | None] = [None] * len(wanted)
                 if wanted and grad.requires_grad:
-                    found = torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
+                    with bilinear_convolutions():
+                        found = torch.autograd.grad(grad, wanted, cotangent, allow_unused=True)
                 return [loss, scores.detach(), *found]
 
         return step
