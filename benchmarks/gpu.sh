@@ -100,7 +100,10 @@ if [ ! "$rehearse" ]; then
 fi
 
 smoke=("$python" benchmarks/gpu_smoke.py --device "$device")
-tests=("$python" -m pytest -q -p no:cacheprovider -m gpu -rfE --durations=15 --junitxml="$work/logs/tests.xml")
+# pytest-benchmark warns beside xdist, which would be an error; pytest-timeout's option is unknown where it is not.
+tests=("$python" -m pytest -q -p no:cacheprovider -p no:benchmark -o addopts=--import-mode=importlib
+    -W ignore::pytest.PytestUnknownMarkWarning -W ignore::pytest.PytestConfigWarning
+    -m gpu -rfE --durations=15 --junitxml="$work/logs/tests.xml")
 bench=("$python" -m gankern.cli bench --device "$device" --seconds 0.7 --repeat 15 --out "$work/bench")
 cases=(batch_norm_act.training conv_transpose2d_bn_act.training minibatch_discrimination.training
     gradient_penalty.residual gradient_penalty.conv rmsprop_clip.step critic_step.wgan-gp generator_step.dcgan)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
 from torch.utils._device import DeviceContext
 
-from gankern import _phases
+from gankern import _compiling, _phases
 
 _PLAIN = (Tensor, nn.Parameter)
 _TRACERS = (
@@ -90,7 +90,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
 def casts(tensor: Tensor) -> bool:
     """Whether autocast is on for a tensor's device; there are devices that it does not know."""
     kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+# Dynamo of torch 2.11 cannot trace it.
+@_compiling.constant
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def gradients(

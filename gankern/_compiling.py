@@ -6,8 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
+import torch
+
 if TYPE_CHECKING:
     from torch._dynamo.eval_frame import OptimizedModule
+
+#: Whether Dynamo passes modules to functions marked by `constant`.
+TAKES_MODULES = torch.__version__ >= (2, 13)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -134,7 +134,9 @@ def _compiled(wanted: Kernel, arch: str, read: str, more: Sequence[str] = ()) ->
 
 
 def _options(wanted: Kernel, arch: str) -> tuple[str, ...]:
-    return ("-std=c++17", f"--gpu-architecture={arch}", *(f"-D{key}={value}" for key, value in wanted.defines))
+    # By default NVRTC 13.0 takes a generic lambda for a function of the host.
+    defines = (f"-D{key}={value}" for key, value in wanted.defines)
+    return ("-std=c++17", "-default-device", f"--gpu-architecture={arch}", *defines)
 
 
 def _texts(source: str) -> tuple[bytes, dict[str, bytes]]:

@@ -19,8 +19,8 @@ __all__ = ["GRAPH", "TF32", "TF32_TOLERANCE", "graphed", "products_in_tf32", "se
 #: Follows the name of a side that runs as a graph.
 GRAPH = " graph"
 _WARM_UP = 3
-#: Relative error in norm that TF32's 10 bits of a factor leave at the cases' sizes, and some.
-TF32_TOLERANCE = 2e-3
+#: Relative error in norm: TF32 keeps 3 bits more of a factor than bfloat16, and leaves the rest out without rounding.
+TF32_TOLERANCE = 2.5e-2
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class PenaltyPlan:
         """A replay; where it cannot be right, the state is as before, and stock runs."""
         tensors = [t for t, written in zip((x, *rest), self._writes, strict=False) if written]
         kept = [t.clone() for t in tensors]
-        state = torch.get_rng_state() if self._draws or not self._proven else None
+        state = _random_state(x.device) if self._draws or not self._proven else None
         failed = None
         try:
             loss, scores, *grads = self._run(x, *rest)
@@ -145,10 +145,24 @@ class PenaltyPlan:
             for t, before in zip(tensors, kept, strict=True):
                 t.copy_(before)
             if state is not None:
-                torch.set_rng_state(state)
+                _set_random_state(x.device, state)
             raise Refused(failed)
         self._proven = True
         return [loss, *grads]
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The state of the processor's generator, and of the device's; a capture's is not to be read."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def _refuse_aliases(tensors: Sequence[Tensor], writes: Sequence[bool]) -> None:

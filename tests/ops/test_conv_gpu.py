@@ -112,8 +112,8 @@ def test_tf32_where_torch_allows_it(gpu: torch.device, given: Case, monkeypatch:
     grad = torch.randn_like(output)
     ours = [output, run.conv_input_grad(grad, w, x, given.options), run.conv_weight_grad(grad, x, w, given.options)]
     for got, exact in zip(ours, passes(given, torch.float64, (x, w, b), grad), strict=True):
-        # The factors have 11 bits.
-        assert (got - exact).norm() <= 2**-11 * exact.norm()
+        # Both factors have 11 bits, the last of which the GPU leaves out instead of rounding.
+        assert (got - exact).norm() <= 2**-10 * exact.norm()
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "none"])

@@ -177,7 +177,8 @@ def test_convolution_with_bias_and_activation_has_the_bits_of_torch(
             want = plain if activation == "none" else want
             close = 0 if activation != "none" and not cuts(dtype) else 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(got, want, rtol=close, atol=4 * close, equal_nan=True)
-            assert got.is_contiguous(memory_format=order)
+            # cuDNN turns float64 to planes.
+            assert got.stride() == plain.stride()
         bare = conv(x, weight, None, OPTIONS, "relu")
         assert torch.equal(bare, F.relu(reference.conv(x, weight, None, OPTIONS)))
     volume = torch.randn(1, 2, 3, 3, 3, device=gpu)

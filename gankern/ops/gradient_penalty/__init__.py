@@ -207,7 +207,7 @@ def penalty_at(
     if isinstance(inner, nn.Module):
         _warn_of_batch_norm(inner)
     if torch.compiler.is_compiling():
-        handle, reached = autograd.capturable(inner) if whole else (0, [])
+        handle, reached = autograd.capturable(inner) if whole and _compiling.TAKES_MODULES else (0, [])
         if handle:
             return autograd.penalty(handle, list(inner.parameters()), reached, points, *options)
         # Outside of the graph, which does not see what a critic reads and writes.
