@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch._dynamo.eval_frame import OptimizedModule
 
 #: Whether Dynamo passes modules to functions marked by `constant`.
-TAKES_MODULES = torch.__version__ >= (2, 13)
+TAKES_MODULES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
