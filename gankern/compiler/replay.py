@@ -9,8 +9,11 @@ from typing import Any
 from torch import fx
 
 
-def compile_graph(traced: fx.GraphModule) -> Callable[..., Any]:
-    """The function of a graph's placeholders that its nodes compute."""
+def compile_graph(traced: fx.GraphModule, packed: bool = False) -> Callable[..., Any]:
+    """The function of a graph's placeholders that its nodes compute.
+
+    `packed`, it takes them in one list, which it empties: nobody else then keeps them.
+    """
     last_use: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
         for used in node.all_input_nodes:
@@ -57,6 +60,9 @@ def compile_graph(traced: fx.GraphModule) -> Callable[..., Any]:
         dead = [n.name for n in dies.get(node, ())] + ([node.name] if not node.users else [])
         if dead:
             lines.append(f"del {', '.join(dead)}")
+    if packed:
+        lines[:0] = [f"{', '.join(parameters)}, = given", "given.clear()"]
+        parameters = ["given"]
     source = f"def replay({', '.join(parameters)}):\n    " + "\n    ".join(lines) + "\n"
     exec(compile(source, "<gankern plan>", "exec"), scope)
     run: Callable[..., Any] = scope["replay"]

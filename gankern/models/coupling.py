@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gankern.nn.block import has_hooks
-from gankern.nn.stretch import stock_class
+from gankern.nn.fuse import stock_class
 
 _KNOWN: frozenset[type[nn.Module]] = frozenset().union(
     {nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish},

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import gankern
+from gankern.compiler.choice import everywhere
 
 #: Checks by how often each is drawn: penalties, what fuse made of the network, what only looks at it.
 CHECKS = {
@@ -436,7 +437,7 @@ def _settings(options: Options) -> Iterator[None]:
     if threads != options.threads:
         torch.set_num_threads(options.threads)
     try:
-        with warnings.catch_warnings(), gankern.backend(options.backend):
+        with warnings.catch_warnings(), gankern.backend(options.backend), everywhere():
             warnings.simplefilter("ignore")
             yield
     finally:

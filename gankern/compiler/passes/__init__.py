@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from gankern.compiler.passes import common, convolutions, dead, layout, views, zeros
+from gankern.compiler.passes import batch_norms, common, convolutions, dead, in_place, layout, views, zeros
 
 
 def optimise(traced: fx.GraphModule, adapter: Any) -> None:
@@ -21,3 +21,20 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
         convolutions.lower(traced.graph, adapter)
         layout.settle(traced.graph)
     traced.graph.lint()
+
+
+def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any) -> int:
+    """Apply those that serve a graph of the first order, in place; how many calls became kernels of gankern's."""
+    dead.forget_detach(traced.graph)
+    written = in_place.forget(traced.graph)
+    common.share(traced.graph)
+    dead.drop(traced.graph)
+    dead.narrow_masks(traced.graph)
+    views.relax(traced.graph)
+    kernels = 0
+    if hasattr(adapter, "takes_conv"):
+        kernels = batch_norms.fuse(traced.graph, norm_adapter)
+        kernels += layout.settle(traced.graph, convolutions=True)
+    in_place.put_back(traced.graph, written)
+    traced.graph.lint()
+    return kernels

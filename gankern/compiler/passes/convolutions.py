@@ -94,34 +94,35 @@ def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
 
 
 _RELU = {aten.relu.default, aten.relu_.default}
+_TANH = {aten.tanh.default, aten.tanh_.default}
 _LEAKY = {aten.leaky_relu.default, aten.leaky_relu_.default}
 
 
-def _activation(node: fx.Node) -> tuple[str, float] | None:
+def activation(node: fx.Node) -> tuple[str, float] | None:
     """The activation that a node applies to its first argument."""
     if node.target in _RELU:
         return "relu", 0.0
     if node.target in _LEAKY:
         slope = arguments(node)[1] if len(node.args) > 1 else 0.01
         return ("leaky_relu", float(slope)) if slope > 0 else None
-    return None
+    return ("tanh", 0.0) if node.target in _TANH else None
 
 
-def _derivative(node: fx.Node) -> tuple[str, float, Any, bool] | None:
+def derivative(node: fx.Node) -> tuple[str, float, Any, bool] | None:
     """The activation whose derivative a node multiplies by, what tells it, and whether that is the output."""
     args = arguments(node)
     if node.target is aten.threshold_backward.default and args[2] == 0:
         return "relu", 0.0, args[1], True
     if node.target is aten.leaky_relu_backward.default and args[2] > 0:
         return "leaky_relu", float(args[2]), args[1], bool(args[3])
-    return None
+    return ("tanh", 0.0, args[1], True) if node.target is aten.tanh_backward.default else None
 
 
 def _fuse_forward(graph: fx.Graph, adapter: Any) -> None:
     for node in list(graph.nodes):
-        act = _activation(node)
+        act = activation(node)
         conv = node.args[0] if act is not None else None
-        if act is None or not isinstance(conv, fx.Node) or conv.target is not adapter.conv or conv.args[4] != "none":
+        if act is None or act[0] == "tanh" or not isinstance(conv, fx.Node) or conv.target is not adapter.conv or conv.args[4] != "none":
             continue
         if effects.writes(node):
             # Whoever reads the convolution afterwards sees the activated values.
@@ -141,16 +142,16 @@ def _fuse_forward(graph: fx.Graph, adapter: Any) -> None:
 
 
 def _tells(user: fx.Node, conv: fx.Node, act: tuple[str, float]) -> bool:
-    found = _derivative(user)
+    found = derivative(user)
     return found is not None and found == (*act, conv, False) and user.args[0] is not conv
 
 
 def _fuse_backward(graph: fx.Graph, adapter: Any) -> None:
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        found = _derivative(node)
+        found = derivative(node)
         grad = node.args[0] if found is not None else None
-        if found is None or not isinstance(grad, fx.Node) or grad.target is not adapter.conv_input_grad:
+        if found is None or found[0] == "tanh" or not isinstance(grad, fx.Node) or grad.target is not adapter.conv_input_grad:
             continue
         act, slope, told_by, _ = found
         # The activation's input tells the same as its output: the signs are equal.

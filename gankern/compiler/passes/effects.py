@@ -70,19 +70,30 @@ def views(node: fx.Node) -> bool:
     return node.op == "call_function" and _schema(node.target)[2]
 
 
-def written(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose memory is changed after they were computed, in whatever view of it."""
+def homes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The node that made the memory of each."""
     home: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        shares = node.op == "call_function" and (views(node) or writes(node))
         first = node.args[0] if node.args else None
+        shares = node.op == "call_function" and (views(node) or any(used is first for used in written_by(node)))
         getitem = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
         if (shares or getitem) and isinstance(first, fx.Node):
             home[node] = home.get(first, first)
         else:
             home[node] = node
-    changed = set()
-    for node in graph.nodes:
-        if writes(node):
-            changed |= {home[used] for used in written_by(node)}
-    return {node for node in graph.nodes if home[node] in changed}
+    return home
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory is changed after they were computed, in whatever view of it."""
+    return set(last_writes(graph))
+
+
+def last_writes(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Where in the graph the memory of a node is changed for the last time, of those whose is."""
+    home = homes(graph)
+    last: dict[fx.Node, int] = {}
+    for place, node in enumerate(graph.nodes):
+        for used in written_by(node):
+            last[home[used]] = place
+    return {node: last[home[node]] for node in graph.nodes if home[node] in last}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gankern.compiler import norms
+from gankern._layout import dense
+from gankern.compiler import choice, norms
 from gankern.compiler.passes import effects
 from gankern.compiler.refusal import Refused
 
@@ -31,7 +32,18 @@ _ANY_ORDER = {
     *(aten.leaky_relu_backward.default, aten.threshold_backward.default, aten.copy_.default),
     *(*norms.LAYER_NORM, *norms.GROUP_NORM),
     *(aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.constant_pad_nd.default),
+    *(aten.full_like.default, aten.native_batch_norm.default, aten.native_batch_norm_backward.default),
+    *(aten.upsample_nearest2d.default, aten.upsample_nearest2d_backward.default),
+    *(aten.upsample_bilinear2d.default, aten.upsample_bilinear2d_backward.default),
+    *(aten.avg_pool2d.default, aten.avg_pool2d_backward.default, aten.max_pool2d_with_indices.default),
+    *(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default),
+    *(aten.reflection_pad2d.default, aten.replication_pad2d.default),
+    *(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.native_group_norm.default),
+    *(aten.elu_backward.default, aten.softplus_backward.default, aten.hardtanh_backward.default),
+    *(aten._prelu_kernel.default, aten._prelu_kernel_backward.default),
 }
+# They run faster in channels_last.
+_CONVOLUTIONS = {aten.convolution.default: (0,), aten.convolution_backward.default: (0, 1)}
 
 
 def turned(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -41,24 +53,58 @@ def turned(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def settle(graph: fx.Graph) -> None:
-    """Turn what nodes marked with an ``order`` leave in another order than their readers can take."""
-    changed = effects.written(graph)
+def settle(graph: fx.Graph, convolutions: bool = False) -> int:
+    """Turn what nodes marked with an ``order`` leave in another order than their readers can take.
+
+    `convolutions`, those of torch get images in channels_last, too; returns how many run in it that did not.
+    """
+    count = 0
+    changed = effects.last_writes(graph)
+    place_of = {node: place for place, node in enumerate(graph.nodes)}
     actual: dict[fx.Node, Any] = {}
     turned_of: dict[fx.Node, fx.Node] = {}
+    images_of: dict[fx.Node, fx.Node] = {}
+
+    def to_channels_last(node: fx.Node, source: fx.Node) -> None:
+        if changed.get(source, -1) >= place_of[node]:
+            return
+        copy = images_of.get(source)
+        if copy is None:
+            image = source.meta["val"].contiguous(memory_format=torch.channels_last)
+            with graph.inserting_before(node):
+                copy = graph.call_function(turned, (source, tuple(image.stride())))
+            copy.meta["val"], actual[copy] = source.meta["val"], image
+            place_of[copy] = place_of[node]
+            images_of[source] = copy
+        node.replace_input_with(source, copy)
+
     for node in list(graph.nodes):
         stock = node.meta.get("val")
         actual[node] = stock
+        if "follows" in node.meta:
+            image = dense(actual[node.args[node.meta["follows"]]])
+            actual[node] = (image, *stock[1:]) if isinstance(stock, tuple) else image
+            continue
         if "order" in node.meta:
             actual[node] = stock.contiguous(memory_format=node.meta["order"])
             continue
         if node.target is operator.getitem and isinstance(actual[node.args[0]], list | tuple):
             actual[node] = actual[node.args[0]][node.args[1]]
             continue
+        if convolutions and node.target in _CONVOLUTIONS:
+            for place in _CONVOLUTIONS[node.target]:
+                source = node.args[place]
+                if _is_image(actual[source]) and _is_wide(node):
+                    to_channels_last(node, source)
+            count += node.target is aten.convolution.default and _moved(node.args[0], actual)
         moved = [n for n in node.all_input_nodes if isinstance(actual[n], Tensor) and _moved(n, actual)]
         if not moved or node.meta.get("any_order"):
             continue
         if _takes_any_order(node):
+            # Mixed, operators are slow, and not of one mind which order their result has.
+            for source in () if node.target in _CONVOLUTIONS else node.all_input_nodes:
+                if source not in moved and _is_image(actual[source]) and actual[source].shape == actual[moved[0]].shape:
+                    to_channels_last(node, source)
             args, kwargs = pytree.tree_map(
                 lambda a: actual[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
             )
@@ -77,9 +123,28 @@ def settle(graph: fx.Graph) -> None:
                 with graph.inserting_before(node):
                     copy = graph.call_function(turned, (source, tuple(source.meta["val"].stride())))
                 copy.meta["val"] = actual[copy] = source.meta["val"]
-                if source not in changed:
+                if changed.get(source, -1) < place_of[node]:
                     turned_of[source] = copy
             node.replace_input_with(source, copy)
+    return count
+
+
+def _is_wide(node: fx.Node) -> bool:
+    """Whether images are more than what it costs to turn the weight."""
+    forward = node.target is aten.convolution.default
+    output = node.meta["val"] if forward else node.args[0].meta["val"]
+    input, weight = (node.args[place].meta["val"] for place in ((0, 1) if forward else (1, 2)))
+    return choice.outweighs(input.numel() + output.numel(), weight.numel())
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a tensor is of images that are not in channels_last."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 4
+        and choice.order_pays(value)
+        and not value.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _moved(node: fx.Node, actual: dict[fx.Node, Any]) -> bool:
@@ -89,5 +154,7 @@ def _moved(node: fx.Node, actual: dict[fx.Node, Any]) -> bool:
 def _takes_any_order(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
+    if node.target in _CONVOLUTIONS:
+        return bool(node.args[0].meta["val"].dim() == 4)
     ordered = effects.draws(node) or not (torch.Tag.pointwise in node.target.tags or node.target in _ANY_ORDER)
     return not ordered

@@ -1,0 +1,51 @@
+"""When plans and their kernels pay, as measured; tests have them everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_everywhere: ContextVar[bool] = ContextVar("gankern_everywhere", default=False)
+
+# Calls of one kind that stock runs before a fused module is planned: what comes once or twice is not worth the time.
+_CALLS_FIRST = 2
+# Elements from which on batch norm's kernels are faster on a CPU (AMD Zen 5, 2 cores).
+_MANY = 1 << 17
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """Plan each call at once, with kernels whatever the size and type, inside a ``with`` block; for tests."""
+    token = _everywhere.set(True)
+    try:
+        yield
+    finally:
+        _everywhere.reset(token)
+
+
+def is_everywhere() -> bool:
+    return _everywhere.get()
+
+
+def calls_first() -> int:
+    """How many calls of a kind stock runs before a plan is made for them."""
+    return 0 if _everywhere.get() else _CALLS_FIRST
+
+
+def norm_pays(x: Tensor) -> bool:
+    """Whether a batch norm's kernel is faster than stock's."""
+    return x.device.type != "cpu" or x.numel() >= _MANY or _everywhere.get()
+
+
+def order_pays(images: Tensor) -> bool:
+    """Whether torch's convolutions are faster in channels_last."""
+    return images.device.type == "cpu" and (images.dtype in (torch.float32, torch.bfloat16) or _everywhere.get())
+
+
+def outweighs(images: int, weight: int) -> bool:
+    """Whether so many elements of images outweigh a convolution's weight, which torch turns at each call."""
+    return 2 * images >= weight or _everywhere.get()

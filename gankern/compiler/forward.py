@@ -1,0 +1,266 @@
+"""Plans of a module's forward pass and of its first derivatives.
+
+The graph of both is derived at once, by running the module and autograd under ``make_fx``, optimised, and cut where the
+gradient of the output comes in. A derivative of the second order is stock autograd's own, of a forward that runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from gankern import _library, _stock, backends
+from gankern.arguments import first_line
+from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
+from gankern.compiler.guards import Held, make_guards
+from gankern.compiler.passes import effects, optimise_first_order
+from gankern.compiler.passes.layout import turned
+from gankern.compiler.refusal import Refused
+from gankern.compiler.replay import compile_graph
+
+#: Stands for the gradient of the output where a graph is derived.
+_tangent = _library.define("tangent(Tensor output) -> Tensor", torch.empty_like, torch.empty_like)
+
+
+class ForwardPlan:
+    """What computes a module's output, and its gradients, for calls like the one it was made for.
+
+    Parameters
+    ----------
+    call : dict
+        The module, its first argument, the others and its keywords, as ``critic``, ``x``, ``args`` and ``kwargs``.
+    strides : tuple of int or None
+        Of the output that stock gave; None where nobody knows.
+
+    Raises
+    ------
+    Refused
+    """
+
+    def __init__(self, call: dict[str, Any], strides: tuple[int, ...] | None) -> None:
+        self._guards = make_guards(**call)
+        held, self._guards.held = self._guards.held, []
+        x = call["x"]
+        inputs = [x, *(h.tensor for h in held)]
+        self._kind = torch.is_grad_enabled(), backends.requested()
+        self._casts = torch.is_autocast_enabled(x.device.type)
+        self._wanted = [i for i, t in enumerate(inputs) if self._kind[0] and t.requires_grad]
+        graph = derive(self._step(call, held), [x.detach()], [t.detach() for t in inputs[1:]])
+        changed = effects.written(graph.graph)
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        self._writes = [i for i, node in enumerate(places) if node in changed]
+        owned = {0, *(i + 1 for i, h in enumerate(held) if h.module is not None)}
+        for i in self._writes:
+            if i not in owned or i == 0 or inputs[i].requires_grad:
+                raise Refused("it changes its input, or a parameter")
+        storages = [t.untyped_storage()._cdata for t in inputs]
+        if any(storages.count(storages[i]) > 1 for i in self._writes):
+            raise Refused("it changes a tensor that shares memory with another")
+        self._draws = any(map(effects.draws, graph.graph.nodes))
+        self.kernels = optimise_first_order(
+            graph, backends.select("critic_layers", x), backends.select("batch_norm_act", x)
+        )
+        strides = _check_output(graph.graph, strides)
+        self._forward, self._backward = _cut(graph)
+        self._strides = strides
+        self._proven: bool | None = False
+        #: Whether somebody differentiated a gradient, so that stock runs from then on.
+        self.differentiated = False
+
+    def _step(self, call: dict[str, Any], held: Sequence[Held]) -> Callable[..., list[Tensor | None]]:
+        module, args, kwargs = call["critic"], call["args"], call["kwargs"]
+        requires_grad = call["x"].requires_grad
+        models = [h.tensor for h in held]
+        modules = [h.module for h in held if h.module is not None]
+        given = {id(h.tensor) for h in held if h.module is None}
+
+        def step(points: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+            leaves = [leaf_like(t, model) for t, model in zip(tensors, models, strict=True)]
+            known = {id(model): leaf for model, leaf in zip(models, leaves, strict=True)}
+            with torch.set_grad_enabled(self._kind[0]):
+                points = points.detach().requires_grad_(requires_grad)
+                a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
+                with in_place_of(modules, models, leaves), _stock.forwards(), Functions():
+                    output = module(points, *a, **k)
+                if not isinstance(output, Tensor):
+                    raise Refused(f"its output is a {type(output).__name__}")
+                wanted = [(points, *leaves)[i] for i in self._wanted]
+                result = output.detach()
+                if not (wanted and output.requires_grad):
+                    return [result]
+                tangent = _tangent(result)
+                return [result, *torch.autograd.grad(output, wanted, tangent, allow_unused=True)]
+
+        return step
+
+    def __call__(self, call: dict[str, Any]) -> Tensor | None:
+        """The output, which autograd follows where the stock one would be; None where the plan is not for this call."""
+        if self._proven is None or self.differentiated or (torch.is_grad_enabled(), backends.requested()) != self._kind:
+            return None
+        tensors = self._guards.fetch(call)
+        if tensors is None:
+            return None
+        inputs = (call["x"], *tensors)
+        if self._backward is None:
+            return self.run_forward(inputs)[0]
+        output: Tensor = _Planned.apply(self, call, *inputs)
+        return output
+
+    def run_forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The output, and what the backward pass needs."""
+        found = self._replay(inputs)
+        if found[0].stride() != self._strides:
+            found[0] = _lay(found[0], self._strides)
+        return found
+
+    def _replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with self._plain():
+            if self._proven:
+                found: list[Tensor] = self._forward([*inputs])
+                return found
+            kept = self.state(inputs)
+            try:
+                found = self._forward([*inputs])
+            except Exception as error:
+                self._proven = None
+                _restore(kept)
+                raise Refused(f"its replay failed with {first_line(error)}") from None
+            self._proven = True
+            return found
+
+    def run_backward(self, grad: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
+        with self._plain():
+            assert self._backward is not None
+            found: list[Tensor | None] = self._backward([turned(grad, self._strides), *saved])
+            return found
+
+    def _plain(self) -> Any:
+        # Casts of autocast are in the graph already.
+        return torch.autocast("cpu", enabled=False) if self._casts else nullcontext()
+
+    def state(self, inputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """What a forward changes, as it is now."""
+        kept = [(inputs[i], inputs[i].detach().clone()) for i in self._writes]
+        return kept, torch.get_rng_state() if self._draws else None
+
+    @contextmanager
+    def again(self, inputs: Sequence[Tensor], before: Any) -> Iterator[None]:
+        """The state before a forward, inside; outside nothing has happened."""
+        now = self.state(inputs)
+        _restore(before)
+        try:
+            yield
+        finally:
+            _restore(now)
+
+
+def _restore(state: tuple[list[tuple[Tensor, Tensor]], Tensor | None]) -> None:
+    kept, random = state
+    for tensor, before in kept:
+        # Autograd is not told: a graph that holds it saw the value that comes back.
+        tensor.data.copy_(before)
+    if random is not None:
+        torch.set_rng_state(random)
+
+
+class _Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: ForwardPlan, call: dict[str, Any], *inputs: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.before = plan.state(inputs)
+        output, *saved = plan.run_forward(inputs)
+        ctx.plan, ctx.call, ctx.inputs = plan, call, inputs
+        ctx.save_for_backward(*saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: ForwardPlan = ctx.plan
+        found: list[Tensor | None] = [None] * (2 + len(ctx.inputs))
+        if grad is None:
+            return tuple(found)
+        if torch.is_grad_enabled():
+            grads = _second_order(plan, ctx, grad)
+        else:
+            saved = ctx.saved_tensors
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.maybe_clear_saved_tensors()
+            grads = plan.run_backward(grad, saved)
+        for place, value in zip(plan._wanted, grads, strict=True):
+            found[2 + place] = value
+        return tuple(found)
+
+
+def _second_order(plan: ForwardPlan, ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+    """Gradients that can be differentiated, of stock's own forward run again."""
+    plan.differentiated = True
+    call, inputs = ctx.call, ctx.inputs
+    if plan._guards.fetch(call) is None:
+        raise RuntimeError(
+            "a fused module has changed between its forward and a backward with create_graph=True, which runs the "
+            "forward again: call gankern.unfuse on it"
+        )
+    with plan.again(inputs, ctx.before), _stock.forwards():
+        output = call["critic"](call["x"], *call["args"], **call["kwargs"])
+    wanted = [inputs[i] for i in plan._wanted]
+    return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
+
+
+def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The strides of the output; refuse one that shares memory with an input, or that lies otherwise than stock's."""
+    (results,) = next(node for node in graph.nodes if node.op == "output").args
+    node = results[0]
+    found: tuple[int, ...] = node.meta["val"].stride()
+    shape = node.meta["val"].shape
+    if strides is not None and _apart(shape, found) != _apart(shape, strides):
+        raise Refused("its output lies in memory otherwise than stock's")
+    while isinstance(node, fx.Node) and (effects.views(node) or effects.writes(node)):
+        node = node.args[0]
+    if node.op == "placeholder":
+        raise Refused("its output is a view of what it was given")
+    return found if strides is None else strides
+
+
+def _lay(output: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The output as it lies in memory in stock."""
+    if _apart(output.shape, output.stride()) == _apart(output.shape, strides):
+        return output.as_strided(output.shape, strides)
+    return turned(output, strides)
+
+
+def _apart(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides that tell elements apart: what those of a single one say is nobody's."""
+    return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
+
+
+def _cut(traced: fx.GraphModule) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """The two programs of a graph: what comes before the gradient of the output, and what comes after it."""
+    nodes = list(traced.graph.nodes)
+    (results,) = nodes.pop().args
+    marker = next((node for node in nodes if node.target is _tangent), None)
+    split = len(nodes) if marker is None else nodes.index(marker)
+    output, grads = results[0], results[1:]
+    first, later = nodes[:split], nodes[split + 1 :]
+    read = {used for node in later for used in node.all_input_nodes} | {g for g in grads if isinstance(g, fx.Node)}
+    saved = [node for node in first if node in read]
+    if any(not isinstance(node.meta.get("val"), Tensor) for node in saved):
+        raise Refused("its backward pass reads what is no tensor")
+
+    def program(inputs: Sequence[fx.Node], body: Sequence[fx.Node], outputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(node.name) for node in inputs}
+        for node in body:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output([copies[o] if isinstance(o, fx.Node) else o for o in outputs])
+        return compile_graph(fx.GraphModule(traced, graph), packed=True)
+
+    forward = program([n for n in first if n.op == "placeholder"], first, [output, *saved])
+    if marker is None:
+        return forward, None
+    return forward, program([marker, *saved], later, grads)

@@ -1,0 +1,139 @@
+"""Batch norms over a batch's own statistics run as gankern's kernels, with the activation behind them.
+
+    y, mean, invstd = native_batch_norm(x, w, b, ...)        y, mean, invstd, var = forward_train(x, w, b, relu)
+    a = relu(y)
+                                                       ->
+    dy = threshold_backward(g, a, 0)                         dx, dw, db = backward(g, x, w, b, mean, invstd, relu)
+    dx, dw, db = native_batch_norm_backward(dy, x, ...)
+
+Exact: the same sums in another order; the derivative of the activation is told from the normalised value, which the
+kernel has at hand.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gankern._layout import dense
+from gankern.compiler import choice
+from gankern.compiler.passes.convolutions import activation, derivative
+from gankern.ops.conv_transpose_bn_act.autograd import update
+
+aten = torch.ops.aten
+
+
+def fuse(graph: fx.Graph, adapter: Any) -> int:
+    """Put an adapter's functions in the place of batch norms that it takes; how many."""
+    return sum(_fuse(graph, node, adapter) for node in list(graph.nodes) if _takes(node, adapter))
+
+
+def _takes(node: fx.Node, adapter: Any) -> bool:
+    if node.target is not aten.native_batch_norm.default or not node.args[5]:
+        return False
+    x = node.args[0].meta["val"]
+    given = [a.meta["val"] for a in node.args[1:5] if isinstance(a, fx.Node)]
+    return bool(
+        choice.norm_pays(x)
+        and (node.args[3] is None) == (node.args[4] is None)
+        and all(t.dtype == x.dtype and t.is_contiguous() for t in given)
+        and adapter.refuse(x) is None
+    )
+
+
+def _results(node: fx.Node) -> dict[int, fx.Node]:
+    return {user.args[1]: user for user in node.users if user.target is operator.getitem}
+
+
+def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
+    x, weight, bias, running_mean, running_var, _, momentum, eps = node.args
+    results = _results(node)
+    if len(results) != len(node.users) or 0 not in results:
+        return False
+    output = results[0]
+    backwards = {user for place in (1, 2) if place in results for user in results[place].users}
+    if any(user.target is not aten.native_batch_norm_backward.default for user in backwards):
+        return False
+    fused = _activation_of(output, backwards)
+    act: tuple[str, float] = ("none", 0.0) if fused is None else fused[1]
+    value = x.meta["val"]
+    with graph.inserting_before(node):
+        # The backward pass reads it, which stock's does not: its changes are nobody's error.
+        kept = graph.call_function(torch.clone, (bias,)) if isinstance(bias, fx.Node) and backwards else bias
+        x = graph.call_function(dense, (x,))
+        x.meta.update(val=dense(value), follows=0)
+        made = graph.call_function(adapter.forward_train, (x, weight, kept, eps, *act))
+        parts = [graph.call_function(operator.getitem, (made, i)) for i in range(4)]
+        statistics = value.new_empty(value.size(1))
+        for part, like in zip(parts, (value, *[statistics] * 3), strict=True):
+            part.meta["val"] = like
+        if isinstance(kept, fx.Node) and kept is not bias:
+            kept.meta["val"] = bias.meta["val"]
+        made.meta.update(val=(value, *[statistics] * 3), follows=0)
+        if running_mean is not None:
+            count = value.numel() // value.size(1)
+            arguments = (running_mean, running_var, parts[1], parts[3], momentum, count)
+            graph.call_function(update_both, arguments).meta["val"] = None
+    if fused is not None:
+        fused[0].replace_all_uses_with(parts[0])
+    output.replace_all_uses_with(parts[0])
+    for backward in backwards:
+        _fuse_backward(graph, backward, (x, weight, kept, parts[1], parts[2]), act, parts[0], adapter)
+    for old in (fused[0] if fused is not None else None, *results.values(), node):
+        if old is not None:
+            graph.erase_node(old)
+    return True
+
+
+def _activation_of(output: fx.Node, backwards: set[fx.Node]) -> tuple[fx.Node, tuple[str, float]] | None:
+    """The activation behind a norm, where all that is read of what is before it are its own derivatives."""
+    found = [(user, act) for user in output.users if (act := activation(user)) is not None]
+    if len(found) != 1:
+        return None
+    node, act = found[0]
+    for user in output.users:
+        if user is not node and not (_is_derivative(user, act, output) and set(user.users) <= backwards):
+            return None
+    # What reads the activation's own derivative must be the norm's backward pass, which takes it over.
+    for user in node.users:
+        if _is_derivative(user, act, node) and not set(user.users) <= backwards:
+            return None
+    return (node, act) if len(backwards) <= 1 else None
+
+
+def _is_derivative(user: fx.Node, act: tuple[str, float], told_by: fx.Node) -> bool:
+    found = derivative(user)
+    return found is not None and found[:2] == act and found[2] is told_by and user.args[0] is not told_by
+
+
+def _fuse_backward(
+    graph: fx.Graph, node: fx.Node, saved: tuple[Any, ...], act: tuple[str, float], output: fx.Node, adapter: Any
+) -> None:
+    grad = node.args[0]
+    step = None
+    if act[0] != "none":
+        step = grad
+        grad = step.args[0]
+    value = saved[0].meta["val"]
+    with graph.inserting_before(node):
+        made = graph.call_function(adapter.backward, (grad, *saved, True, *act))
+        made.meta.update(val=(value, *[value.new_empty(value.size(1))] * 2), follows=1)
+        for place, old in _results(node).items():
+            part = graph.call_function(operator.getitem, (made, place))
+            part.meta["val"] = old.meta["val"]
+            old.replace_all_uses_with(part)
+            graph.erase_node(old)
+    graph.erase_node(node)
+    if step is not None and not step.users:
+        graph.erase_node(step)
+
+
+def update_both(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
+) -> None:
+    """Let a batch's statistics into the running ones."""
+    update(running_mean, mean, momentum)
+    update(running_var, var * (count / max(count - 1, 1)), momentum)

@@ -1,0 +1,87 @@
+"""Changes in place are calls that return something new while other passes run, and in place again after them.
+
+    y = relu_(x); z = conv(x, w)    ->    y = relu(x); z = conv(y, w)    ->    y = relu_(x); z = conv(y, w)
+
+Exact: of tensors that the graph makes itself and has no other view of, whoever reads one afterwards sees what was
+written into it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+
+from gankern.compiler.passes import effects
+
+
+aten = torch.ops.aten
+
+# They have no such tag.
+_POINTWISE = {aten.leaky_relu, aten.elu, aten.hardtanh, aten.threshold}
+
+
+@functools.cache
+def _twin(target: Any) -> Any:
+    """The operator that computes what another writes into its first argument; None where there is none."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or name.startswith("_"):
+        return None
+    packet = getattr(aten, name[:-1], None)
+    twin = getattr(packet, target._overloadname, None)
+    return twin if twin is not None and (torch.Tag.pointwise in twin.tags or packet in _POINTWISE) else None
+
+
+def forget(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
+    """Make new tensors of what is written in place; returns the nodes, and the operators that they were."""
+    found = []
+    home = effects.homes(graph)
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    shared: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        shared.setdefault(home[node], []).append(node)
+    for node in graph.nodes:
+        target = node.args[0] if node.op == "call_function" and node.args else None
+        twin = _twin(node.target) if isinstance(target, fx.Node) else None
+        if twin is None or effects.written_by(node) != [target] or home[target].op == "placeholder":
+            continue
+        known = _aliases(node, target)
+        others = [n for n in shared[home[target]] if n not in known and n is not node]
+        if any(place[user] > place[node] for other in others for user in other.users):
+            continue
+        if any(a.args and a.args[0] in (target, node) and effects.views(a) for a in shared[home[target]]):
+            continue
+        found.append((node, node.target))
+        node.target = twin
+        for alias in known:
+            alias.replace_all_uses_with(node, lambda user, node=node: place[user] > place[node])
+    return found
+
+
+def _aliases(node: fx.Node, target: fx.Node) -> list[fx.Node]:
+    """The written tensor under its other names: what earlier writes in place returned."""
+    names = [target]
+    while effects.writes(names[-1]) and names[-1].args and isinstance(names[-1].args[0], fx.Node):
+        names.append(names[-1].args[0])
+    return names
+
+
+def put_back(graph: fx.Graph, nodes: list[tuple[fx.Node, Any]]) -> None:
+    """Write in place again where nobody reads the argument afterwards."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    home = effects.homes(graph)
+    shared: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        shared.setdefault(home[node], []).append(node)
+    for node, target in nodes:
+        if node not in place or node.target is not _twin(target):
+            continue
+        given = node.args[0]
+        if home[given].op == "placeholder" or not isinstance(given.meta.get("val"), torch.Tensor):
+            continue
+        if all(place[user] <= place[node] for name in shared[home[given]] for user in name.users):
+            node.target = target

@@ -1,0 +1,177 @@
+"""Plans of fused modules: outputs, gradients and buffers are stock's, and so is whatever a plan is not for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gankern
+from gankern.compiler import choice
+from gankern.compiler.fused import plans_of
+
+
+@pytest.fixture(autouse=True)
+def everywhere() -> Iterator[None]:
+    with choice.everywhere():
+        yield
+
+
+class Skips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(2, 4, 4, 2, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 2, 4, 2, 1)
+        self.last = nn.Conv2d(4, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.norm(self.down(x)), 0.2, inplace=True)
+        h = torch.cat([torch.relu(self.up(h)), x], 1)
+        return torch.tanh(self.last(F.interpolate(h, scale_factor=2.0)))
+
+
+def generator() -> nn.Module:
+    layers = [nn.Unflatten(1, (3, 1, 1)), nn.ConvTranspose2d(3, 8, 4), nn.BatchNorm2d(8), nn.ReLU(True)]
+    layers += [nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.1, True)]
+    return nn.Sequential(*layers, nn.ConvTranspose2d(4, 1, 4, 2, 1), nn.Tanh())
+
+
+def critic() -> nn.Module:
+    layers = [nn.Conv2d(2, 4, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.3), nn.BatchNorm2d(4, 0.8)]
+    layers += [nn.Conv2d(4, 6, 3, 1, 1, groups=2), nn.InstanceNorm2d(6, affine=True), nn.ELU(True), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 1))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "skips": (Skips, (3, 2, 8, 8)),
+    "generator": (generator, (5, 3)),
+    "critic": (critic, (3, 2, 8, 8)),
+}
+
+
+def step(net: nn.Module, x: Tensor, weight: Tensor | None, *args: Any) -> dict[str, Tensor | None]:
+    """Output and all that a step changes."""
+    torch.manual_seed(5)
+    x = x.detach().requires_grad_(x.requires_grad)
+    output = net(x, *args)
+    found: dict[str, Tensor | None] = {"output": output.detach()}
+    if output.requires_grad and weight is not None:
+        (output * weight).sum().backward()
+        found |= {n: p.grad for n, p in net.named_parameters()} | {"x": x.grad}
+        for p in net.parameters():
+            p.grad = None
+    return found | {n: b.clone() for n, b in net.named_buffers()} | {"random": torch.get_rng_state()}
+
+
+def same(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        found = got[name]
+        assert (found is None) == (value is None), name
+        if found is not None and value is not None:
+            rtol, atol = (1e-9, 1e-11) if value.dtype == torch.float64 else (2e-4, 2e-5)
+            torch.testing.assert_close(found, value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+            assert found.stride() == value.stride(), name
+
+
+def agrees(net: nn.Module, x: Tensor, *args: Any, hits: int = 2) -> nn.Module:
+    ours = gankern.fuse(copy.deepcopy(net))
+    weight = torch.randn_like(copy.deepcopy(net)(x, *args))
+    for _ in range(2):
+        same(step(ours, x, weight, *args), step(net, x, weight, *args))
+    plans = plans_of(ours)
+    assert plans.made == 1 and plans.hits == hits - 1, str(plans.kinds)
+    return ours
+
+
+@pytest.mark.parametrize("wants", [False, True], ids=["leaf", "wants"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_fused_module_computes_stocks_values(name: str, training: bool, wants: bool, channels_last: bool) -> None:
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    # Of float64 in channels_last stock's strides are others than fake tensors have.
+    dtype = torch.float32 if channels_last else torch.float64
+    net, x = make().to(dtype).train(training), torch.randn(shape, dtype=dtype)
+    if channels_last and len(shape) == 4:
+        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    agrees(net, x.requires_grad_(wants))
+    with torch.no_grad():
+        agrees(net, x)
+
+
+def test_what_somebody_differentiates_twice_is_stocks() -> None:
+    torch.manual_seed(0)
+    net = critic().double()
+    ours = gankern.fuse(copy.deepcopy(net))
+    x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+
+    def penalty(net: nn.Module) -> list[Tensor]:
+        torch.manual_seed(1)
+        points = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(net(points).sum(), points, create_graph=True)
+        loss = (grad.flatten(1).norm(2, 1) - 1).square().mean()
+        params = list(net.parameters())
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        found = [grad.detach(), loss.detach(), *(torch.zeros(()) if g is None else g for g in grads)]
+        return found + [b.clone() for b in net.buffers()] + [torch.get_rng_state()]
+
+    for turn in range(3):
+        for got, want in zip(penalty(ours), penalty(net), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+        assert plans_of(ours).hits == 0 or turn == 0
+    assert "differentiated" in str(plans_of(ours).kinds)
+
+
+def test_changes_are_seen() -> None:
+    torch.manual_seed(0)
+    net = Skips().double()
+    ours = agrees(net, torch.randn(3, 2, 8, 8, dtype=torch.float64))
+    x, weight = torch.randn(3, 2, 8, 8, dtype=torch.float64), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+
+    def both(change: Callable[[Any], Any]) -> None:
+        change(net), change(ours)
+        for _ in range(2):
+            same(step(ours, x, weight), step(net, x, weight))
+
+    both(lambda m: m.load_state_dict({n: v * 1.1 for n, v in m.state_dict().items()}))
+    both(lambda m: setattr(m, "down", nn.Conv2d(2, 4, 4, 2, 1, bias=False).double().requires_grad_(False)) or
+         torch.manual_seed(2) and m.down.weight.data.normal_())
+    both(lambda m: m.eval())
+    both(lambda m: m.norm.train())
+    both(lambda m: setattr(m.norm, "eps", 0.3))
+    both(lambda m: m.last.weight.data.mul_(2))
+    both(lambda m: m.up.register_forward_hook(lambda module, given, output: output * 2))
+    both(lambda m: setattr(m, "forward", lambda x, m=m: type(m).forward(m, x) * 3))
+
+
+def test_errors_of_stock_are_raised() -> None:
+    net, x = gankern.fuse(critic().double()), torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    output = net(x)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output = net(x)
+    output.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+    with pytest.raises(RuntimeError, match="channels"):
+        net(torch.randn(3, 5, 8, 8, dtype=torch.float64))
+
+
+def test_the_first_calls_of_a_kind_are_stocks() -> None:
+    with choice.everywhere():
+        pass
+    net = gankern.fuse(critic().double())
+    choice._everywhere.set(False)
+    for _ in range(2):
+        net(torch.randn(3, 2, 8, 8, dtype=torch.float64))
+    assert plans_of(net).made == 0
