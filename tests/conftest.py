@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from triton_interpreter import mend
 
 from gankern import _cuda, backend, workspace
 from gankern.compiler import planning
-from gankern.nn import stretch
+from gankern.compiler.choice import everywhere
 from gankern.ops.conv_act import cpu as conv_cpu
 from gankern.ops.gradient_penalty import autograd, small
 from gankern.ops.minibatch_discrimination import small as few_pairs
@@ -84,14 +85,18 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
-        monkeypatch.setattr(stretch, "_FEW_ELEMENTS", (0, 0))
         monkeypatch.setattr(few_pairs, "_FEW_DIFFERENCES", 0)
         monkeypatch.setattr(conv_cpu, "_LEAVES_THIN", False)
 
 
 @pytest.fixture(autouse=True)
 def plans(request: pytest.FixtureRequest) -> Iterator[None]:
-    with planning(request.path.parent.name == "compiler"):
+    if request.path.parent.name not in ("compiler", "nn"):
+        with planning(False):
+            yield
+        return
+    by_size = request.node.get_closest_marker("by_size") is not None
+    with planning(True), contextlib.nullcontext() if by_size else everywhere():
         yield
 
 

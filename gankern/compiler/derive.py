@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +27,7 @@ from gankern.compiler.refusal import Refused
 
 aten = torch.ops.aten
 
+_MODULE_GETATTR = _symbolic_trace._orig_module_getattr
 _lock = threading.RLock()
 
 
@@ -106,6 +108,9 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
         Where values decide what is computed, or a tensor is read that is in neither list.
     """
     given = [*inputs, *state]
+    # make_fx calls modules by those that torch came with.
+    if (nn.Module.__call__, nn.Module.__getattr__) != (_symbolic_trace._orig_module_call, _MODULE_GETATTR):
+        raise Refused("nn.Module's way of calling was replaced")
     rng, others = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy.random")
     numpys = pickle.dumps(numpy.get_state()) if numpy else None

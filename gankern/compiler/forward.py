@@ -6,6 +6,7 @@ gradient of the output comes in. A derivative of the second order is stock autog
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,6 +23,8 @@ from gankern.compiler.passes import effects, optimise_first_order
 from gankern.compiler.passes.layout import turned
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
+
+aten = torch.ops.aten
 
 #: Stands for the gradient of the output where a graph is derived.
 _tangent = _library.define("tangent(Tensor output) -> Tensor", torch.empty_like, torch.empty_like)
@@ -45,6 +48,7 @@ class ForwardPlan:
     def __init__(self, call: dict[str, Any], strides: tuple[int, ...] | None) -> None:
         self._guards = make_guards(**call)
         held, self._guards.held = self._guards.held, []
+        self._places = [_place_of(h) for h in held]
         x = call["x"]
         inputs = [x, *(h.tensor for h in held)]
         self._kind = torch.is_grad_enabled(), backends.requested()
@@ -114,8 +118,7 @@ class ForwardPlan:
     def run_forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The output, and what the backward pass needs."""
         found = self._replay(inputs)
-        if found[0].stride() != self._strides:
-            found[0] = _lay(found[0], self._strides)
+        found[0] = turned(found[0], self._strides)
         return found
 
     def _replay(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -149,6 +152,22 @@ class ForwardPlan:
         return kept, torch.get_rng_state() if self._draws else None
 
     @contextmanager
+    def put_back(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Modules hold the parameters and buffers of then, which ``torch.func.functional_call`` takes out again."""
+        now = []
+        try:
+            for place, tensor in zip(self._places, inputs[1:], strict=True):
+                owner = None if place is None else place[0]()
+                if place is not None and owner is not None:
+                    table = vars(owner)[place[1]]
+                    now.append((table, place[2], table.get(place[2])))
+                    table[place[2]] = tensor
+            yield
+        finally:
+            for table, name, tensor in reversed(now):
+                table[name] = tensor
+
+    @contextmanager
     def again(self, inputs: Sequence[Tensor], before: Any) -> Iterator[None]:
         """The state before a forward, inside; outside nothing has happened."""
         now = self.state(inputs)
@@ -157,6 +176,17 @@ class ForwardPlan:
             yield
         finally:
             _restore(now)
+
+
+def _place_of(held: Held) -> tuple[weakref.ref[Any], str, str] | None:
+    """The module that has a tensor, and where."""
+    if held.module is None:
+        return None
+    for table in ("_parameters", "_buffers"):
+        for name, tensor in vars(held.module)[table].items():
+            if tensor is held.tensor:
+                return weakref.ref(held.module), table, name
+    raise Refused(f"{held.source} is not where it was found")
 
 
 def _restore(state: tuple[list[tuple[Tensor, Tensor]], Tensor | None]) -> None:
@@ -200,37 +230,41 @@ def _second_order(plan: ForwardPlan, ctx: Any, grad: Tensor) -> Sequence[Tensor 
     """Gradients that can be differentiated, of stock's own forward run again."""
     plan.differentiated = True
     call, inputs = ctx.call, ctx.inputs
-    if plan._guards.fetch(call) is None:
-        raise RuntimeError(
-            "a fused module has changed between its forward and a backward with create_graph=True, which runs the "
-            "forward again: call gankern.unfuse on it"
-        )
-    with plan.again(inputs, ctx.before), _stock.forwards():
+    with plan.again(inputs, ctx.before), plan.put_back(inputs), _stock.forwards(), torch.enable_grad():
+        if plan._guards.fetch(call) is None:
+            raise RuntimeError(
+                "a fused module has changed between its forward and a backward with create_graph=True, which runs the "
+                "forward again: call gankern.unfuse on it"
+            )
         output = call["critic"](call["x"], *call["args"], **call["kwargs"])
     wanted = [inputs[i] for i in plan._wanted]
     return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
 
 
 def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The strides of the output; refuse one that shares memory with an input, or that lies otherwise than stock's."""
-    (results,) = next(node for node in graph.nodes if node.op == "output").args
-    node = results[0]
+    """The strides of the output; refuse one that shares memory with an input, or that lies otherwise than stock's.
+
+    The output is a tensor of its own, which others may change in place: what is saved tells by its version.
+    """
+    returned = next(node for node in graph.nodes if node.op == "output")
+    output = node = returned.args[0][0]
     found: tuple[int, ...] = node.meta["val"].stride()
     shape = node.meta["val"].shape
     if strides is not None and _apart(shape, found) != _apart(shape, strides):
         raise Refused("its output lies in memory otherwise than stock's")
-    while isinstance(node, fx.Node) and (effects.views(node) or effects.writes(node)):
+    while effects.views(node) or node.args[:1] == tuple(effects.written_by(node)):
         node = node.args[0]
     if node.op == "placeholder":
         raise Refused("its output is a view of what it was given")
+    if output.target is aten.detach.default:
+        output = output.args[0]
+    if effects.views(output):
+        with graph.inserting_after(output):
+            copy = graph.call_function(torch.clone, (output,))
+        copy.meta["val"] = output.meta["val"]
+        output = copy
+    returned.args = ([output, *returned.args[0][1:]],)
     return found if strides is None else strides
-
-
-def _lay(output: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The output as it lies in memory in stock."""
-    if _apart(output.shape, output.stride()) == _apart(output.shape, strides):
-        return output.as_strided(output.shape, strides)
-    return turned(output, strides)
 
 
 def _apart(shape: Sequence[int], strides: Sequence[int]) -> list[int]:

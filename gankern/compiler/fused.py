@@ -1,4 +1,4 @@
-"""Which way a call of a fused module goes: by a plan, as stock inside and out, or as stock whose parts may be planned."""
+"""Which way a call of a fused module goes: by a plan, as stock, or as stock whose parts may be planned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from gankern.compiler import choice
 from gankern.compiler.forward import ForwardPlan
 from gankern.compiler.guards import is_hooked
 from gankern.compiler.refusal import Refused
+from gankern.ops.gradient_penalty.choice import watched
 
 log = logging.getLogger("gankern.compiler")
 
@@ -77,6 +78,8 @@ class Plans:
     kinds : dict
         What is known of each kind of call.
     hits, made, evicted : int
+    reason : str or None
+        Why stock ran the last call; None where a plan did, or is to be made of more calls like it.
     """
 
     plans: list[ForwardPlan] = field(default_factory=list)
@@ -84,6 +87,7 @@ class Plans:
     hits: int = 0
     made: int = 0
     evicted: int = 0
+    reason: str | None = None
     _lock: Any = field(default_factory=threading.RLock)
 
     def run(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -95,7 +99,8 @@ class Plans:
             Where stock is to run.
         """
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or _watched(x) or is_hooked():
+        self.reason = _watched(x)
+        if self.reason is not None:
             raise Unplanned(whole=False)
         call = {"critic": module, "x": x, "args": tuple(args[1:]), "kwargs": dict(kwargs)}
         for place, plan in enumerate(self.plans):
@@ -110,7 +115,8 @@ class Plans:
         if len(self.kinds) > 4 * MOST_PLANS:
             self.kinds.pop(next(iter(self.kinds)))
         if known.calls < max(known.wait, choice.calls_first()) or (known.calls and known.strides is None):
-            raise Unplanned(whole=not known.reason or known.reason == _NOTHING, kind=kind)
+            self.reason = known.reason or (_NO_TENSOR if known.calls and known.strides is None else None)
+            raise Unplanned(whole=self.reason in (None, _NOTHING), kind=kind)
         with self._lock:
             plan = self._make(call, known, kind)
         try:
@@ -166,23 +172,28 @@ class Plans:
             self.evicted += 1
         return plan
 
-    def _refuse(self, known: _Kind, reason: str, kind: Any) -> Any:
+    def _refuse(self, known: _Kind, reason: str, kind: Any) -> NoReturn:
         """Leave calls of a kind to stock, twice as many each time: the world changes."""
-        known.reason, known.calls, known.wait = reason, 0, min(max(2 * known.wait, 16), 1 << 12)
+        self.reason = known.reason = reason
+        known.calls, known.wait = 0, min(max(2 * known.wait, 16), 1 << 12)
         log.info("no plan: %s", reason)
         raise Unplanned(whole=reason == _NOTHING, kind=kind)
 
 
 _NOTHING = "stock is as fast"
+_NO_TENSOR = "its output is no tensor, or lies in memory otherwise each time"
 
 
-def _watched(x: Tensor) -> bool:
-    from gankern.ops.gradient_penalty.choice import watched
+def _watched(x: Any) -> str | None:
+    """Why no plan may run now, whatever it is for."""
+    if not isinstance(x, Tensor):
+        return "its first argument is no tensor"
+    if torch.is_inference_mode_enabled():
+        return "inference mode"
+    return "a hook on all modules" if is_hooked() else watched(x)
 
-    return watched(x) is not None or torch.is_inference_mode_enabled()
 
-
-def _kind_of(module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _kind_of(module: nn.Module, x: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return (
         *(x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), module.training),
         *(len(args), tuple(kwargs)),

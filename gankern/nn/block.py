@@ -84,7 +84,7 @@ def _update_count(bn: Norm) -> float:
 
 def group_of(bn: Norm) -> Any:
     """The ranks that share statistics: as in torch.nn, those of a SyncBatchNorm in training mode."""
-    shares = type(bn) is nn.SyncBatchNorm and bn.training and dist.is_available() and dist.is_initialized()
+    shares = isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()
     if not shares:
         return None
     return dist.group.WORLD if bn.process_group is None else bn.process_group

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gankern import _stock, compiler
+from gankern.nn import block
 from gankern.ops.critic_layers.chain import add_sequential
 
 M = TypeVar("M", bound=nn.Module)
 
 #: Modules that kernels may run, or that run faster in another order of memory.
-FUSABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FUSABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -73,6 +74,16 @@ class Fused(nn.Module):
         return (_rebuild, (function, args), *rest)
 
 
+class FusedSyncBatchNorm(Fused):
+    """A SyncBatchNorm, which stock runs on GPUs only."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or torch.compiler.is_compiling() or block.has_hooks(self):
+            output: Tensor = nn.Module.__call__(self, input)
+            return output
+        return block.run_fused(input, None, self, "none", 0.0)  # type: ignore[arg-type]
+
+
 def fuse(module: M) -> M:
     """Let a model run by plans, in place: its forward and backward passes as flat programs of gankern's kernels.
 
@@ -104,6 +115,10 @@ def fuse(module: M) -> M:
 
     Notes
     -----
+    A SyncBatchNorm of a fused model runs on the CPU, too, where stock has none. ``DistributedDataParallel`` refuses to
+    wrap one there: wrap the model with its BatchNorm, convert what is inside by
+    ``nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)``, and fuse then.
+
     A model that is saved whole, by ``torch.save(model)`` or ``pickle``, needs gankern where it is loaded; one whose
     ``state_dict`` is saved, exported or undone by :func:`unfuse` does not.
     """
@@ -139,7 +154,7 @@ def unfuse(module: M) -> M:
 def _is_fusable(module: nn.Module) -> bool:
     """Whether a module calls others that are worth it."""
     if isinstance(module, (*_CONTAINERS, *FUSABLE)):
-        return False
+        return type(module) is nn.SyncBatchNorm
     return any(isinstance(child, FUSABLE) for child in module.modules())
 
 
@@ -162,7 +177,8 @@ def _fused_class(kind: Any) -> Any:
 @functools.cache
 def _made_class(kind: Any) -> Any:
     names = {n: getattr(kind, n) for n in ("__module__", "__qualname__", "__doc__")} | {"_gankern_stock": kind}
-    made = types.new_class(kind.__name__, (Fused, kind), {}, lambda namespace: namespace.update(names))
+    base = FusedSyncBatchNorm if kind is nn.SyncBatchNorm else Fused
+    made = types.new_class(kind.__name__, (base, kind), {}, lambda namespace: namespace.update(names))
     if kind is nn.Sequential:
         add_sequential(made)
     return made
@@ -189,7 +205,7 @@ def _modules(module: nn.Module) -> list[nn.Module]:
 def fusion_report(module: nn.Module) -> list[Run]:
     """List the convolutions and batch norms of a model by the modules whose calls are planned, and why others are not.
 
-    A module that was not called often enough yet is reported as fused, as far as is known.
+    Reported as in its last call; a module that was not called, or not often enough for a plan, as fused.
 
     Parameters
     ----------
@@ -236,6 +252,4 @@ def _reason(module: nn.Module) -> str | None:
     from gankern.compiler.fused import known_plans
 
     plans = known_plans(module)
-    if plans is None or plans.plans:
-        return None
-    return next((kind.reason for kind in plans.kinds.values() if kind.reason), None)
+    return None if plans is None else plans.reason

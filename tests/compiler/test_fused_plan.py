@@ -142,8 +142,12 @@ def test_changes_are_seen() -> None:
             same(step(ours, x, weight), step(net, x, weight))
 
     both(lambda m: m.load_state_dict({n: v * 1.1 for n, v in m.state_dict().items()}))
-    both(lambda m: setattr(m, "down", nn.Conv2d(2, 4, 4, 2, 1, bias=False).double().requires_grad_(False)) or
-         torch.manual_seed(2) and m.down.weight.data.normal_())
+    both(
+        lambda m: (
+            setattr(m, "down", nn.Conv2d(2, 4, 4, 2, 1, bias=False).double().requires_grad_(False))
+            or (torch.manual_seed(2) and m.down.weight.data.normal_())
+        )
+    )
     both(lambda m: m.eval())
     both(lambda m: m.norm.train())
     both(lambda m: setattr(m.norm, "eps", 0.3))
@@ -159,6 +163,13 @@ def test_errors_of_stock_are_raised() -> None:
         net[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+    for last in (nn.Tanh(), nn.Sequential(nn.Tanh(), nn.Flatten(0))):
+        ending = gankern.fuse(nn.Sequential(nn.Conv2d(2, 1, 3), last).double())
+        output = ending(x)
+        output.mul_(2)
+        if isinstance(last, nn.Tanh):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                output.sum().backward()
     output = net(x)
     output.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gankern
 from gankern.nn import ConvBnAct2d, ConvTransposeBnAct2d
-from gankern.nn.fuse import FusedSequential
+from gankern.nn.fuse import Fused, Run
 
 
 def generator() -> nn.Sequential:
@@ -61,14 +61,14 @@ def test_fuse_keeps_every_object() -> None:
     assert all(dict(model.named_modules())[n] is m for n, m in before[0].items())
     assert all(dict(model.named_parameters())[n] is p for n, p in before[1].items())
     assert type(gankern.unfuse(model)) is nn.Sequential
-    assert not any(isinstance(m, FusedSequential) for m in model.modules())
+    assert not any(isinstance(m, Fused) for m in model.modules())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_stay_fused(copied: Any) -> None:
     stock, ours, z = pair()
     again = copied(ours)
-    assert isinstance(again, FusedSequential)
+    assert isinstance(again, Fused)
     assert_same(stock, again, z)
 
 
@@ -79,24 +79,18 @@ def test_hooks_keep_their_meaning() -> None:
         model[1].register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o.detach()))
     assert_same(stock, ours, z)
     torch.testing.assert_close(seen[1], seen[0])
-    reasons = {(run.module, run.names): run.reason for run in gankern.fusion_report(ours)}
-    assert reasons["", ("1",)] == "a hook on BatchNorm2d"
-    assert reasons["3", ("0", "1", "2")] is None
 
 
 def test_fusion_report() -> None:
     model = generator()
+    leaves = ("0", "1", "3.0", "3.1", "4", "5", "7", "8")
     assert {r.reason for r in gankern.fusion_report(model)} == {"not fused: call gankern.fuse"}
-    report = gankern.fusion_report(gankern.fuse(model))
-    assert {(r.module, r.names): r.reason for r in report} == {
-        ("", ("0", "1", "2")): None,
-        ("3", ("0", "1", "2")): None,
-        ("", ("4", "5", "6")): None,
-        ("", ("7",)): None,
-        ("", ("8",)): None,
-    }
-    odd = gankern.fuse(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(2)))
-    assert "circular" in (gankern.fusion_report(odd)[0].reason or "")
+    assert gankern.fusion_report(gankern.fuse(model)) == [Run("", leaves, None)]
+    model[1].register_forward_hook(lambda m, i, o: None)
+    model(torch.randn(3, 5, 1, 1))
+    own, inner = gankern.fusion_report(model)
+    assert (own.module, own.names, inner.module, inner.names) == ("", ("0", "1", "4", "5", "7", "8"), "3", ("0", "1"))
+    assert own.reason is not None
 
 
 def test_compiles_into_one_graph() -> None:
@@ -162,25 +156,10 @@ def test_inference_sees_every_change(transposed: bool, dtype: torch.dtype) -> No
 
 @pytest.mark.by_size
 def test_small_ones_run_stock() -> None:
-    stock = generator()
-    ours = gankern.fuse(copy.deepcopy(stock))
-
-    def runs_kernels(n: int) -> bool:
-        z = torch.randn(n, next(stock.parameters()).size(0), 1, 1)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            got = ours(z)
-        torch.testing.assert_close(got, stock(z), rtol=1e-4, atol=1e-4)
-        return any(e.key.startswith("gankern::") for e in profile.key_averages())
-
-    assert not runs_kernels(2)
-    with gankern.backend("cpu"):
-        assert runs_kernels(2)
-    block = nn.Sequential(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.ReLU())
-    stock, ours = block, gankern.fuse(copy.deepcopy(block))
-    x = torch.randn(16, 64, 16, 16)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.testing.assert_close(ours(x), stock(x), rtol=1e-4, atol=1e-4)
-    assert "gankern::conv" in {e.key for e in profile.key_averages()}
+    ours, z = gankern.fuse(nn.Sequential(nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5, 1))), torch.randn(2, 5, 1, 1)
+    for _ in range(4):
+        ours(z)
+    assert {run.reason for run in gankern.fusion_report(ours)} == {"stock is as fast"}
 
 
 class ToChannelsLast(nn.Module):
@@ -207,15 +186,3 @@ def test_modules_in_between_are_given_the_layout_that_stock_gives(first: type[nn
     want, got = stock(x), fused(x)
     assert fused[-2].strides == stock[-2].strides
     assert got.stride() == want.stride()
-
-
-def test_a_lone_convolution_is_left_to_torch_until_images_are_turned() -> None:
-    block = [nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    layers = [nn.Conv2d(3, 8, 3), Seen(), *block, nn.Conv2d(8, 4, 3)]
-    fused = gankern.fuse(nn.Sequential(*layers))
-    fused(torch.randn(2, 3, 9, 9))
-    assert [(run.names, run.reason) for run in gankern.fusion_report(fused)] == [
-        (("0",), "a convolution with nothing to fuse"),
-        (("2", "3", "4"), None),
-        (("5",), None),
-    ]

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gankern
-from gankern.nn import stretch
+from gankern.compiler import planning
+from gankern.compiler.choice import everywhere
 
 WORLD = 2
 WAYS = ("stock", "fused, then wrapped", "wrapped, then fused")
@@ -22,7 +23,7 @@ WAYS = ("stock", "fused, then wrapped", "wrapped, then fused")
 def generator() -> nn.Sequential:
     return nn.Sequential(
         *(nn.Unflatten(1, (5, 1, 1)), nn.ConvTranspose2d(5, 8, 4), nn.BatchNorm2d(8), nn.ReLU(True)),
-        *(nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.BatchNorm2d(4, momentum=None), nn.LeakyReLU(0.3)),
+        *(nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.BatchNorm2d(4, momentum=0.3), nn.LeakyReLU(0.3)),
         *(nn.ConvTranspose2d(4, 1, 4, 2, 1), nn.Tanh()),
     )
 
@@ -39,8 +40,12 @@ def train(model: nn.Module, part: slice) -> list[Any]:
 
 
 def worker(rank: int, store: str, shared: Any) -> None:
+    with planning(True), everywhere():
+        work(rank, store, shared)
+
+
+def work(rank: int, store: str, shared: Any) -> None:
     torch.set_num_threads(1)
-    stretch._FEW_ELEMENTS = (0, 0)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
     torch.manual_seed(1)
     model = generator().double()
@@ -56,7 +61,7 @@ def worker(rank: int, store: str, shared: Any) -> None:
         answers[f"{way} ran"] = any(run.reason is None for run in gankern.fusion_report(inner))
         if way != "stock":
             # Statistics over both ranks; stock has none on the CPU.
-            nn.SyncBatchNorm.convert_sync_batchnorm(inner)
+            gankern.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(inner))
             answers[f"{way} sync"] = train(wrapped, slice(3 * rank, 3 * rank + 3))
     shared[rank] = answers
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from gankern._layout import dense
 from gankern.compiler import choice
+from gankern.compiler.passes import effects
 from gankern.compiler.passes.convolutions import activation, derivative
 from gankern.ops.conv_transpose_bn_act.autograd import update
 
@@ -32,24 +33,24 @@ def fuse(graph: fx.Graph, adapter: Any) -> int:
 
 
 def _takes(node: fx.Node, adapter: Any) -> bool:
-    if node.target is not aten.native_batch_norm.default or not node.args[5]:
+    if node.target is not aten.native_batch_norm.default or not effects.arguments(node)[5]:
         return False
-    x = node.args[0].meta["val"]
-    given = [a.meta["val"] for a in node.args[1:5] if isinstance(a, fx.Node)]
+    x = effects.arguments(node)[0].meta["val"]
+    given = [a.meta["val"] for a in effects.arguments(node)[1:5] if isinstance(a, fx.Node)]
     return bool(
         choice.norm_pays(x)
-        and (node.args[3] is None) == (node.args[4] is None)
+        and (effects.arguments(node)[3] is None) == (effects.arguments(node)[4] is None)
         and all(t.dtype == x.dtype and t.is_contiguous() for t in given)
         and adapter.refuse(x) is None
     )
 
 
 def _results(node: fx.Node) -> dict[int, fx.Node]:
-    return {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    return {effects.arguments(user)[1]: user for user in node.users if user.target is operator.getitem}
 
 
 def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
-    x, weight, bias, running_mean, running_var, _, momentum, eps = node.args
+    x, weight, bias, running_mean, running_var, _, momentum, eps = effects.arguments(node)
     results = _results(node)
     if len(results) != len(node.users) or 0 not in results:
         return False
@@ -106,17 +107,17 @@ def _activation_of(output: fx.Node, backwards: set[fx.Node]) -> tuple[fx.Node, t
 
 def _is_derivative(user: fx.Node, act: tuple[str, float], told_by: fx.Node) -> bool:
     found = derivative(user)
-    return found is not None and found[:2] == act and found[2] is told_by and user.args[0] is not told_by
+    return found is not None and found[:2] == act and found[2] is told_by and effects.arguments(user)[0] is not told_by
 
 
 def _fuse_backward(
     graph: fx.Graph, node: fx.Node, saved: tuple[Any, ...], act: tuple[str, float], output: fx.Node, adapter: Any
 ) -> None:
-    grad = node.args[0]
+    grad = effects.arguments(node)[0]
     step = None
     if act[0] != "none":
         step = grad
-        grad = step.args[0]
+        grad = effects.arguments(step)[0]
     value = saved[0].meta["val"]
     with graph.inserting_before(node):
         made = graph.call_function(adapter.backward, (grad, *saved, True, *act))

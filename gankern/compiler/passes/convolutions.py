@@ -122,7 +122,9 @@ def _fuse_forward(graph: fx.Graph, adapter: Any) -> None:
     for node in list(graph.nodes):
         act = activation(node)
         conv = node.args[0] if act is not None else None
-        if act is None or act[0] == "tanh" or not isinstance(conv, fx.Node) or conv.target is not adapter.conv or conv.args[4] != "none":
+        if act is None or act[0] == "tanh" or not isinstance(conv, fx.Node):
+            continue
+        if conv.target is not adapter.conv or conv.args[4] != "none":
             continue
         if effects.writes(node):
             # Whoever reads the convolution afterwards sees the activated values.
@@ -151,7 +153,9 @@ def _fuse_backward(graph: fx.Graph, adapter: Any) -> None:
     for node in list(graph.nodes):
         found = derivative(node)
         grad = node.args[0] if found is not None else None
-        if found is None or found[0] == "tanh" or not isinstance(grad, fx.Node) or grad.target is not adapter.conv_input_grad:
+        if found is None or found[0] == "tanh" or not isinstance(grad, fx.Node):
+            continue
+        if grad.target is not adapter.conv_input_grad:
             continue
         act, slope, told_by, _ = found
         # The activation's input tells the same as its output: the signs are equal.

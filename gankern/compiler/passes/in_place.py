@@ -16,7 +16,6 @@ from torch import fx
 
 from gankern.compiler.passes import effects
 
-
 aten = torch.ops.aten
 
 # They have no such tag.
@@ -45,7 +44,7 @@ def forget(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
     for node in graph.nodes:
         shared.setdefault(home[node], []).append(node)
     for node in graph.nodes:
-        target = node.args[0] if node.op == "call_function" and node.args else None
+        target: Any = effects.arguments(node)[0] if node.op == "call_function" and node.args else None
         twin = _twin(node.target) if isinstance(target, fx.Node) else None
         if twin is None or effects.written_by(node) != [target] or home[target].op == "placeholder":
             continue
@@ -53,20 +52,22 @@ def forget(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
         others = [n for n in shared[home[target]] if n not in known and n is not node]
         if any(place[user] > place[node] for other in others for user in other.users):
             continue
-        if any(a.args and a.args[0] in (target, node) and effects.views(a) for a in shared[home[target]]):
+        if any(a.args and effects.arguments(a)[0] in (target, node) and effects.views(a) for a in shared[home[target]]):
             continue
         found.append((node, node.target))
         node.target = twin
         for alias in known:
-            alias.replace_all_uses_with(node, lambda user, node=node: place[user] > place[node])
+            for user in list(alias.users):
+                if place[user] > place[node]:
+                    user.replace_input_with(alias, node)
     return found
 
 
 def _aliases(node: fx.Node, target: fx.Node) -> list[fx.Node]:
     """The written tensor under its other names: what earlier writes in place returned."""
     names = [target]
-    while effects.writes(names[-1]) and names[-1].args and isinstance(names[-1].args[0], fx.Node):
-        names.append(names[-1].args[0])
+    while effects.writes(names[-1]) and names[-1].args and isinstance(effects.arguments(names[-1])[0], fx.Node):
+        names.append(effects.arguments(names[-1])[0])
     return names
 
 
@@ -80,7 +81,7 @@ def put_back(graph: fx.Graph, nodes: list[tuple[fx.Node, Any]]) -> None:
     for node, target in nodes:
         if node not in place or node.target is not _twin(target):
             continue
-        given = node.args[0]
+        given = effects.arguments(node)[0]
         if home[given].op == "placeholder" or not isinstance(given.meta.get("val"), torch.Tensor):
             continue
         if all(place[user] <= place[node] for name in shared[home[given]] for user in name.users):

@@ -82,21 +82,21 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
         stock = node.meta.get("val")
         actual[node] = stock
         if "follows" in node.meta:
-            image = dense(actual[node.args[node.meta["follows"]]])
+            image = dense(actual[effects.arguments(node)[node.meta["follows"]]])
             actual[node] = (image, *stock[1:]) if isinstance(stock, tuple) else image
             continue
         if "order" in node.meta:
             actual[node] = stock.contiguous(memory_format=node.meta["order"])
             continue
-        if node.target is operator.getitem and isinstance(actual[node.args[0]], list | tuple):
-            actual[node] = actual[node.args[0]][node.args[1]]
+        if node.target is operator.getitem and isinstance(actual[effects.arguments(node)[0]], list | tuple):
+            actual[node] = actual[effects.arguments(node)[0]][effects.arguments(node)[1]]
             continue
         if convolutions and node.target in _CONVOLUTIONS:
             for place in _CONVOLUTIONS[node.target]:
-                source = node.args[place]
+                source = effects.arguments(node)[place]
                 if _is_image(actual[source]) and _is_wide(node):
                     to_channels_last(node, source)
-            count += node.target is aten.convolution.default and _moved(node.args[0], actual)
+            count += node.target is aten.convolution.default and _moved(effects.arguments(node)[0], actual)
         moved = [n for n in node.all_input_nodes if isinstance(actual[n], Tensor) and _moved(n, actual)]
         if not moved or node.meta.get("any_order"):
             continue
@@ -109,10 +109,11 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
                 lambda a: actual[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
             )
             with torch.no_grad():
-                actual[node] = node.target(*args, **kwargs)
+                found = node.target(*args, **kwargs)
+            actual[node] = pytree.tree_map(_in_channels_last, found) if node.target in _CONVOLUTIONS else found
             continue
         if node.target is operator.getitem:
-            actual[node] = actual[node.args[0]][node.args[1]]
+            actual[node] = actual[effects.arguments(node)[0]][effects.arguments(node)[1]]
             continue
         # A copy would be changed in the place of the images.
         if (effects.views(node) and node in changed) or any(n in effects.written_by(node) for n in moved):
@@ -129,11 +130,17 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
     return count
 
 
+def _in_channels_last(value: Any) -> Any:
+    """What a convolution leaves; to claim it where it is not costs a look at the strides."""
+    images = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if images else value
+
+
 def _is_wide(node: fx.Node) -> bool:
     """Whether images are more than what it costs to turn the weight."""
     forward = node.target is aten.convolution.default
-    output = node.meta["val"] if forward else node.args[0].meta["val"]
-    input, weight = (node.args[place].meta["val"] for place in ((0, 1) if forward else (1, 2)))
+    output = node.meta["val"] if forward else effects.arguments(node)[0].meta["val"]
+    input, weight = (effects.arguments(node)[place].meta["val"] for place in ((0, 1) if forward else (1, 2)))
     return choice.outweighs(input.numel() + output.numel(), weight.numel())
 
 
@@ -155,6 +162,6 @@ def _takes_any_order(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target in _CONVOLUTIONS:
-        return bool(node.args[0].meta["val"].dim() == 4)
+        return bool(effects.arguments(node)[0].meta["val"].dim() == 4)
     ordered = effects.draws(node) or not (torch.Tag.pointwise in node.target.tags or node.target in _ANY_ORDER)
     return not ordered
