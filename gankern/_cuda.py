@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import itertools
 import os
+import struct
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -39,6 +42,7 @@ class Kernel(NamedTuple):
         return " ".join([self.source, self.name, *(f"{key}={value}" for key, value in self.defines)])
 
 
+@cache
 def kernel(source: str, name: str, dtype: torch.dtype, **defines: Any) -> Kernel:
     """The entry point `name` of csrc/cuda/`source`.cu for a storage type and the values of its other macros."""
     macros = {"STORAGE": TYPES[dtype], **{key: str(int(v) if isinstance(v, bool) else v) for key, v in defines.items()}}
@@ -177,55 +181,101 @@ def write_whole(path: Path, code: bytes) -> None:
         raise
 
 
-@cache
-def _function(wanted: Kernel, device: int) -> Any:
-    from cupy.cuda.function import Module
+class _Function:
+    """A kernel on one GPU."""
 
-    major, minor = torch.cuda.get_device_capability(device)
-    module = Module()
-    module.load(cubin(wanted, f"sm_{major}{minor}"))
-    return module.get_function(wanted.name)
+    def __init__(self, wanted: Kernel, device: int) -> None:
+        from cupy.cuda.function import Module
+
+        major, minor = torch.cuda.get_device_capability(device)
+        self._module = Module()  # as long as it is there, the kernel is loaded
+        self._module.load(cubin(wanted, f"sm_{major}{minor}"))
+        self.address: int = self._module.get_function(wanted.name).ptr
+        # Of arguments, the same at each launch but for a struct's.
+        self._layout: struct.Struct | None = None
+        # Memory that arguments lie in until they are launched; each launch takes one out, whatever thread it is in.
+        self._rooms: list[_Room] = []
+
+    def packed(self, arguments: Sequence[Any]) -> _Room:
+        """A room with the arguments in it, to be given back."""
+        if self._layout is None:
+            self._layout = struct.Struct("=" + "".join(map(_format, arguments)))
+        room = self._rooms.pop() if self._rooms else _Room(self._layout, arguments)
+        self._layout.pack_into(room.values, 0, *arguments)
+        return room
+
+    def give_back(self, room: _Room) -> None:
+        self._rooms.append(room)
+
+
+def _format(argument: Any) -> str:
+    if isinstance(argument, bytes):
+        return f"{len(argument)}s"
+    return "d" if isinstance(argument, float) else "q"
+
+
+class _Room:
+    """Memory for the arguments of a launch, and their addresses as CUDA's driver takes them."""
+
+    def __init__(self, layout: struct.Struct, arguments: Sequence[Any]) -> None:
+        self.values = ctypes.create_string_buffer(layout.size)
+        sizes = [struct.calcsize("=" + _format(a)) for a in arguments]
+        first = ctypes.addressof(self.values)
+        places = itertools.accumulate(sizes[:-1], initial=first) if sizes else ()
+        self._pointers = (ctypes.c_void_p * max(1, len(sizes)))(*places)
+        self.address = ctypes.addressof(self._pointers)
+
+
+_function = cache(_Function)
+
+
+@cache
+def _driver() -> Any:
+    from cupy_backends.cuda.api import driver
+
+    return driver
 
 
 def _launch(
-    wanted: Kernel, grid: Sequence[int], block: Sequence[int], args: list[Any], shared: int, device: torch.device
+    wanted: Kernel, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], shared: int, device: torch.device
 ) -> None:
-    stream = torch.cuda.current_stream(device)
-    with torch.cuda.device(device):
-        function = _function(wanted, stream.device_index)
-        if shared > _SHARED_BY_DEFAULT:
-            _allow_shared(function, shared)
-        # CuPy raises where the launch fails.
-        function(tuple(grid), tuple(block), tuple(args), shared, _stream(stream.cuda_stream))
+    current = torch.cuda.current_device()
+    index = current if device.index is None else device.index
+    if index != current:
+        with torch.cuda.device(index):
+            _launch(wanted, grid, block, args, shared, device)
+        return
+    driver = _driver()
+    # In a thread that has done nothing on the GPU yet.
+    if not driver.ctxGetCurrent():
+        _make_current(index)
+    function = _function(wanted, index)
+    if shared > _SHARED_BY_DEFAULT:
+        _allow_shared(function, shared)
+    room = function.packed(args)
+    # CuPy raises where the launch fails; the driver has copied the arguments when it returns.
+    driver.launchKernel(
+        function.address, *grid, *block, shared, torch._C._cuda_getCurrentRawStream(index), room.address, 0
+    )
+    function.give_back(room)
 
 
-class _Address(NamedTuple):
-    """A stream by CUDA's stream protocol."""
+def _make_current(device: int) -> None:
+    """Give the thread a device's context, as a call of CUDA's runtime does."""
+    from cupy_backends.cuda.api import runtime
 
-    address: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.address
-
-
-@cache
-def _stream(address: int) -> Any:
-    """CuPy's object of a stream of torch's."""
-    import cupy
-
-    # CuPy 13 has no other way; CuPy 14 warns of it.
-    external = getattr(cupy.cuda.Stream, "from_external", None)
-    return cupy.cuda.ExternalStream(address) if external is None else external(_Address(address))
+    runtime.setDevice(device)
+    runtime.memGetInfo()
 
 
-def _allow_shared(function: Any, size: int) -> None:
+def _allow_shared(function: _Function, size: int) -> None:
     """Let a kernel's blocks have more dynamic shared memory than they have by default."""
-    from cupy_backends.cuda.api import driver
+    driver = _driver()
+    driver.funcSetAttribute(function.address, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
 
-    driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
 
-
-#: What starts a kernel; tests put in its place one that records the call or runs it on the CPU.
+#: What starts a kernel; tests put in its place one that records the call or runs it on the CPU. It gets pointers and
+#: integers as int, ``double`` as float and structs as bytes.
 launcher = _launch
 
 
@@ -242,20 +292,22 @@ def launch(
     Tensors reach it as pointers and None as a null pointer, integers as ``long long``, floats as ``double``, numpy's
     record of shape () as a struct.
     """
-    blocks = (grid,) if isinstance(grid, int) else tuple(grid)
+    blocks = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
     if 0 in blocks:
         return
-    launcher(wanted, (*blocks, 1, 1)[:3], (block, 1, 1), [_argument(a) for a in args], shared, device)
+    values = [a if type(a) in _NUMBERS else _argument(a) for a in args]
+    launcher(wanted, blocks, (block, 1, 1), values, shared, device)
 
 
-def _argument(value: Tensor | float | np.ndarray | None) -> Any:
-    if isinstance(value, np.ndarray):
-        return value
-    if value is None:
-        return np.uintp(0)
+_NUMBERS = frozenset((int, float))
+
+
+def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return np.uintp(value.data_ptr())
-    return np.float64(value) if isinstance(value, float) else np.int64(value)
+        return value.data_ptr()
+    if value is None:
+        return 0
+    return value.tobytes() if isinstance(value, np.ndarray) else value
 
 
 def packed(size: int, *tensors: Tensor | None) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import shutil
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu.launcher import Launcher
-from cupy.cuda.function import Function
+from cupy_backends.cuda.api import driver
 
 import gankern
 from gankern import _cuda, backends, cli
@@ -79,83 +82,142 @@ def test_an_error_of_the_compiler_is_shown() -> None:
 
 
 class Device:
-    """torch.cuda.device where there is no GPU: remembers what it was."""
+    """torch.cuda.device where there is no GPU: the device that is current in it is remembered."""
 
-    seen: ClassVar[list[torch.device]] = []
+    current: ClassVar[int] = 0
+    seen: ClassVar[list[int]] = []
 
-    def __init__(self, device: torch.device) -> None:
-        self.seen.append(device)
+    def __init__(self, device: int) -> None:
+        self.device = device
 
-    def __enter__(self) -> None: ...
-    def __exit__(self, *args: Any) -> None: ...
+    def __enter__(self) -> None:
+        self.before, Device.current = Device.current, self.device
+        self.seen.append(self.device)
+
+    def __exit__(self, *args: Any) -> None:
+        Device.current = self.before
+
+
+class Recorder:
+    """CUDA's driver where there is none: reads what a launch of KERNEL's like would read, by its pointers."""
+
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+    def __init__(self) -> None:
+        self.context, self.layout = 1, ""
+        self.launched: list[tuple[Any, ...]] = []
+        self.asked: list[tuple[int, ...]] = []
+        self.between: Any = lambda: None
+
+    def ctxGetCurrent(self) -> int:
+        return self.context
+
+    def funcSetAttribute(self, *asked: int) -> None:
+        self.asked.append(asked)
+
+    def launchKernel(self, *call: int) -> None:
+        *shape, pointers, extra = call
+        self.between()
+        assert extra == 0
+        sizes = [struct.calcsize("=" + f) for f in self.layout.split()]
+        places = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))
+        read = [
+            struct.unpack("=" + f, ctypes.string_at(places[i] or 0, size))[0]
+            for i, (f, size) in enumerate(zip(self.layout.split(), sizes, strict=True))
+        ]
+        self.launched.append((*shape, read, Device.current))
 
 
 @pytest.fixture
-def no_driver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """CuPy itself, up to CUDA's driver, which is not there: cuda:1 with a stream of torch's and a kernel's function."""
+def recorded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Launches on a machine with two GPUs, as far as CUDA's driver, which records."""
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
-    stream = SimpleNamespace(cuda_stream=77, device_index=1)
-    function = Function.__new__(Function)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(_cuda, "_function", lambda wanted, device: function)
-    Device.seen.clear()
-    _cuda._stream.cache_clear()
-    yield function
-    _cuda._stream.cache_clear()
-
-
-def test_cupy_takes_a_launch(no_driver: Any) -> None:
-    """Stream and arguments pass CuPy's own checks, without a warning: all that fails is the driver."""
-    x, device, struct = torch.ones(3), torch.device("cuda", 1), np.zeros((), np.dtype([("a", np.int64, 400)]))
-    for shared in (16, 64 << 10):
-        with pytest.raises(RuntimeError, match=NO_DRIVER):
-            _cuda.launch(KERNEL, (5, 2), 64, x, None, 2, 0.5, struct, device=device, shared=shared)
-    assert Device.seen == [device, device]
-    with pytest.raises(TypeError, match="Unsupported type"):  # CuPy looks at the arguments first
-        _cuda.launcher(KERNEL, (1, 1, 1), (1, 1, 1), ["no argument"], 0, device)
-
-
-def test_more_shared_memory_is_asked_of_the_driver(no_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    # CuPy's Function has no attribute for it.
-    monkeypatch.setattr(_cuda, "_allow_shared", lambda function, size: asked.append((function, size)))
-    for shared in (48 << 10, 49 << 10):
-        with pytest.raises(RuntimeError, match=NO_DRIVER):
-            _cuda.launch(KERNEL, 1, 64, device=torch.device("cuda", 1), shared=shared)
-    assert asked == [(no_driver, 49 << 10)]
-
-
-def test_a_stream_is_made_once(no_driver: Any) -> None:
-    stream = _cuda._stream(77)
-    assert stream.ptr == 77
-    assert _cuda._stream(77) is stream
-    assert _cuda._stream(78) is not stream
-
-
-def test_launches_on_torchs_current_stream(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Recorder()
     loaded: list[bytes] = []
-    launched: list[tuple[Any, ...]] = []
-    # As many positional arguments as CuPy's Function takes.
-    module = SimpleNamespace(load=loaded.append, get_function=lambda name: lambda *args: launched.append(args))
+    module = SimpleNamespace(load=loaded.append, get_function=lambda name: SimpleNamespace(ptr=len(loaded)))
     monkeypatch.setattr("cupy.cuda.function.Module", lambda: module)
-    stream = SimpleNamespace(cuda_stream=77, device_index=1)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index - 1))
+    monkeypatch.setattr(_cuda, "_driver", lambda: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: Device.current)
     monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
     Device.seen.clear()
     _cuda._function.cache_clear()
-    x, device = torch.ones(3), torch.device("cuda", 1)
-    for _ in range(2):
-        _cuda.launch(KERNEL, (5, 2), 64, x, None, 2, 0.5, device=device, shared=16)
+    yield found
+    assert loaded in ([], [_cuda.cubin(KERNEL, "sm_90")] * len(loaded))
     _cuda._function.cache_clear()
-    assert loaded == [_cuda.cubin(KERNEL, "sm_90")]
-    assert Device.seen == [device, device]
-    grid, block, args, shared, on = launched[0]
-    assert (grid, block, shared, on.ptr) == ((5, 2, 1), (64, 1, 1), 16, 77)
-    assert args == (x.data_ptr(), 0, 2, 0.5)
-    assert [a.dtype for a in args] == [np.uintp, np.uintp, np.int64, np.float64]
+
+
+GPU = [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_a_launch_reaches_the_driver(recorded: Recorder) -> None:
+    """On torch's current stream of the tensors' device, with the arguments as the kernel reads them."""
+    struct_ = np.zeros((), np.dtype([("a", np.int64, 400)]))
+    struct_["a"] = range(400)
+    x, y = torch.ones(3), torch.ones(5)
+    recorded.layout = "Q Q 3200s q d"
+    for device, number in ((GPU[1], 2), (GPU[0], -3), (GPU[1], 4)):
+        _cuda.launch(KERNEL, (5, 2), 64, x if number > 0 else y, None, struct_, number, 0.5, device=device, shared=16)
+    read = [(x.data_ptr(), 2), (y.data_ptr(), -3), (x.data_ptr(), 4)]
+    for (*call, values, on), (pointer, number), function, index in zip(
+        recorded.launched, read, (1, 2, 1), (1, 0, 1), strict=True
+    ):
+        assert (call, on) == ([function, 5, 2, 1, 64, 1, 1, 16, 70 + index], index)
+        assert values == [pointer, 0, struct_.tobytes(), number, 0.5]
+    # The device that is current already is not set again.
+    assert Device.seen == [1, 1]
+    assert Device.current == 0
+
+
+def test_each_launch_packs_its_own_arguments(recorded: Recorder) -> None:
+    """Whatever is launched, by another thread or a signal's handler, before the driver has read them."""
+    recorded.layout = "q d"
+
+    def again() -> None:
+        recorded.between = lambda: None
+        _cuda.launch(KERNEL, 1, 64, 2, 2.0, device=GPU[0])
+
+    for _ in range(2):
+        recorded.between = again
+        _cuda.launch(KERNEL, 1, 64, 1, 1.0, device=GPU[0])
+    assert [values for *_, values, _ in recorded.launched] == [[2, 2.0], [1, 1.0]] * 2
+    # An integer where the kernel takes a double arrives as one.
+    _cuda.launch(KERNEL, 1, 64, 3, 3, device=GPU[0])
+    assert recorded.launched[-1][-2] == [3, 3.0]
+    with pytest.raises(struct.error):
+        _cuda.launch(KERNEL, 1, 64, 3.5, 3.0, device=GPU[0])
+
+
+def test_a_new_thread_gets_a_context(recorded: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(_cuda, "_make_current", made.append)
+    for recorded.context in (0, 7):
+        _cuda.launch(KERNEL, 1, 64, device=GPU[1])
+    assert made == [1]
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=NO_DRIVER):
+        _cuda._make_current(0)
+
+
+def test_cupy_takes_a_launch(recorded: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CuPy's launch and its setting of an attribute get passes their own checks: all that fails is the driver."""
+    x, structure = torch.ones(3), np.zeros((), np.dtype([("a", np.int64, 400)]))
+    monkeypatch.setattr(recorded, "launchKernel", driver.launchKernel)
+    with pytest.raises(RuntimeError, match=NO_DRIVER):
+        _cuda.launch(KERNEL, (5, 2), 64, x, None, 2, 0.5, structure, device=GPU[1])
+    monkeypatch.setattr(recorded, "funcSetAttribute", driver.funcSetAttribute)
+    with pytest.raises(RuntimeError, match=NO_DRIVER):
+        _cuda.launch(KERNEL, 1, 64, x, None, 2, 0.5, structure, device=GPU[1], shared=64 << 10)
+    with pytest.raises(struct.error):  # as CuPy's own launch of a Function: a TypeError
+        _cuda.launcher(KERNEL, (1, 1, 1), (1, 1, 1), ["no argument", 0, 0, 0.0, b""], 0, GPU[1])
+
+
+def test_more_shared_memory_is_asked_of_the_driver(recorded: Recorder) -> None:
+    for shared in (48 << 10, 49 << 10):
+        _cuda.launch(KERNEL, 1, 64, device=GPU[1], shared=shared)
+    assert recorded.asked == [(1, recorded.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 49 << 10)]
 
 
 def test_a_gpu_that_nvrtc_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import struct
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -94,7 +95,7 @@ class Launcher:
     ) -> None:
         assert device.type == "cpu", device
         self.launched.append((kernel, tuple(grid), tuple(block), shared))
-        values = [a.tobytes() for a in args]
+        values = [a if isinstance(a, bytes) else struct.pack("d" if isinstance(a, float) else "q", a) for a in args]
         buffers = [ctypes.create_string_buffer(v, len(v)) for v in values]
         pointers = (ctypes.c_void_p * len(buffers))(*(ctypes.addressof(b) for b in buffers))
         sizes = (ctypes.c_uint * 6)(*grid, *block)
