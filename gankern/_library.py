@@ -20,3 +20,31 @@ def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> C
     _library.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gankern::{name}", fake, lib=_library)
     return getattr(torch.ops.gankern, name).default
+
+
+def define_direct(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`define` of an operator of tensors and numbers, for calls with autograd off.
+
+    Nobody has to see the operator in an eager call of plain tensors: what is returned goes past torch's dispatcher
+    then, whose way through Python takes longer than a launch.
+    """
+    op = define(schema, impl, fake)
+
+    def run(*args: Any) -> Any:
+        seen = torch.compiler.is_compiling() or _is_watched() or not _PLAIN.issuperset(map(type, args))
+        return (op if seen else impl)(*args)
+
+    return run
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+
+def _is_watched() -> bool:
+    """Whether somebody may see operators: a mode, a profiler or a tracer."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )

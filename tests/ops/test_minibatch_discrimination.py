@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 import gankern
 from gankern import ops
-from gankern.ops.minibatch_discrimination import autograd, reference
+from gankern.ops.minibatch_discrimination import reference
 
 # Samples, features, kernel dims: lone samples, partial vectors, features narrower and wider than a vector, long batches
 # that are cut into parts, many kernel dims.
@@ -296,15 +296,18 @@ def test_reference_backend(dtype: torch.dtype) -> None:
 
 
 OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
-    "features": (autograd._features_op, lambda: (random(5, 3, 4), True)),
-    "features_backward": (autograd._features_backward_op, lambda: (random(5, 3), random(5, 3, 4))),
+    "features": (torch.ops.gankern.minibatch_discrimination.default, lambda: (random(5, 3, 4), True)),
+    "features_backward": (
+        torch.ops.gankern.minibatch_discrimination_backward.default,
+        lambda: (random(5, 3), random(5, 3, 4)),
+    ),
     "features_double_backward": (
-        autograd._features_double_backward_op,
+        torch.ops.gankern.minibatch_discrimination_double_backward.default,
         lambda: (random(5, 3, 4), random(5, 3), random(5, 3, 4)),
     ),
-    "distance": (autograd._distance_op, lambda: (random(5, 3, 4),)),
-    "distance_backward": (autograd._distance_backward_op, lambda: (random(5, 5, 3), random(5, 3, 4))),
-    "distance_tangent": (autograd._distance_tangent_op, lambda: (random(5, 3, 4), random(5, 3, 4))),
+    "distance": (torch.ops.gankern.l1_distance.default, lambda: (random(5, 3, 4),)),
+    "distance_backward": (torch.ops.gankern.l1_distance_backward.default, lambda: (random(5, 5, 3), random(5, 3, 4))),
+    "distance_tangent": (torch.ops.gankern.l1_distance_tangent.default, lambda: (random(5, 3, 4), random(5, 3, 4))),
 }
 
 

@@ -65,25 +65,25 @@ def _backward_fake(
     return grad_input, torch.empty_like(mean), torch.empty_like(mean)
 
 
-_train_op = _library.define(
+_train_op = _library.define_direct(
     "batch_norm_act_train(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation, float negative_slope)"
     " -> (Tensor output, Tensor mean, Tensor invstd, Tensor var)",
     _train,
     _train_fake,
 )
-_train_from_sums_op = _library.define(
+_train_from_sums_op = _library.define_direct(
     "batch_norm_act_train_from_sums(Tensor input, Tensor sums, Tensor? weight, Tensor? bias, float eps, str activation,"
     " float negative_slope) -> (Tensor output, Tensor mean, Tensor invstd, Tensor var)",
     _train_from_sums,
     _train_from_sums_fake,
 )
-_eval_op = _library.define(
+_eval_op = _library.define_direct(
     "batch_norm_act_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, str activation,"
     " float negative_slope) -> Tensor",
     _eval,
     _eval_fake,
 )
-_backward_op = _library.define(
+_backward_op = _library.define_direct(
     "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean,"
     " Tensor invstd, bool training, str activation, float negative_slope)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",

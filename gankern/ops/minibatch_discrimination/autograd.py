@@ -41,29 +41,29 @@ def _pairs(m: Tensor) -> Tensor:
     return m.new_empty((n, n, b))
 
 
-_features_op = _library.define(
+_features_op = _library.define_direct(
     "minibatch_discrimination(Tensor m, bool include_self) -> Tensor",
     _kernel("minibatch_discrimination", "features"),
     lambda m, include_self: m.new_empty(m.shape[:2]),
 )
-_features_backward_op = _library.define(
+_features_backward_op = _library.define_direct(
     "minibatch_discrimination_backward(Tensor grad_output, Tensor m) -> Tensor",
     _kernel("minibatch_discrimination", "features_backward"),
     _like_m,
 )
-_features_double_backward_op = _library.define(
+_features_double_backward_op = _library.define_direct(
     "minibatch_discrimination_double_backward(Tensor cotangent, Tensor grad_output, Tensor m)"
     " -> (Tensor grad_grad_output, Tensor grad_m)",
     _kernel("minibatch_discrimination", "features_double_backward"),
     lambda cotangent, grad_output, m: (m.new_empty(m.shape[:2]), m.new_empty(m.shape)),
 )
-_distance_op = _library.define("l1_distance(Tensor m) -> Tensor", _kernel("l1_distance", "distance"), _pairs)
-_distance_backward_op = _library.define(
+_distance_op = _library.define_direct("l1_distance(Tensor m) -> Tensor", _kernel("l1_distance", "distance"), _pairs)
+_distance_backward_op = _library.define_direct(
     "l1_distance_backward(Tensor grad_output, Tensor m) -> Tensor",
     _kernel("l1_distance", "distance_backward"),
     _like_m,
 )
-_distance_tangent_op = _library.define(
+_distance_tangent_op = _library.define_direct(
     "l1_distance_tangent(Tensor tangent, Tensor m) -> Tensor",
     _kernel("l1_distance", "distance_tangent"),
     lambda tangent, m: _pairs(m),
