@@ -73,6 +73,7 @@ class Later:
 
     def __init__(self, module: str, refuse: Callable[..., str | None]) -> None:
         self._module, self._refuse = module, refuse
+        self._imported: ModuleType | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Later) and other._module == self._module
@@ -80,12 +81,20 @@ class Later:
     def __hash__(self) -> int:
         return hash(self._module)
 
+    def _import(self) -> ModuleType:
+        if self._imported is None:
+            self._imported = importlib.import_module(self._module)
+        return self._imported
+
     def refuse(self, *tensors: Tensor) -> str | None:
         reason = self._refuse(*tensors)
-        return importlib.import_module(self._module).refuse(*tensors) if reason is None else reason
+        if reason is not None:
+            return reason
+        own: Callable[..., str | None] = self._import().refuse
+        return None if own is self._refuse else own(*tensors)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._module), name)
+        return getattr(self._import(), name)
 
 
 # The adapters of each op: {op: {backend: module}}; a module has refuse(*tensors) and the op's kernels.

@@ -41,8 +41,10 @@ def fastest(op: str, *tensors: Tensor) -> str | None:
     """The backend that was fastest at the nearest size that was measured on this GPU; None where none was."""
     if not tensors or tensors[0].device.type != "cuda":
         return None
+    types = _of_device(tensors[0].device.index or 0).get(op)
+    if types is None:
+        return None
     dtype, size = key(*tensors)
-    types = _of_device(tensors[0].device.index or 0).get(op, {})
     sizes = types.get(TF32, {}) if dtype == "float32" and convolves_in_tf32() else {}
     sizes = sizes or types.get(dtype, {})
     return sizes[min(sizes, key=lambda known: abs(known - size))] if sizes else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gankern import _cuda
 from gankern._cuda import refuse
 from gankern._native import ACTIVATIONS, acc_dtype
 from gankern.ops.conv_transpose_bn_act import passes
-from gankern.ops.conv_transpose_bn_act.passes import PACK_BYTES, Activation, Affine, Cut, Stats, Sums
+from gankern.ops.conv_transpose_bn_act.passes import PACK_BYTES, Activation, Affine, Cut, Shape, Stats, Sums
 
 __all__ = ["KERNELS", "backward", "forward_eval", "forward_train", "forward_train_from_sums", "refuse", "statistics"]
 
@@ -50,21 +50,37 @@ KERNELS = [
 ]
 
 
-class _Passes(passes.Passes):
-    columns = 1  # threads beside each other over the channels
+class _Plan(NamedTuple):
+    """How the passes over inputs of one shape and type are launched."""
 
+    cut: Cut
+    kernels: tuple[_cuda.Kernel, ...]
+    block: int
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: Shape, dtype: torch.dtype) -> _Plan:
+    columns, block = 1, _PLANES  # threads beside each other over the channels
+    if shape.rows:
+        columns = min(
+            _ROW_VALUES if shape.values == 1 else _ROW_BYTES // PACK_BYTES, 1 << (shape.packs - 1).bit_length()
+        )
+        block = _ROWS
+    across = -(-shape.packs // columns) if shape.rows else shape.c
+    cut = passes.cut(shape, dtype.itemsize, across, block // columns, block)
+    kernels = tuple(_kernel(number, dtype, ROWS=shape.rows, VALUES=shape.values) for number in range(4))
+    return _Plan(cut, kernels, block, (shape.n, shape.c, shape.hw, cut.units, across, columns))
+
+
+class _Passes(passes.Passes):
     def _cut(self) -> Cut:
-        s, itemsize = self.shape, self.input.element_size()
-        if not s.rows:
-            return passes.cut(s, itemsize, s.c, _PLANES, _PLANES)
-        self.columns = min(_ROW_VALUES if s.values == 1 else _ROW_BYTES // PACK_BYTES, 1 << (s.packs - 1).bit_length())
-        return passes.cut(s, itemsize, -(-s.packs // self.columns), _ROWS // self.columns, _ROWS)
+        self._plan = _plan(self.shape, self.input.dtype)
+        return self._plan.cut
 
     def _launch(self, number: int, *arguments: Any, strides: tuple[int, int, int] = (0, 0, 0)) -> None:
-        s, (across, parts, units) = self.shape, self.cut
-        kernel = _kernel(number, self.input.dtype, ROWS=s.rows, VALUES=s.values)
-        sizes, block = (s.n, s.c, s.hw, units, across, self.columns, *strides), _ROWS if s.rows else _PLANES
-        _cuda.launch(kernel, across * parts, block, *arguments, *sizes, device=self.input.device)
+        (across, parts, _), kernels, block, sizes = self._plan
+        _cuda.launch(kernels[number], across * parts, block, *arguments, *sizes, *strides, device=self.input.device)
 
     def sum_values(self, sums: Sums, shift: Tensor) -> None:
         self._launch(0, self.input, sums.values, shift, strides=sums.strides)

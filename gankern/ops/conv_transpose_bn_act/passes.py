@@ -48,12 +48,15 @@ class Shape(NamedTuple):
 
 def shape_of(input: Tensor, *others: Tensor | None) -> Shape:
     """Of a tensor that is contiguous or channels_last and not empty; `others` are read or written beside it."""
-    n, c = input.shape[:2]
+    n, c = input.size(0), input.size(1)
     hw = input.numel() // (n * c)
     if hw == 1 or not input.is_contiguous():
         n, hw = n * hw, 1
-    values = PACK_BYTES // input.element_size()
-    aligned = all(t.data_ptr() % PACK_BYTES == 0 for t in (input, *others) if t is not None)
+    values, addresses = PACK_BYTES // input.element_size(), input.data_ptr()
+    for other in others:
+        if other is not None:
+            addresses |= other.data_ptr()
+    aligned = addresses % PACK_BYTES == 0
     return Shape(n, c, hw, values if aligned and (c if hw == 1 else hw) % values == 0 else 1)
 
 
