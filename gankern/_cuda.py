@@ -8,7 +8,8 @@ import itertools
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,6 +182,23 @@ def write_whole(path: Path, code: bytes) -> None:
         raise
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Let this thread load kernels in a ``with`` block also while a CUDA graph is captured, which CUDA else forbids."""
+    exchange = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(_RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        # It holds the mode that was before.
+        exchange(ctypes.byref(mode))
+
+
+# CU_STREAM_CAPTURE_MODE_RELAXED
+_RELAXED = 2
+
+
 class _Function:
     """A kernel on one GPU."""
 
@@ -188,8 +206,10 @@ class _Function:
         from cupy.cuda.function import Module
 
         major, minor = torch.cuda.get_device_capability(device)
+        code = cubin(wanted, f"sm_{major}{minor}")
         self._module = Module()  # as long as it is there, the kernel is loaded
-        self._module.load(cubin(wanted, f"sm_{major}{minor}"))
+        with loading():
+            self._module.load(code)
         self.address: int = self._module.get_function(wanted.name).ptr
         # Of arguments, the same at each launch but for a struct's.
         self._layout: struct.Struct | None = None

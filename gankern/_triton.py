@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gankern import backends
+from gankern import _cuda, backends
 from gankern.arguments import install_hint
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -113,9 +113,16 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, 
     """Start a kernel on torch's current stream of the device; nothing where the grid is empty."""
     if 0 in grid:
         return
-    # Triton launches on the current device, whatever its arguments'.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    if device.type != "cuda":
         kernel[grid](*args, **constants)
+        return
+    # Triton launches on the current device, whatever its arguments', and loads a kernel with its first launch.
+    with torch.cuda.device(device), _loading() if torch.cuda.is_current_stream_capturing() else nullcontext():
+        kernel[grid](*args, **constants)
+
+
+def _loading() -> AbstractContextManager[None]:
+    return nullcontext() if torch.version.hip is not None else _cuda.loading()
 
 
 def bits(value: float) -> int:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -138,6 +139,7 @@ def recorded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     module = SimpleNamespace(load=loaded.append, get_function=lambda name: SimpleNamespace(ptr=len(loaded)))
     monkeypatch.setattr("cupy.cuda.function.Module", lambda: module)
     monkeypatch.setattr(_cuda, "_driver", lambda: found)
+    monkeypatch.setattr(_cuda, "loading", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: Device.current)
     monkeypatch.setattr(torch.cuda, "device", Device)
@@ -199,6 +201,31 @@ def test_a_new_thread_gets_a_context(recorded: Recorder, monkeypatch: pytest.Mon
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match=NO_DRIVER):
         _cuda._make_current(0)
+
+
+def test_a_kernel_is_loaded_in_a_mode_that_captures_let_pass(
+    kept: Path, recorded: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is the thread's before and after, also where the loading fails."""
+    monkeypatch.undo()
+    modes = [0]
+
+    def exchange(pointer: Any) -> None:
+        wanted = pointer._obj.value
+        pointer._obj.value = modes[-1]
+        modes.append(wanted)
+
+    def load(code: bytes) -> None:
+        assert modes[-1] == 2
+        raise RuntimeError("not loaded")
+
+    library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
+    monkeypatch.setattr(_cuda.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr("cupy.cuda.function.Module", lambda: SimpleNamespace(load=load))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with pytest.raises(RuntimeError, match="not loaded"):
+        _cuda._function(KERNEL, 0)
+    assert modes == [0, 2, 0]
 
 
 def test_cupy_takes_a_launch(recorded: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
