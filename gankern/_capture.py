@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from gankern.dispatch import as_captured
+
 T = TypeVar("T")
 
 
@@ -145,7 +147,7 @@ class CapturedStep(Generic[T]):
             self._stream = torch.cuda.Stream(self._device)
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), as_captured():
             output = self._step(*self._inputs)
         here.wait_stream(self._stream)
         return output
@@ -169,7 +171,7 @@ def record(work: Callable[[], T], stream: Any, generators: Sequence[torch.Genera
     here = torch.cuda.current_stream()
     graph = _graph(generators)
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream), as_captured():
             output = work()
     except BaseException:
         # torch leaves its own stream current, and generators in a state in which they draw for graphs only. The end of

@@ -122,6 +122,11 @@ def adapters(name: str) -> list[ModuleType | Later]:
     return list(dict.fromkeys(found[name] for found in _adapters.values() if name in found))
 
 
+def adapter(op: str, name: str) -> ModuleType | Later:
+    """An op's adapter of one backend."""
+    return _adapters[op][name]
+
+
 @cache
 def _open_rooms() -> None:
     """Import every op's room, so that all are registered: what is not used yet is not imported yet."""
@@ -277,6 +282,11 @@ def explain_call(op: str, *tensors: Tensor) -> Explanation:
         chosen = None if name in refused else name
         others = {n: f"backend {name!r} was asked for by name" for n in NAMES if n != name and n not in refused}
         return Explanation(op, chosen, refused | others)
+    from gankern import dispatch
+
+    if op in dispatch.BY_SIZE and tensors and dispatch.is_small(*tensors):
+        small = {n: dispatch.SMALL for n in NAMES if n not in refused and n != "reference"}
+        return Explanation(op, "reference", refused | small)
     order = _in_order(op, tensors)
     chosen = next(n for n in order if n not in refused)
     others = {n: f"{chosen} comes first" for n in NAMES if n != chosen and n not in refused}

@@ -1,4 +1,4 @@
-"""What a GPU has measured to be the fastest backend of an op, by type and size.
+"""Which calls on a GPU are small, and what it has measured to be the fastest backend of an op, by type and size.
 
 ``gankern bench --device cuda --tune`` measures and writes a file for each kind of GPU beside the compiled kernels;
 ``auto`` goes by it. Another backend may sum up in another order: results have the same bits on every run with the same
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,53 @@ TF32 = "tf32"
 
 #: {op: {dtype: {log2 of the number of elements: backend}}}
 Table = Mapping[str, Mapping[str, Mapping[int, str]]]
+
+# An eager call keeps the host busy for longer than stock's does, and the GPU for less. It pays where the GPU, with what
+# stock does, is busy for longer than the host with ours. Batch norm + activation, forward and backward: 0.1 ms on the
+# host with launches that do nothing, 0.4 on a host of an H200 that is four times as slow; stock reads and writes its
+# tensor 13 times, at 4 TB/s.
+_HOST_SECONDS, _BYTES_PER_SECOND, _STOCK_PASSES = 0.4e-3, 4e12, 13
+#: Bytes of a call's largest tensor below which ``auto`` leaves eager calls on a GPU to torch's own operators. In a CUDA
+#: graph the host costs nothing, and kernels run at any size.
+FEW_BYTES = round(_HOST_SECONDS * _BYTES_PER_SECOND / _STOCK_PASSES)
+#: The ops that this is about.
+BY_SIZE = ("batch_norm_act", "conv_transpose2d_bn_act", "conv2d_bn_act", "gradient_penalty")
+#: What is told of such a call.
+SMALL = f"an eager call of less than {FEW_BYTES >> 20} MiB on a GPU costs more on the host than it saves"
+
+# Handed on by torch to the threads of a backward pass, where a checkpoint runs its part of a model again.
+_AS_CAPTURED = "gankern_as_captured"
+
+
+def _is_as_captured() -> bool:
+    return bool(torch._C._is_key_in_tls(_AS_CAPTURED) and torch._C._get_obj_in_tls(_AS_CAPTURED))
+
+
+@contextmanager
+def as_captured() -> Iterator[None]:
+    """Run what is in a ``with`` block as in a CUDA graph: before it is captured, that loads its kernels."""
+    before = _is_as_captured()
+    torch._C._stash_obj_in_tls(_AS_CAPTURED, True)
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls(_AS_CAPTURED, before)
+
+
+def goes_by_size(device: torch.device, *, captured: bool = False) -> bool:
+    """Whether small calls on a device are left to torch: by ``auto`` and eagerly on a GPU.
+
+    With `captured`, also in a graph that somebody else than :func:`gankern.capture` captures: nothing of theirs may
+    have run before.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling() or backends.requested() != "auto":
+        return False
+    return not _is_as_captured() and (captured or not torch.cuda.is_current_stream_capturing())
+
+
+def is_small(*tensors: Tensor, captured: bool = False) -> bool:
+    """Whether a call of one of the ops `BY_SIZE` is left to torch; `captured` as in :func:`goes_by_size`."""
+    return goes_by_size(tensors[0].device, captured=captured) and max(t.nbytes for t in tensors) < FEW_BYTES
 
 
 def path(gpu: str) -> Path:

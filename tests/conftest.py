@@ -22,7 +22,7 @@ from browser import chromium  # noqa: F401 a fixture
 from cuda_on_cpu.launcher import Launcher
 from triton_interpreter import mend
 
-from gankern import _cuda, backend, workspace
+from gankern import _cuda, backend, dispatch, workspace
 from gankern.compiler import planning
 from gankern.compiler.choice import everywhere
 from gankern.ops.conv_act import cpu as conv_cpu
@@ -87,6 +87,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
         monkeypatch.setattr(few_pairs, "_FEW_DIFFERENCES", 0)
         monkeypatch.setattr(conv_cpu, "_LEAVES_THIN", False)
+        monkeypatch.setattr(dispatch, "goes_by_size", lambda device, captured=False: False)
 
 
 @pytest.fixture(autouse=True)

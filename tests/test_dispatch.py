@@ -23,6 +23,10 @@ class OnGpu:
     def numel(self) -> int:
         return self._size
 
+    @property
+    def nbytes(self) -> int:
+        return self._size * self.dtype.itemsize
+
 
 class Takes:
     """An adapter that takes all tensors."""
@@ -37,7 +41,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU / 80 GB")
     monkeypatch.setattr(dispatch, "key", lambda *tensors: ("float32", tensors[0].numel().bit_length() - 1))
     taking = {name: Takes() for name in backends.NAMES}
-    monkeypatch.setattr(backends, "_adapters", {"conv2d_act": taking, "l1_distance": taking})
+    monkeypatch.setattr(backends, "_adapters", dict.fromkeys(("batch_norm_act", "conv2d_act", "l1_distance"), taking))
     dispatch._of_device.cache_clear()
     backends._by_default.cache_clear()
     yield
@@ -108,3 +112,53 @@ def test_calls_are_told_apart_by_the_largest_tensor(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     assert dispatch.key(torch.empty(3), torch.empty(60, 1000, dtype=torch.bfloat16)) == ("bfloat16", 16)
     assert dispatch.key(torch.empty(0)) == ("float32", 0)
+
+
+@pytest.mark.by_size
+def test_small_eager_calls_on_a_gpu_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By auto, of the ops that the rule is for; not while a graph is captured, nor in what is captured next."""
+    few, many = OnGpu(dispatch.FEW_BYTES // 4), OnGpu(dispatch.FEW_BYTES // 4 + 1)
+    tensors: list[Any] = [few, many]
+    captures = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[-1])
+
+    def small() -> list[bool]:
+        assert dispatch.is_small(*tensors) is False, "the largest decides"
+        return [dispatch.is_small(t) for t in tensors]
+
+    def explained(op: str) -> backends.Explanation:
+        return backends.explain_call(op, tensors[0])
+
+    assert small() == [True, False]
+    assert dispatch.is_small(torch.ones(3)) is False
+    assert explained("batch_norm_act").chosen == "reference"
+    assert explained("batch_norm_act").refused == dict.fromkeys(("cuda", "triton", "cpu"), dispatch.SMALL)
+    assert explained("l1_distance").chosen == "cuda"
+    with backends.backend("cuda"):
+        assert small() == [False, False]
+        assert explained("batch_norm_act").chosen == "cuda"
+    with dispatch.as_captured():
+        assert small() == [False, False]
+        assert explained("batch_norm_act").chosen == "cuda"
+    assert small() == [True, False]
+    captures.append(True)
+    assert small() == [False, False]
+    # Of what needs a first call outside of the graph.
+    assert dispatch.is_small(few, captured=True) is True  # type: ignore[arg-type]
+    with dispatch.as_captured():
+        assert dispatch.is_small(few, captured=True) is False  # type: ignore[arg-type]
+
+
+def test_as_captured_holds_in_a_backward_pass() -> None:
+    seen: list[bool] = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(dispatch._is_as_captured()))
+    loss = y.sum()
+    with dispatch.as_captured():
+        loss.backward()
+        with dispatch.as_captured():
+            pass
+        assert dispatch._is_as_captured()
+    assert seen == [True]
+    assert not dispatch._is_as_captured()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gankern._capture import record
-from gankern.dispatch import TF32
+from gankern.dispatch import TF32, as_captured
 
 if TYPE_CHECKING:
     from gankern.bench.cases import Run
@@ -72,7 +72,7 @@ def graphed(run: Run) -> Run:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), as_captured():
         for _ in range(_WARM_UP):
             run()
     torch.cuda.current_stream().wait_stream(stream)

@@ -14,7 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import gankern
-from gankern import _compiling, ops
+from gankern import _compiling, _cuda, dispatch, ops
+from gankern.compiler import planning
+from gankern.ops.conv_transpose_bn_act import autograd as norm_autograd
+from gankern.ops.gradient_penalty import autograd as penalty_autograd
+from gankern.ops.gradient_penalty import small
 
 Op = Callable[..., Tensor]
 
@@ -171,3 +175,61 @@ def test_the_penalty_compiles_to_one_graph(gpu: torch.device) -> None:
         found = gradients(compiled)
     for got, want in zip(found, gradients(loss), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.by_size
+@pytest.mark.parametrize("name", ["batch_norm_act", "conv_transpose2d_bn_act", "conv2d_bn_act"])
+def test_small_calls_are_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And above the size a kernel is launched."""
+    op, shapes = OPS[name]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    launched: list[Any] = []
+    monkeypatch.setattr(_cuda, "launcher", lambda *call: launched.append(call))
+    monkeypatch.setattr(dispatch, "goes_by_size", lambda device, captured=False: True)
+    with gankern.backend("reference"), monkeypatch.context() as patched:
+        patched.setattr(dispatch, "FEW_BYTES", 0)
+        patched.setattr(norm_autograd, "_is_odd", lambda *args: True)
+        want = step(op, inputs)
+    found = step(op, inputs)
+    assert launched == []
+    # The convolutions in front are the CPU's.
+    bar = 0 if name == "batch_norm_act" else 1e-3
+    torch.testing.assert_close(found, want, rtol=0, atol=bar)
+    assert gankern.explain(op_of(name), *inputs[:2]).refused["cuda"] == dispatch.SMALL
+    monkeypatch.setattr(dispatch, "FEW_BYTES", 0)
+    step(op, inputs)
+    assert len(launched) == 4
+    assert gankern.explain(op_of(name), *inputs[:2]).chosen == "cuda"
+
+
+def op_of(name: str) -> Op:
+    return getattr(ops, name)
+
+
+@pytest.mark.by_size
+def test_a_small_penalty_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a plan made of it, as long as nothing but the capture of a graph could make one."""
+    critic = plain_critic()
+    images = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    ran: list[str] = []
+    for name in ("penalty", "planned_penalty", "stock_penalty"):
+        monkeypatch.setattr(penalty_autograd, name, lambda *args, name=name: ran.append(name) or torch.ones(()))
+    monkeypatch.setattr(small, "is_small", lambda *args: False)
+    for sizes, want in (
+        ((False, False), "penalty"),
+        ((True, True), "stock_penalty"),
+    ):
+        monkeypatch.setattr(dispatch, "goes_by_size", lambda device, captured=False, sizes=sizes: sizes[captured])
+        with planning(True):
+            gankern.gradient_penalty(critic, *images)
+            assert ran.pop() == want
+            gankern.gradient_penalty(critic, *images, params=list(critic.parameters()))
+            assert ran.pop() == ("planned_penalty" if want == "penalty" else want)
+        told = gankern.explain(gankern.gradient_penalty, critic, *images)
+        assert (told.reason, told.plan) == (
+            (None, None) if want == "penalty" else (dispatch.SMALL, f"none: {dispatch.SMALL}")
+        )
+    monkeypatch.setattr(dispatch, "goes_by_size", lambda device, captured=False: captured)
+    with planning(True):
+        gankern.gradient_penalty(critic, *images, params=list(critic.parameters()))
+    assert ran == ["stock_penalty"]

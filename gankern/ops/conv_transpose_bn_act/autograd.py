@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern import _autograd, _cuda, _library, _native, _triton, backends
+from gankern import _autograd, _cuda, _library, _native, _triton, backends, dispatch
 from gankern._layout import dense, memory_format
 from gankern.ops.conv_transpose_bn_act import cpu, reference
 
@@ -241,7 +241,8 @@ def batch_norm_act(
 ) -> Tensor:
     """`sums` are what the batch's statistics are made of, where the input's maker has left them."""
     uses_batch = training or running_mean is None or running_var is None
-    if _is_odd(input, running_mean, running_var, weight, bias, uses_batch):
+    small = sums is None and dispatch.is_small(input)
+    if small or _is_odd(input, running_mean, running_var, weight, bias, uses_batch):
         statistics: dict[str, Any] = {"training": uses_batch, "momentum": momentum, "eps": eps}
         act: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
         return reference.batch_norm_act(input, running_mean, running_var, weight, bias, **statistics, **act)

@@ -13,7 +13,7 @@ from gankern._autograd import casts, is_plain, is_recorded
 from gankern._layout import autocast, like_layout, memory_format
 from gankern.backends import Explanation
 from gankern.ops.conv_act import conv2d_acts, conv2d_statistics, cpu, reference
-from gankern.ops.conv_act.reference import ConvOptions, Layer
+from gankern.ops.conv_act.reference import ConvOptions, Layer, conv_shape
 
 Pair = tuple[int, int]
 _GPU = ("cuda", "triton")
@@ -96,7 +96,12 @@ def explain_block(transposed: bool, found: Explanation, input: Tensor, weight: T
         for value in [options.get(name, default)]
     }
     conv = Convolution(transposed, **pairs, groups=options.get("groups", 1))
-    norm = backends.explain_call("batch_norm_act", input)
+    made = input
+    if input.dim() == weight.dim() == 4 and not isinstance(conv.padding[0], str):
+        # The normalisation goes by the size of what the convolution makes.
+        shape = [max(size, 0) for size in conv_shape(input.shape, weight.shape, conv.options)]
+        made = input.new_empty(()).expand(shape)
+    norm = backends.explain_call("batch_norm_act", made)
     by = "torch's own"
     if conv.is_plain(input, weight) and not conv.is_product(input):
         chosen = backends.explain_call("conv2d_act", input, weight).chosen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gankern import _compiling, backends, compiler
+from gankern import _compiling, backends, compiler, dispatch
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain, Declined
 from gankern.ops.gradient_penalty import autograd, small
@@ -229,12 +229,15 @@ def _run(
     """Penalty of a critic inside a wrapper; `whole` if nothing but the critic itself is asked for."""
     distributed = autograd.is_distributed(wrapper)
     loss = None
-    chain = choose(critic, points) if whole else None
+    # Stock's calls are C++ throughout, a plan's and those of gankern's layers Python's.
+    chain = choose(critic, points) if whole and not dispatch.is_small(points) else None
     if isinstance(chain, Chain) and not small.is_small(critic, points, given):
         reached = [True] * (len(chain.params) + 1) if distributed else chain.gets_gradients()
         with contextlib.suppress(Declined):
             loss = autograd.penalty(chain, chain.params, reached, points, *options)
     planned = compiler.enabled() and not create_graph and backends.requested() != "reference"
+    # A plan is not made while a graph is captured.
+    planned = planned and not dispatch.is_small(points, captured=True)
     of_all = loss is not None
     if loss is None and planned and stands_alone(points) is None:
         with contextlib.suppress(compiler.Refused):

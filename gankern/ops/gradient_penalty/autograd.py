@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gankern import _compiling, _cuda, _library, _phases, _stock, _triton, backends, workspace
+from gankern import _compiling, _cuda, _library, _phases, _stock, _triton, backends, dispatch, workspace
 from gankern._layout import memory_format
 from gankern.ops.critic_layers import Chain, Declined, Scope, find
 from gankern.ops.gradient_penalty import cpu, reference
@@ -411,7 +411,7 @@ _FEW_VALUES = 1 << 14
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """``alpha * real + (1 - alpha) * fake`` with one alpha a sample, shape (N,)."""
     with _phases.phase("penalty/interpolation"):
-        few = real.numel() <= _FEW_VALUES and torch_may_run(real)
+        few = dispatch.is_small(real) or (real.numel() <= _FEW_VALUES and torch_may_run(real))
         unsafe = not torch.compiler.is_compiling() and watched(real, fake, alpha) is not None
         # Of other orders of memory the points get stock's: dropout draws its mask, and views go, in that order.
         orders = (torch.contiguous_format, torch.channels_last) if real.dim() == 4 else (torch.contiguous_format,)

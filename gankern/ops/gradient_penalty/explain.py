@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gankern import backends, compiler
+from gankern import backends, compiler, dispatch
 from gankern.backends import Explanation, explain_call
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain
@@ -83,15 +83,19 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     given = trainable(critic, call.get("params"))
     plain_call = not any(call.get(name) for name in ("inputs", "critic_kwargs", "create_graph"))
     if not isinstance(critic, nn.Module) or call.get("params") is not None or not plain_call:
-        return PenaltyExplanation(found.op, found.chosen, found.refused, PLAIN_CALL, told_of_plans(critic, call))
+        return PenaltyExplanation(
+            found.op, found.chosen, found.refused, PLAIN_CALL, told_of_plans(critic, call, points[0])
+        )
     made = points[0].detach()
     made = made if len(points) == 1 else made.to(torch.promote_types(made.dtype, points[1].dtype))
     chain = choose(critic, made)
     with torch.enable_grad():
         if isinstance(chain, Chain) and small.is_small(critic, made, given):
             chain = SMALL
+    if dispatch.is_small(made):
+        chain = dispatch.SMALL
     if isinstance(chain, str):
-        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, told_of_plans(critic, call))
+        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, told_of_plans(critic, call, made))
     calls: dict[str, Counter[str]] = {"taken": Counter(), "stock": Counter(), "linear": Counter()}
     for step in chain.steps:
         how = "taken" if step.kind.run is not None else "stock" if step.kind.bends else "linear"
@@ -99,12 +103,14 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     return PenaltyExplanation(found.op, found.chosen, found.refused, None, None, *map(dict, calls.values()))
 
 
-def told_of_plans(critic: Any, call: Mapping[str, Any]) -> str | None:
+def told_of_plans(critic: Any, call: Mapping[str, Any], points: Tensor) -> str | None:
     """Why a call gets no plan; else what became of the critic's calls so far, without bringing Dynamo in."""
     if call.get("create_graph"):
         return "none with create_graph"
     if backends.requested() == "reference":
         return "none on the backend 'reference'"
+    if dispatch.is_small(points, captured=True):
+        return f"none: {dispatch.SMALL}"
     if not compiler.enabled():
         return "switched off"
     cache = sys.modules.get(f"{compiler.__name__}.cache")
