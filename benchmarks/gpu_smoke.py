@@ -58,7 +58,9 @@ def checks() -> dict[str, tuple[str, Any, Check]]:
             from_sums = m.forward_train_from_sums(x, sums, weight, bias, 1e-3, *act)
             constant = m.forward_eval(x, weight, bias, mean, invstd, *act)
             grads = [m.backward(grad, x, weight, bias, mean, invstd, training, *act) for training in (True, False)]
-            found = [output, mean, invstd, var, *from_sums, constant, *m.statistics(x, 1e-3)]
+            running = [draw(shape[1], wide=True), draw(shape[1], wide=True).abs()]
+            getattr(m, "update_running", norm_reference.update_running)(*running, mean, var, 0.3, 1.1)
+            found = [output, mean, invstd, var, *from_sums, constant, *m.statistics(x, 1e-3), *running]
             return found + [t for group in grads for t in group]
 
         return run

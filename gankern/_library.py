@@ -31,7 +31,7 @@ def define_direct(schema: str, impl: Callable[..., Any], fake: Callable[..., Any
     op = define(schema, impl, fake)
 
     def run(*args: Any) -> Any:
-        seen = torch.compiler.is_compiling() or _is_watched() or not _PLAIN.issuperset(map(type, args))
+        seen = torch.compiler.is_compiling() or is_watched() or not _PLAIN.issuperset(map(type, args))
         return (op if seen else impl)(*args)
 
     return run
@@ -40,7 +40,7 @@ def define_direct(schema: str, impl: Callable[..., Any], fake: Callable[..., Any
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody may see operators: a mode, a profiler or a tracer."""
     return bool(
         torch._C._len_torch_dispatch_stack()

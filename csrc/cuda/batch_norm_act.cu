@@ -1,7 +1,7 @@
 // Batch norm + activation. Bound by bytes: forward reads x twice and writes y, backward reads x and dy twice and writes
 // dx; a pass's sums cost the next pass a look at at most a quarter as many bytes, mostly in L2.
 //
-// Compiled with -DSTORAGE=<type> -DPASS=<0..3, finish: 4>, for that one -DSUMS=<type>, for the others -DROWS=0|1
+// Compiled with -DSTORAGE=<type> -DPASS=<0..3, finish: 4, update: 5>, for finish -DSUMS=<type>, for 0..3 -DROWS=0|1
 // -DVALUES=<values at once>: 16 bytes' where pointers, and c or hw, are multiples of it, else 1.
 #include "batch_norm_act.h"
 
@@ -148,6 +148,17 @@ extern "C" __global__ void batch_norm_act_input_grad(const T* __restrict__ dy, c
         };
         at.walk(body, x, dy);
     });
+}
+
+#elif PASS == 5
+// Lets the statistics of a batch into the running ones; `unbiased` makes the variance an estimate of the population's.
+extern "C" __global__ void batch_norm_update(A* running_mean, A* running_var, const A* mean, const A* var,
+                                             double momentum, double unbiased, index_t c) {
+    index_t channel = static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    A kept = static_cast<A>(1 - momentum), taken = static_cast<A>(momentum);
+    running_mean[channel] = running_mean[channel] * kept + taken * mean[channel];
+    running_var[channel] = running_var[channel] * kept + taken * (var[channel] * static_cast<A>(unbiased));
 }
 
 #else

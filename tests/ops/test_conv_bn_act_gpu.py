@@ -12,7 +12,7 @@ import torch
 from oracle import assert_as_accurate, cuts, layouts, run
 from torch import Tensor
 
-from gankern import backends, ops
+from gankern import _cuda, backends, ops
 from gankern.ops.conv_transpose_bn_act import cpu, cuda, passes, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -324,3 +324,47 @@ def test_blocks_of_the_kernels_are_cut_to_fill_the_gpu() -> None:
         shape = passes.Shape(n, c, 1, 4 if c % 4 == 0 else 1)
         got = passes.cut(shape, 4, -(-c // 16), 128, 512)
         assert (got.parts - 1) * got.units < n <= got.parts * got.units
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "strided", "overlapping", "bfloat16"])
+def test_running_statistics_are_updated_as_stocks(
+    gpu: torch.device, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one kernel where they are plain vectors of the statistics' type, else by torch."""
+    adapter = backends.select("batch_norm_act", torch.empty(1, device=gpu))
+    update = getattr(adapter, "update_running", None)
+    if update is None:
+        pytest.skip("has no kernel for it")
+    launched: list[Any] = []
+    launch = _cuda.launch
+    monkeypatch.setattr(_cuda, "launch", lambda kernel, *a, **k: launched.append(kernel) or launch(kernel, *a, **k))
+    c = 300
+    mean, var = torch.randn(c, dtype=dtype, device=gpu), torch.rand(c, dtype=dtype, device=gpu) + 0.5
+    storage = torch.randn(2 * c, dtype=torch.bfloat16 if kind == "bfloat16" else dtype, device=gpu)
+
+    def views(storage: Tensor) -> tuple[Tensor, Tensor]:
+        if kind == "strided":
+            return storage[::2], storage[1::2]
+        return storage[:c], storage[1 : c + 1] if kind == "overlapping" else storage[c:]
+
+    ours, want = storage.clone(), storage.clone()
+    update(*views(ours), mean, var, 0.3, 1.25)
+    reference.update_running(*views(want), mean, var, 0.3, 1.25)
+    bar = torch.finfo(storage.dtype).eps
+    torch.testing.assert_close(ours, want, rtol=4 * bar, atol=4 * bar)
+    assert [k.name for k in launched] == ["batch_norm_update"] * (kind == "plain")
+    assert not ours.equal(storage)
+
+
+def test_a_training_step_makes_five_launches(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backends.requested() != "cuda":
+        pytest.skip("counts the launches of C++ kernels")
+    launched: list[str] = []
+    launch = _cuda.launch
+    monkeypatch.setattr(
+        _cuda, "launch", lambda kernel, *a, **k: launched.append(kernel.name) or launch(kernel, *a, **k)
+    )
+    inputs, stats, grad = norm_inputs((4, 8, 3, 3), torch.float32, gpu)
+    run(norm_act(ops.batch_norm_act, stats, training=True), inputs, grad)
+    assert launched == [*cuda._NAMES[:2], "batch_norm_update", *cuda._NAMES[2:4]]

@@ -184,19 +184,14 @@ def _constants(input: Tensor, running_mean: Tensor, running_var: Tensor, eps: fl
     return mean, (running_var.to(acc) + eps).rsqrt().contiguous()
 
 
-@torch.no_grad()
-def update(running: Tensor, batch: Tensor, momentum: float) -> None:
-    """Let a batch's statistic into a running one.
-
-    As in stock, autograd does not see it: a graph of a call in evaluation mode stays valid.
-    """
-    if not torch.compiler.is_compiling():
-        running = running.data
-    if running.dtype == batch.dtype:
-        running.mul_(1 - momentum).add_(batch, alpha=momentum)
-    else:
-        wide = torch.promote_types(running.dtype, batch.dtype)
-        running.copy_(running.to(wide) * (1 - momentum) + batch.to(wide) * momentum)
+def _update_running(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float
+) -> None:
+    count = input.numel() // input.size(1)
+    run = reference.update_running
+    if not torch.compiler.is_compiling() and _cuda.refuse(running_mean) is None and not _library.is_watched():
+        run = getattr(backends.select("batch_norm_act", input), "update_running", run)
+    run(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
 
 
 def _is_odd(
@@ -250,8 +245,6 @@ def batch_norm_act(
     if uses_batch:
         output, mean, var = _Train.apply(input, weight, bias, eps, activation, negative_slope, sums)
         if running_mean is not None and running_var is not None:
-            count = input.numel() // input.size(1)
-            update(running_mean, mean, momentum)
-            update(running_var, var * (count / max(count - 1, 1)), momentum)
+            _update_running(input, running_mean, running_var, mean, var, momentum)
         return output
     return _Eval.apply(input, weight, bias, running_mean, running_var, eps, activation, negative_slope)

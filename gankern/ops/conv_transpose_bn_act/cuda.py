@@ -12,10 +12,19 @@ from torch import Tensor
 from gankern import _cuda
 from gankern._cuda import refuse
 from gankern._native import ACTIVATIONS, acc_dtype
-from gankern.ops.conv_transpose_bn_act import passes
+from gankern.ops.conv_transpose_bn_act import passes, reference
 from gankern.ops.conv_transpose_bn_act.passes import PACK_BYTES, Activation, Affine, Cut, Shape, Stats, Sums
 
-__all__ = ["KERNELS", "backward", "forward_eval", "forward_train", "forward_train_from_sums", "refuse", "statistics"]
+__all__ = [
+    "KERNELS",
+    "backward",
+    "forward_eval",
+    "forward_train",
+    "forward_train_from_sums",
+    "refuse",
+    "statistics",
+    "update_running",
+]
 
 # Threads of a block.
 _PLANES, _ROWS = 256, 512
@@ -28,6 +37,7 @@ _NAMES = (
     "batch_norm_act_grad_sums",
     "batch_norm_act_input_grad",
     "batch_norm_finish",
+    "batch_norm_update",
 )
 
 
@@ -47,6 +57,7 @@ KERNELS = [
         for values in (1, PACK_BYTES // dtype.itemsize)
     ),
     *(_finish(*dtypes) for dtypes in itertools.combinations_with_replacement((torch.float32, torch.float64), 2)),
+    *(_kernel(5, dtype) for dtype in (torch.float32, torch.float64)),
 ]
 
 
@@ -150,3 +161,17 @@ forward_train = partial(passes.forward_train, _Passes)
 forward_train_from_sums = partial(passes.forward_train_from_sums, _Passes)
 forward_eval = partial(passes.forward_eval, _Passes)
 backward = partial(passes.backward, _Passes)
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, unbiased: float
+) -> None:
+    """As in reference.py, in one launch."""
+    first, second = running_mean.data_ptr(), running_var.data_ptr()
+    same = all(t.dtype == mean.dtype and t.is_contiguous() for t in (running_mean, running_var))
+    if not same or abs(first - second) < mean.nbytes:
+        reference.update_running(running_mean, running_var, mean, var, momentum, unbiased)
+        return
+    c = mean.numel()
+    arguments = (running_mean, running_var, mean, var, float(momentum), float(unbiased), c)
+    _cuda.launch(_kernel(5, mean.dtype), -(-c // _PLANES), _PLANES, *arguments, device=mean.device)

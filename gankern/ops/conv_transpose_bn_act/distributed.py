@@ -167,8 +167,8 @@ def batch_norm_act(
                 f"got {tuple(input.shape)} on this rank"
             )
         if running_mean is not None and running_var is not None and count:
-            autograd.update(running_mean, mean, momentum)
-            autograd.update(running_var, var * (count / (count - 1)), momentum)
+            reference.update(running_mean, mean, momentum)
+            reference.update(running_var, var * (count / (count - 1)), momentum)
         invstd = (var + eps).rsqrt().to(acc)
         mean = mean.to(acc)
     return _Normalise.apply(input, weight, bias, mean, invstd, eps, count, group, activation, negative_slope)

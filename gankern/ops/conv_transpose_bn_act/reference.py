@@ -181,3 +181,26 @@ def backward(
         grad = grad - _channels(grad_bias / count, input) - normalized * _channels(grad_weight / count, input)
     scale = invstd if weight is None else invstd * weight
     return (grad * _channels(scale, input)).to(input.dtype), grad_weight, grad_bias
+
+
+@torch.no_grad()
+def update(running: Tensor, batch: Tensor, momentum: float) -> None:
+    """Let a batch's statistic into a running one.
+
+    As in stock, autograd does not see it: a graph of a call in evaluation mode stays valid.
+    """
+    if not torch.compiler.is_compiling():
+        running = running.data
+    if running.dtype == batch.dtype:
+        running.mul_(1 - momentum).add_(batch, alpha=momentum)
+    else:
+        wide = torch.promote_types(running.dtype, batch.dtype)
+        running.copy_(running.to(wide) * (1 - momentum) + batch.to(wide) * momentum)
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, unbiased: float
+) -> None:
+    """Let a batch's statistics into the running ones; `unbiased` makes its variance an estimate of the population's."""
+    update(running_mean, mean, momentum)
+    update(running_var, var * unbiased, momentum)
