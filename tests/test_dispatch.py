@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gankern import backends, dispatch
+from gankern.compiler import choice
 
 
 class OnGpu:
@@ -130,6 +131,7 @@ def test_small_eager_calls_on_a_gpu_are_left_to_torch(monkeypatch: pytest.Monkey
         return backends.explain_call(op, tensors[0])
 
     assert small() == [True, False]
+    assert [choice.norm_pays(t) for t in tensors] == [False, True], "in plans"
     assert dispatch.is_small(torch.ones(3)) is False
     assert explained("batch_norm_act").chosen == "reference"
     assert explained("batch_norm_act").refused == dict.fromkeys(("cuda", "triton", "cpu"), dispatch.SMALL)
@@ -143,6 +145,7 @@ def test_small_eager_calls_on_a_gpu_are_left_to_torch(monkeypatch: pytest.Monkey
     assert small() == [True, False]
     captures.append(True)
     assert small() == [False, False]
+    assert [choice.norm_pays(t) for t in tensors] == [True, True]
     # Of what needs a first call outside of the graph.
     assert dispatch.is_small(few, captured=True) is True  # type: ignore[arg-type]
     with dispatch.as_captured():

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from gankern import dispatch
+
 _everywhere: ContextVar[bool] = ContextVar("gankern_everywhere", default=False)
 
 # Calls of one kind that stock runs before a fused module is planned: what comes once or twice is not worth the time.
@@ -38,7 +40,9 @@ def calls_first() -> int:
 
 def norm_pays(x: Tensor) -> bool:
     """Whether a batch norm's kernel is faster than stock's."""
-    return x.device.type != "cpu" or x.numel() >= _MANY or _everywhere.get()
+    if _everywhere.get():
+        return True
+    return x.numel() >= _MANY if x.device.type == "cpu" else not dispatch.is_small(x)
 
 
 def order_pays(images: Tensor) -> bool:

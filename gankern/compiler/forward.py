@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gankern import _library, _stock, backends
+from gankern import _library, _stock, backends, dispatch
 from gankern.arguments import first_line
 from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
@@ -51,7 +51,7 @@ class ForwardPlan:
         self._places = [_place_of(h) for h in held]
         x = call["x"]
         inputs = [x, *(h.tensor for h in held)]
-        self._kind = torch.is_grad_enabled(), backends.requested()
+        self._kind = torch.is_grad_enabled(), backends.requested(), dispatch.goes_by_size(x.device)
         self._casts = torch.is_autocast_enabled(x.device.type)
         self._wanted = [i for i, t in enumerate(inputs) if self._kind[0] and t.requires_grad]
         graph = derive(self._step(call, held), [x.detach()], [t.detach() for t in inputs[1:]])
@@ -104,7 +104,8 @@ class ForwardPlan:
 
     def __call__(self, call: dict[str, Any]) -> Tensor | None:
         """The output, which autograd follows where the stock one would be; None where the plan is not for this call."""
-        if self._proven is None or self.differentiated or (torch.is_grad_enabled(), backends.requested()) != self._kind:
+        kind = torch.is_grad_enabled(), backends.requested(), dispatch.goes_by_size(call["x"].device)
+        if self._proven is None or self.differentiated or kind != self._kind:
             return None
         tensors = self._guards.fetch(call)
         if tensors is None:

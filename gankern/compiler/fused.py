@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from gankern import dispatch
 from gankern.arguments import first_line
 from gankern.compiler import choice
 from gankern.compiler.forward import ForwardPlan
@@ -196,7 +197,7 @@ def _watched(x: Any) -> str | None:
 def _kind_of(module: nn.Module, x: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return (
         *(x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), module.training),
-        *(len(args), tuple(kwargs)),
+        *(len(args), tuple(kwargs), dispatch.goes_by_size(x.device)),
     )
 
 

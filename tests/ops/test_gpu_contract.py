@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from critics import plain as plain_critic
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import gankern
 from gankern import _compiling, _cuda, dispatch, ops
-from gankern.compiler import planning
+from gankern.compiler import choice, fused, planning
 from gankern.ops.conv_transpose_bn_act import autograd as norm_autograd
 from gankern.ops.gradient_penalty import autograd as penalty_autograd
 from gankern.ops.gradient_penalty import small
@@ -233,3 +233,14 @@ def test_a_small_penalty_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
     with planning(True):
         gankern.gradient_penalty(critic, *images, params=list(critic.parameters()))
     assert ran == ["stock_penalty"]
+
+
+def test_plans_of_eager_calls_and_of_captured_ones_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, plans = gankern.fuse(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))), torch.randn(2, 2, 5, 5), []
+    with choice.everywhere(), planning(True):
+        for goes_by_size in (True, False, True):
+            monkeypatch.setattr(dispatch, "goes_by_size", lambda device, goes=goes_by_size, **_: goes)
+            net(x)
+            plans.append(fused.plans_of(net).plans[0])
+    assert plans[0] is plans[2]
+    assert plans[0] is not plans[1]

@@ -16,13 +16,13 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from gankern._layout import dense
 from gankern.compiler import choice
 from gankern.compiler.passes import effects
 from gankern.compiler.passes.convolutions import activation, derivative
-from gankern.ops.conv_transpose_bn_act.autograd import update
+from gankern.ops.conv_transpose_bn_act import reference
 
 aten = torch.ops.aten
 
@@ -76,8 +76,9 @@ def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
         made.meta.update(val=(value, *[statistics] * 3), follows=0)
         if running_mean is not None:
             count = value.numel() // value.size(1)
-            arguments = (running_mean, running_var, parts[1], parts[3], momentum, count)
-            graph.call_function(update_both, arguments).meta["val"] = None
+            arguments = (running_mean, running_var, parts[1], parts[3], momentum, count / max(count - 1, 1))
+            update = getattr(adapter, "update_running", reference.update_running)
+            graph.call_function(update, arguments).meta["val"] = None
     if fused is not None:
         fused[0].replace_all_uses_with(parts[0])
     output.replace_all_uses_with(parts[0])
@@ -130,11 +131,3 @@ def _fuse_backward(
     graph.erase_node(node)
     if step is not None and not step.users:
         graph.erase_node(step)
-
-
-def update_both(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int
-) -> None:
-    """Let a batch's statistics into the running ones."""
-    update(running_mean, mean, momentum)
-    update(running_var, var * (count / max(count - 1, 1)), momentum)
