@@ -203,14 +203,11 @@ class _Function:
     """A kernel on one GPU."""
 
     def __init__(self, wanted: Kernel, device: int) -> None:
-        from cupy.cuda.function import Module
-
         major, minor = torch.cuda.get_device_capability(device)
         code = cubin(wanted, f"sm_{major}{minor}")
-        self._module = Module()  # as long as it is there, the kernel is loaded
         with loading():
-            self._module.load(code)
-        self.address: int = self._module.get_function(wanted.name).ptr
+            module = _driver().moduleLoadData(code)
+        self.address: int = _driver().moduleGetFunction(module, wanted.name)
         # Of arguments, the same at each launch but for a struct's.
         self._layout: struct.Struct | None = None
         # Memory that arguments lie in until they are launched; each launch takes one out, whatever thread it is in.

@@ -106,9 +106,18 @@ class Recorder:
 
     def __init__(self) -> None:
         self.context, self.layout = 1, ""
+        self.loaded: list[bytes] = []
         self.launched: list[tuple[Any, ...]] = []
         self.asked: list[tuple[int, ...]] = []
         self.between: Any = lambda: None
+
+    def moduleLoadData(self, code: bytes) -> int:
+        self.loaded.append(code)
+        return len(self.loaded)
+
+    def moduleGetFunction(self, module: int, name: str) -> int:
+        assert name == KERNEL.name
+        return module
 
     def ctxGetCurrent(self) -> int:
         return self.context
@@ -135,9 +144,6 @@ def recorded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
     found = Recorder()
-    loaded: list[bytes] = []
-    module = SimpleNamespace(load=loaded.append, get_function=lambda name: SimpleNamespace(ptr=len(loaded)))
-    monkeypatch.setattr("cupy.cuda.function.Module", lambda: module)
     monkeypatch.setattr(_cuda, "_driver", lambda: found)
     monkeypatch.setattr(_cuda, "loading", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
@@ -147,7 +153,7 @@ def recorded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     Device.seen.clear()
     _cuda._function.cache_clear()
     yield found
-    assert loaded in ([], [_cuda.cubin(KERNEL, "sm_90")] * len(loaded))
+    assert set(found.loaded) <= {_cuda.cubin(KERNEL, "sm_90")}
     _cuda._function.cache_clear()
 
 
@@ -221,7 +227,7 @@ def test_a_kernel_is_loaded_in_a_mode_that_captures_let_pass(
 
     library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
     monkeypatch.setattr(_cuda.ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr("cupy.cuda.function.Module", lambda: SimpleNamespace(load=load))
+    monkeypatch.setattr(_cuda, "_driver", lambda: SimpleNamespace(moduleLoadData=load))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     with pytest.raises(RuntimeError, match="not loaded"):
         _cuda._function(KERNEL, 0)
@@ -237,6 +243,15 @@ def test_cupy_takes_a_launch(recorded: Recorder, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(recorded, "funcSetAttribute", driver.funcSetAttribute)
     with pytest.raises(RuntimeError, match=NO_DRIVER):
         _cuda.launch(KERNEL, 1, 64, x, None, 2, 0.5, structure, device=GPU[1], shared=64 << 10)
+    _cuda._function.cache_clear()
+    monkeypatch.setattr(recorded, "moduleLoadData", driver.moduleLoadData)
+    with pytest.raises(RuntimeError, match=NO_DRIVER):
+        _cuda.launch(KERNEL, 1, 64, x, None, 2, 0.5, structure, device=GPU[1])
+    monkeypatch.setattr(recorded, "moduleGetFunction", driver.moduleGetFunction)
+    monkeypatch.setattr(recorded, "moduleLoadData", lambda code: 1)
+    with pytest.raises(RuntimeError, match=NO_DRIVER):
+        _cuda.launch(KERNEL, 1, 64, x, None, 2, 0.5, structure, device=GPU[1])
+    monkeypatch.setattr(recorded, "moduleGetFunction", lambda module, name: 1)
     with pytest.raises(struct.error):  # as CuPy's own launch of a Function: a TypeError
         _cuda.launcher(KERNEL, (1, 1, 1), (1, 1, 1), ["no argument", 0, 0, 0.0, b""], 0, GPU[1])
 
