@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gankern import dispatch
 from gankern.nn import guard
 from gankern.ops.conv_act.reference import ConvOptions, Layer, activate
 from gankern.ops.conv_transpose_bn_act import batch_norm_act, conv2d_bn_act, conv_transpose2d_bn_act
@@ -44,7 +45,8 @@ def refusal(conv: nn.Module, bn: nn.Module) -> str | None:
 
 def run_block(input: Tensor, conv: Conv, bn: Norm, activation: str, negative_slope: float) -> Tensor:
     """Run ``activation(bn(conv(input)))`` as one op; module by module where that would not mean the same."""
-    if torch.compiler.is_compiling() or refusal(conv, bn) is not None or input.dim() != 4:
+    as_stock = torch.compiler.is_compiling() or (isinstance(input, Tensor) and dispatch.is_small(input))
+    if as_stock or refusal(conv, bn) is not None or input.dim() != 4:
         return activate(bn(conv(input)), activation, negative_slope)
     return run_fused(input, conv, bn, activation, negative_slope)
 

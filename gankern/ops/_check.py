@@ -93,6 +93,8 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def int_pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    if type(value) is int and value >= least:
+        return value, value
     given = value if isinstance(value, (tuple, list)) else (value,)
     pair = [_int(v) for v in (given if len(given) == 2 else [*given, *given])]
     if len(pair) != 2 or pair[0] is None or pair[1] is None:

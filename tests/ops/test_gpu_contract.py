@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 import gankern
 from gankern import _compiling, _cuda, dispatch, ops
 from gankern.compiler import choice, fused, planning
+from gankern.nn import guard
 from gankern.ops.conv_transpose_bn_act import autograd as norm_autograd
 from gankern.ops.gradient_penalty import autograd as penalty_autograd
 from gankern.ops.gradient_penalty import small
@@ -200,6 +201,19 @@ def test_small_calls_are_torchs_own(name: str, monkeypatch: pytest.MonkeyPatch) 
     step(op, inputs)
     assert len(launched) == 4
     assert gankern.explain(op_of(name), *inputs[:2]).chosen == "cuda"
+
+
+@pytest.mark.by_size
+def test_small_blocks_are_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = gankern.nn.ConvBnAct2d(3, 4, 3), torch.randn(2, 3, 6, 6)
+    called: list[int] = []
+    monkeypatch.setattr(block.bn, "forward", lambda y: called.append(1) or nn.BatchNorm2d.forward(block.bn, y))
+    monkeypatch.setattr(guard, "refusal", lambda module: None)
+    block(x)
+    monkeypatch.setattr(dispatch, "goes_by_size", lambda device, captured=False: True)
+    assert sum(called) == 0
+    block(x)
+    assert sum(called) == 1
 
 
 def op_of(name: str) -> Op:

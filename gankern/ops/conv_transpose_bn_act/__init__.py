@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from gankern import _native, backends
+from gankern import _native, backends, dispatch
 from gankern._autograd import casts, is_plain, is_recorded, is_traced
 from gankern.ops import _check
 from gankern.ops.conv_act import padded
@@ -323,18 +323,25 @@ def _block(
     negative_slope: float,
     group: Any,
 ) -> Tensor:
+    if group is None and dispatch.is_small(input, weight):
+        output = conv.by_torch(input, weight, bias)
+        tensors = (output, running_mean, running_var, bn_weight, bn_bias)
+        if output.nbytes >= dispatch.FEW_BYTES:
+            return _norm(*tensors, training, momentum, eps, activation, negative_slope, group)
+        statistics: dict[str, Any] = {"training": training or running_mean is None, "momentum": momentum, "eps": eps}
+        return reference.batch_norm_act(*tensors, **statistics, activation=activation, negative_slope=negative_slope)
     given = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
     constant = not (training or is_recorded(*given) or running_mean is None or running_var is None)
     if constant and is_plain(*given) and folds(input) and not conv.is_product(input):
         assert running_mean is not None and running_var is not None
         scale, shift = affine(bias, running_mean, running_var, bn_weight, bn_bias, eps)
         return normalised(conv, input, weight, scale, shift, activation, negative_slope)
-    statistics, sums = (running_mean, running_var, bn_weight, bn_bias), None
+    vectors, sums = (running_mean, running_var, bn_weight, bn_bias), None
     if group is None and (training or running_mean is None):
         output, sums = conv.with_statistics(input, weight, bias)
     else:
         output = conv(input, weight, bias)
-    return _norm(output, *statistics, training, momentum, eps, activation, negative_slope, group, sums)
+    return _norm(output, *vectors, training, momentum, eps, activation, negative_slope, group, sums)
 
 
 def _norm(
