@@ -50,13 +50,35 @@ def kernel(source: str, name: str, dtype: torch.dtype, **defines: Any) -> Kernel
     return Kernel(source, name, tuple(macros.items()))
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Let this thread load kernels in a ``with`` block also while a CUDA graph is captured, which CUDA else forbids."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        yield
+        return
+    mode = ctypes.c_int(_RELAXED)
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        # It holds the mode that was before.
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+# CU_STREAM_CAPTURE_MODE_RELAXED
+_RELAXED = 2
+
+
 @cache
 def missing() -> str | None:
     """Why kernels cannot be compiled and launched here, whatever the tensors; None if they can."""
     try:
-        from cupy_backends.cuda.libs import nvrtc
+        with loading():
+            from cupy_backends.cuda.libs import nvrtc
 
-        nvrtc.getVersion()
+            nvrtc.getVersion()
     except Exception as error:
         return f"needs CuPy and NVRTC (pip install '.[cuda13]' or '.[cuda12]' in a clone of gankern): {error}"
     return None
@@ -180,23 +202,6 @@ def write_whole(path: Path, code: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Let this thread load kernels in a ``with`` block also while a CUDA graph is captured, which CUDA else forbids."""
-    exchange = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuThreadExchangeStreamCaptureMode
-    mode = ctypes.c_int(_RELAXED)
-    exchange(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        # It holds the mode that was before.
-        exchange(ctypes.byref(mode))
-
-
-# CU_STREAM_CAPTURE_MODE_RELAXED
-_RELAXED = 2
 
 
 class _Function:

@@ -9,7 +9,6 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -145,7 +144,6 @@ def recorded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         pytest.skip("has a GPU")
     found = Recorder()
     monkeypatch.setattr(_cuda, "_driver", lambda: found)
-    monkeypatch.setattr(_cuda, "loading", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: Device.current)
     monkeypatch.setattr(torch.cuda, "device", Device)
