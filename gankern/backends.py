@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -144,9 +145,11 @@ def register_explainer(op: str, explainer: Callable[..., Explanation], kernels: 
 
 
 def _checked(name: str, origin: str) -> str:
-    if name != "auto" and name not in NAMES:
-        raise ValueError(f"{origin} must be one of auto, {', '.join(NAMES)}; got {name!r}")
-    return name
+    """The name, as an object that lasts."""
+    for known in ("auto", *NAMES):
+        if name == known:
+            return known
+    raise ValueError(f"{origin} must be one of auto, {', '.join(NAMES)}; got {name!r}")
 
 
 def set_backend(name: str) -> None:
@@ -180,13 +183,21 @@ def backend(name: str) -> Iterator[None]:
     ValueError
         If the name is none of the known ones.
     """
-    token, before = _override.set(_checked(name, "name")), _inherited()
-    torch._C._stash_obj_in_tls(_INHERITED, name)
+    name = _checked(name, "name")
+    token, before = _override.set(name), _inherited()
+    hand_on(_INHERITED, name)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_INHERITED, before)
+        hand_on(_INHERITED, before)
         _override.reset(token)
+
+
+def hand_on(key: str, value: str | bool | None) -> None:
+    """Keep an object that lasts where torch hands it on to the threads of a backward pass."""
+    # torch 2.11 gives up a reference that it has not taken.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
 
 
 def _inherited() -> str | None:

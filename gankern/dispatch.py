@@ -51,11 +51,11 @@ def _is_as_captured() -> bool:
 def as_captured() -> Iterator[None]:
     """Run what is in a ``with`` block as in a CUDA graph: before it is captured, that loads its kernels."""
     before = _is_as_captured()
-    torch._C._stash_obj_in_tls(_AS_CAPTURED, True)
+    backends.hand_on(_AS_CAPTURED, True)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_AS_CAPTURED, before)
+        backends.hand_on(_AS_CAPTURED, before)
 
 
 def goes_by_size(device: torch.device, *, captured: bool = False) -> bool:

@@ -228,3 +228,18 @@ def test_a_choice_reaches_the_threads_of_autograd() -> None:
             assert run() == {"cpu"}
         assert run() == {"reference"}
     assert run() == {"auto"}
+
+
+def test_what_is_handed_on_keeps_its_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 takes none, and gives one up when the next object comes: names would be freed under others."""
+    name = backends.NAMES[0]
+    monkeypatch.setattr(torch._C, "_stash_obj_in_tls", lambda key, value: None)
+    before = sys.getrefcount(name)
+    for _ in range(3):
+        with gankern.backend("".join(list(name))):
+            assert gankern.backends.requested() is name
+    assert sys.getrefcount(name) in (before, before + 3)  # as it is where it never dies
+    given = object()
+    held = sys.getrefcount(given)
+    backends.hand_on("gankern_test", given)  # type: ignore[arg-type]
+    assert sys.getrefcount(given) == held + 1
