@@ -13,38 +13,53 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal
 
 from gankern.compiler.refusal import Refused
 
 __all__ = ["Refused", "enabled", "planning"]
 
+# Values of GANKERN_PLAN.
+_MODES: dict[str, bool | Literal["strict"]] = {"0": False, "1": True, "strict": "strict"}
 
-def _from_environment() -> bool:
+
+def _from_environment() -> bool | Literal["strict"]:
     value = os.environ.get("GANKERN_PLAN", "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"GANKERN_PLAN must be 0 or 1; got {value!r}")
-    return value == "1"
+    if value not in _MODES:
+        raise ValueError(f"GANKERN_PLAN must be 0, 1 or strict; got {value!r}")
+    return _MODES[value]
 
 
 _DEFAULT = _from_environment()
-_enabled: ContextVar[bool] = ContextVar("gankern_plans", default=_DEFAULT)
+_mode: ContextVar[bool | Literal["strict"]] = ContextVar("gankern_plans", default=_DEFAULT)
 
 
 def enabled() -> bool:
     """Whether plans are made and used: unless ``GANKERN_PLAN=0`` or :func:`planning` say otherwise."""
-    return _enabled.get()
+    return bool(_mode.get())
+
+
+def is_strict() -> bool:
+    """Whether each plan's first call is compared with stock's: with ``GANKERN_PLAN=strict``, or :func:`planning`."""
+    return _mode.get() == "strict"
 
 
 @contextmanager
-def planning(on: bool) -> Iterator[None]:
+def planning(on: bool | Literal["strict"]) -> Iterator[None]:
     """Make and use plans inside a ``with`` block, or leave to stock autograd what they would run.
 
     Parameters
     ----------
-    on : bool
+    on : bool or "strict"
+        With "strict" the first call of each plan also runs stock, on the same state, and compares loss, gradients, what
+        the forward writes and the random numbers to come. A plan that differs by more than rounding explains is
+        dropped, the logger ``gankern.compiler`` gets an error that names the critic and what differs by how much, and
+        the call returns stock's result. The state afterwards is that of one forward.
     """
-    token = _enabled.set(on)
+    if on not in (True, False, "strict"):
+        raise ValueError(f"on must be True, False or 'strict'; got {on!r}")
+    token = _mode.set(on)
     try:
         yield
     finally:
-        _enabled.reset(token)
+        _mode.reset(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 import types
@@ -13,10 +14,12 @@ from typing import Any
 
 from torch import nn
 
+from gankern import compiler
 from gankern.arguments import first_line
 from gankern.compiler.guards import is_hooked
-from gankern.compiler.penalty import PenaltyPlan, Result
+from gankern.compiler.penalty import PenaltyPlan, Result, is_capturing
 from gankern.compiler.refusal import Refused
+from gankern.compiler.strict import first_call
 
 log = logging.getLogger("gankern.compiler")
 
@@ -24,6 +27,8 @@ log = logging.getLogger("gankern.compiler")
 MOST_PLANS = 16
 # Calls that plans must have run for each one more than these: to make one takes as long as hundreds of stock's calls.
 _HITS_A_PLAN = 200
+# Calls of a kind whose plan was wrong that get no other.
+_FOR_EVER = sys.maxsize
 # A first call that takes longer is announced.
 _SLOW = 3.0
 
@@ -69,8 +74,10 @@ class Plans:
         """
         if is_hooked():
             raise Refused("a hook on all modules")
+        strict = compiler.is_strict() and not is_capturing(call["x"].device)
         for place, plan in enumerate(self.plans):
-            result = plan(call, wants, wants_points, options)
+            ask = self._compare if strict and not plan.compared else PenaltyPlan.__call__
+            result = ask(plan, call, wants, wants_points, options)
             if result is not None:
                 self.hits += 1
                 if place:
@@ -79,15 +86,33 @@ class Plans:
         with self._lock:
             plan = self._make(call, wants, wants_points)
         try:
-            result = plan(call, wants, wants_points, options)
+            ask = self._compare if strict else PenaltyPlan.__call__
+            result = ask(plan, call, wants, wants_points, options)
         except Refused as error:
             if plan.failed:
-                self._note(_kind_of(call, wants, wants_points), str(error))
-                self.plans.remove(plan)
+                self._drop(plan, call, wants, wants_points, str(error))
             raise
         if result is None:
             raise Refused("its guards do not hold for the call that they were made for")
         return result
+
+    def _compare(
+        self, plan: PenaltyPlan, call: dict[str, Any], wants: bool, wants_points: bool, options: Any
+    ) -> Result | None:
+        """The result of a plan's first call; where that is not stock's, stock's, and the plan is dropped."""
+        result, apart = first_call(plan, call, wants, wants_points, options)
+        if apart:
+            log.error("the plan of %s differs from stock: %s; stock runs", _name_of(call["critic"]), apart)
+            self._drop(plan, call, wants, wants_points, f"it differed from stock: {apart}", wait=_FOR_EVER)
+        return result
+
+    def _drop(
+        self, plan: PenaltyPlan, call: dict[str, Any], wants: bool, wants_points: bool, reason: str, wait: int = 0
+    ) -> None:
+        with self._lock:
+            if plan in self.plans:
+                self.plans.remove(plan)
+            self._note(call, wants, wants_points, reason, wait)
 
     def __str__(self) -> str:
         counts = f"{self.made} made, {self.hits} hits, {self.evicted} evicted"
@@ -109,35 +134,42 @@ class Plans:
                 raise Refused(refusal.reason)
         if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
             reason = "too few calls for each plan so far: what the forward reads changes too often"
-            self._note(key, reason)
+            self._note(call, wants, wants_points, reason)
             raise Refused(reason)
         begin = time.perf_counter()
         try:
             plan = PenaltyPlan(call, wants, wants_points)
         except Refused as error:
-            self._note(key, str(error))
+            self._note(call, wants, wants_points, str(error))
             raise
         except Exception as error:
             # Stock's own run says what is wrong with the call, if anything is.
             reason = f"deriving it failed with {first_line(error)}"
-            self._note(key, reason)
+            self._note(call, wants, wants_points, reason)
             raise Refused(reason) from None
         took = time.perf_counter() - begin
-        log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a penalty in %.1f s", took)
+        name = _name_of(call["critic"])
+        log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a penalty of %s in %.1f s", name, took)
         self.refused.pop(key, None)
         self.plans.insert(0, plan)
         self.made += 1
         while len(self.plans) > MOST_PLANS:
             self.plans.pop()
             self.evicted += 1
+            log.info("evicted the plan of %s that was used least recently: it keeps %d", name, MOST_PLANS)
         return plan
 
-    def _note(self, key: Any, reason: str) -> None:
-        refusal = self.refused.setdefault(key, _Refusal(reason))
-        refusal.reason, refusal.calls, refusal.wait = reason, 0, min(2 * refusal.wait, 1 << 12)
+    def _note(self, call: dict[str, Any], wants: bool, wants_points: bool, reason: str, wait: int = 0) -> None:
+        refusal = self.refused.setdefault(_kind_of(call, wants, wants_points), _Refusal(reason))
+        refusal.reason, refusal.calls, refusal.wait = reason, 0, wait or min(2 * refusal.wait, 1 << 12)
         if len(self.refused) > MOST_PLANS:
             self.refused.pop(next(iter(self.refused)))
-        log.info("no plan: %s", reason)
+        log.info("no plan for a penalty of %s: %s", _name_of(call["critic"]), reason)
+
+
+def _name_of(critic: Any) -> str:
+    """How messages call a critic."""
+    return str(critic.__qualname__ if isinstance(critic, types.FunctionType) else type(critic).__qualname__)
 
 
 def _kind_of(call: dict[str, Any], wants: bool, wants_points: bool) -> Any:

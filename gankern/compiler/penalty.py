@@ -52,14 +52,24 @@ class PenaltyPlan:
     wants_points : bool
         Whether one with respect to the points is wanted too.
 
+    Attributes
+    ----------
+    sources : list of str
+        Expressions for what the forward reads.
+    compared : str
+        How the first call compared with stock's, in strict mode.
+
     Raises
     ------
     Refused
     """
 
+    compared = ""
+
     def __init__(self, call: dict[str, Any], wants: bool, wants_points: bool) -> None:
         self._guards = make_guards(**call)
         held, self._guards.held = self._guards.held, []
+        self.sources = [h.source for h in held]
         self._kind = wants, wants_points, backends.requested()
         self._wanted = [i for i, h in enumerate(held) if wants and h.tensor.requires_grad]
         state = [h.tensor.detach() for h in held]
@@ -109,9 +119,7 @@ class PenaltyPlan:
         self, call: dict[str, Any], wants: bool, wants_points: bool, options: tuple[float, float, bool, bool]
     ) -> Result | None:
         """Loss, and each tensor that gets a gradient with it; None where the plan is not for this call."""
-        if self.failed or (wants, wants_points, backends.requested()) != self._kind:
-            return None
-        tensors = self._guards.fetch(call)
+        tensors = self.tensors(call, wants, wants_points)
         if tensors is None:
             return None
         # Casts of autocast are in the graph already.
@@ -119,6 +127,12 @@ class PenaltyPlan:
             loss, *grads = self._attempt(call["x"], *tensors, *options)
         wanted = [tensors[i] for i in self._wanted] + ([None] if wants_points else [])
         return loss, [(t, g) for t, g in zip(wanted, grads, strict=True) if g is not None]
+
+    def tensors(self, call: dict[str, Any], wants: bool, wants_points: bool) -> tuple[Tensor, ...] | None:
+        """What the forward reads, as it is now; None where the plan is not for this call."""
+        if self.failed or (wants, wants_points, backends.requested()) != self._kind:
+            return None
+        return self._guards.fetch(call)
 
     @property
     def failed(self) -> bool:
@@ -129,7 +143,7 @@ class PenaltyPlan:
         """A replay; where it cannot be right, the state is as before, and stock runs."""
         tensors = [t for t, written in zip((x, *rest), self._writes, strict=False) if written]
         kept = [t.clone() for t in tensors]
-        state = _random_state(x.device) if self._draws or not self._proven else None
+        state = random_state(x.device) if self._draws or not self._proven else None
         failed = None
         try:
             loss, scores, *grads = self._run(x, *rest)
@@ -145,21 +159,26 @@ class PenaltyPlan:
             for t, before in zip(tensors, kept, strict=True):
                 t.copy_(before)
             if state is not None:
-                _set_random_state(x.device, state)
+                set_random_state(x.device, state)
             raise Refused(failed)
         self._proven = True
         return [loss, *grads]
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be read back."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def random_state(device: torch.device) -> list[Tensor]:
     """The state of the processor's generator, and of the device's; a capture's is not to be read."""
     states = [torch.get_rng_state()]
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and not is_capturing(device):
         states.append(torch.cuda.get_rng_state(device))
     return states
 
 
-def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+def set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.cuda.set_rng_state(state, device)

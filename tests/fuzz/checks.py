@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import gankern
+from gankern.compiler import enabled, planning
 from gankern.compiler.choice import everywhere
 
 #: Checks by how often each is drawn: penalties, what fuse made of the network, what only looks at it.
@@ -77,10 +79,11 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What a run gave: tensors by name, None where there is none, or the error."""
+    """What a run gave: tensors by name, None where there is none, or the error; what strict mode reported."""
 
     values: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None
+    reports: list[str] = field(default_factory=list)
 
 
 def _act(x: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -495,17 +498,40 @@ class _ByFormula(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Reports(logging.Handler):
+    """Plans that strict mode found to differ from stock."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
+@contextmanager
+def _reported() -> Iterator[list[str]]:
+    """Plans, where they are made at all, are compared with stock in strict mode."""
+    log, reports = logging.getLogger("gankern.compiler"), _Reports()
+    log.addHandler(reports)
+    try:
+        with planning("strict" if enabled() else False):
+            yield reports.told
+    finally:
+        log.removeHandler(reports)
+
+
 def outcome(source: str, options: Options, ours: bool, nudge: float = 0, trial: int = 0, extra: Any = None) -> Outcome:
     """Run one side, in a context of its own where there is one."""
     tell_side(ours)
-    with _settings(options), extra or nullcontext():
+    with _settings(options), extra or nullcontext(), _reported() as reports:
         run = None
         try:
             run = Run(source, options, ours, nudge, trial)
             run.go()
         except Exception as error:
-            return Outcome(run.values if run is not None else {}, error)
-        return Outcome(run.values)
+            return Outcome(run.values if run is not None else {}, error, reports)
+        return Outcome(run.values, reports=reports)
 
 
 def _number(value: Any) -> bool:
@@ -618,6 +644,8 @@ def check(source: str, options: Options) -> tuple[str, Failure | None]:
         # Some kernels are there for float32 only; what cannot run by name at all runs as users have it.
         float32, auto = replace(options, dtype="float32"), replace(options, backend="auto")
         return check(source, float32 if options.dtype == "float64" else auto)
+    if ours.reports:
+        return "failed", Failure("a plan differs from stock", "\n".join(ours.reports))
     if stock.error is not None and ours.error is not None:
         if type(stock.error) is type(ours.error) or any(text in str(ours.error) for text in _OURS):
             return "both raise", None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def _is_penalty(seed: int) -> bool:
 
 @pytest.mark.parametrize("part", range(PLANNED_PARTS))
 def test_planned_penalties_are_as_stock(part: int) -> None:
-    """Programs with a penalty, by a plan wherever one can be made, as `make fuzz` runs them all."""
+    """Programs with a penalty, by a plan wherever one can be made, in strict mode, as `make fuzz` runs them all."""
     seeds = islice(filter(_is_penalty, count(PROGRAMS)), part, PLANNED, PLANNED_PARTS)
     with planning(True):
         failures = [str(found) for found in map(run, seeds) if found is not None]
@@ -80,3 +81,12 @@ def test_a_wrong_penalty_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.failure.kind == "differs"
     assert "gradient" in found.failure.facts
     assert len(found.source.splitlines()) < 25
+
+
+def test_a_wrong_plan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strict mode gives the user stock's result: its report is the failure."""
+    monkeypatch.setattr(cpu, "tail", _wrong_tail(cpu.tail))
+    with planning(True):
+        found = next(filter(None, (run(seed, shrink=False) for seed in filter(_is_penalty, range(60)))))
+    assert found.failure.kind == "a plan differs from stock"
+    assert re.search("the plan of .* differs from stock: .*gradient of", found.failure.facts)
