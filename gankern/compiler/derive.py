@@ -22,6 +22,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from gankern.compiler import attention
 from gankern.compiler.norms import SUBSTITUTES
 from gankern.compiler.refusal import Refused
 
@@ -154,6 +155,8 @@ class Functions(TorchFunctionMode):
             what = getattr(getattr(func, "__self__", None), "__name__", name)
             raise Refused(f"the forward calls {name} of {what} on a tensor" if what != name else f"it calls {name}")
         kwargs = kwargs or {}
+        if func in attention.SUBSTITUTES:
+            return attention.SUBSTITUTES[func](*args, **kwargs)
         substitute = SUBSTITUTES.get(func)
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
         if result is NotImplemented:

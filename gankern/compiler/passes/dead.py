@@ -14,7 +14,7 @@ import operator
 import torch
 from torch import fx
 
-from gankern.compiler import norms
+from gankern.compiler import attention, norms
 from gankern.compiler.passes import effects
 
 aten = torch.ops.aten
@@ -22,6 +22,7 @@ aten = torch.ops.aten
 # Operators whose last argument says which of their results are wanted.
 _MASKED = {aten.convolution_backward.default, aten.native_batch_norm_backward.default}
 _MASKED |= {*norms.LAYER_NORM[1:], *norms.GROUP_NORM[1:]}
+_MASKED |= {*attention.MASKED}
 _MASKED |= {aten.native_layer_norm_backward.default, aten.native_group_norm_backward.default}
 
 
