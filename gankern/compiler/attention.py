@@ -291,6 +291,12 @@ class _AttentionBackward(torch.autograd.Function):
         return *_double_backward(*tangents, *ctx.saved_tensors, *ctx.how, [True] * 4), *rest
 
 
+def _may_fuse() -> bool:
+    """Whether torch's fused kernels may run, which are faster where no second derivative is asked for."""
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
+
+
 def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
     lead = q.shape[:-2]
     if math.prod(lead) * q.size(-2) * k.size(-2) <= _FEW:
@@ -303,10 +309,7 @@ def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
         and min(t.numel() for t in (q, k, v)) > 0
     )
     dtypes = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.float64)
-    fused = torch.backends.cuda
-    # Where fused kernels may run nobody asked for the plain products.
-    plain = not (fused.flash_sdp_enabled() or fused.mem_efficient_sdp_enabled() or fused.cudnn_sdp_enabled())
-    if not (fits and dtypes and plain) or torch.is_autocast_enabled(q.device.type):
+    if not (fits and dtypes) or _may_fuse() or torch.is_autocast_enabled(q.device.type):
         return False
     if mask is None:
         return True
@@ -358,6 +361,8 @@ def multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Ten
 
     Weights are asked for by default and seldom read: they come from a run beside, of which nothing is left then.
     """
+    if _may_fuse():
+        return _multi_head(*args, **kwargs)
     call = inspect.signature(_multi_head).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments

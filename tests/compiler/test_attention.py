@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gankern.compiler import attention
 from gankern.compiler.attention import scaled_dot_product_attention
 from gankern.compiler.cache import Plans
+from gankern.compiler.derive import Functions
 from tests.compiler.test_penalty_plan import R1, planned, same, stock
 
 
@@ -131,6 +132,14 @@ def test_what_is_left_to_stock() -> None:
         left({"attn_mask": random(4, 4), "is_causal": True})
     with pytest.raises(RuntimeError):
         left({"kv": random(2, 4, 9)})
+
+
+def test_weights_are_computed_as_stock_has_them_where_no_second_derivative_is_asked_for() -> None:
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), random(3, 6, 8).requires_grad_()
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]), Functions():
+        output, _ = layer(x, x, x)
+    (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    torch.autograd.grad(grad.square().sum(), x)
 
 
 class Tokens(nn.Module):
