@@ -24,14 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern import _library
+from gankern.compiler.choice import attention_pays
 from gankern.compiler.refusal import Refused
 
 # Scores of a block: on a processor what its caches hold for each thread, on a GPU as many as fill it.
-_SCORES, _SCORES_ON_GPU = 1 << 18, 1 << 25
+_SCORES, _SCORES_ON_GPU = 1 << 18, 1 << 23
 # Probabilities of heads with so few scores each are kept: no pass makes them anew, and stock holds more beside them.
 _KEPT = 1 << 16
-# Calls with so few scores are left to stock: one operator of ours costs as much as some of its products.
-_FEW = 1 << 15
 
 
 class _Block(NamedTuple):
@@ -299,7 +298,7 @@ def _may_fuse() -> bool:
 
 def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> bool:
     lead = q.shape[:-2]
-    if math.prod(lead) * q.size(-2) * k.size(-2) <= _FEW:
+    if not attention_pays(math.prod(lead) * q.size(-2) * k.size(-2)):
         return False
     fits = (
         min(q.dim(), k.dim(), v.dim()) >= 2

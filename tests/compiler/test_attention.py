@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gankern.compiler import attention
 from gankern.compiler.attention import scaled_dot_product_attention
 from gankern.compiler.cache import Plans
+from gankern.compiler.choice import everywhere
 from gankern.compiler.derive import Functions
 from tests.compiler.test_penalty_plan import R1, planned, same, stock
 
@@ -28,13 +29,14 @@ def plain() -> Iterator[None]:
 
 
 @pytest.fixture(params=["kept", "heads", "rows"])
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls of tests are taken, in one block or in several."""
     kept, scores = {"kept": (1 << 16, 1 << 20), "heads": (1 << 16, 160), "rows": (10, 17)}[request.param]
-    monkeypatch.setattr(attention, "_FEW", 0)
     monkeypatch.setattr(attention, "_KEPT", kept)
     monkeypatch.setattr(attention, "_SCORES", scores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with everywhere():
+        yield
 
 
 def random(*shape: int) -> Tensor:
@@ -140,6 +142,10 @@ def test_weights_are_computed_as_stock_has_them_where_no_second_derivative_is_as
         output, _ = layer(x, x, x)
     (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     torch.autograd.grad(grad.square().sum(), x)
+
+
+def test_few_scores_are_left_to_stock() -> None:
+    assert left({}) and not left({"q": random(2, 256, 8).requires_grad_(), "kv": random(2, 128, 8)})
 
 
 class Tokens(nn.Module):

@@ -32,9 +32,22 @@ def dropout() -> nn.Module:
         (lambda: Modulated().double(), (3, 2, 8, 8)),
         (lambda: Custom().double(), (5, 4)),
         (lambda: Attention().double(), (3, 6, 4)),
+        (lambda: Attention().double(), (3, 128, 4)),
         (dropout, (4, 2, 8, 8)),
     ],
-    ids=["conv", "batch", "group", "instance", "layer", "residual", "modulated", "custom", "attention", "dropout"],
+    ids=[
+        "conv",
+        "batch",
+        "group",
+        "instance",
+        "layer",
+        "residual",
+        "modulated",
+        "custom",
+        "attention",
+        "blocks",
+        "dropout",
+    ],
 )
 def test_a_plan_gives_stocks_values_on_a_gpu(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
