@@ -14,7 +14,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -231,6 +231,13 @@ def _holder(source: str, call: dict[str, Any], scope: dict[str, Any]) -> nn.Modu
     return module if isinstance(module, nn.Module) else None
 
 
+def _values(sources: set[str], scope: dict[str, Any]) -> Iterator[Any]:
+    for source in sources:
+        # Of some Dynamo guards that they are not there, and up to torch 2.11 names what it only looked for.
+        with suppress(AttributeError, KeyError, IndexError):
+            yield eval(source, scope)
+
+
 def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
     """Guards for calls like this one.
 
@@ -299,7 +306,7 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         if _OPEN_TUPLE.search(part):
             raise Refused(f"the forward reads a tuple that holds what can be changed in place: {part}")
     scope = {"L": call, "G": function.__globals__, **(entry.guard_manager.closure_vars or {})}
-    objects = [eval(source, scope) for source in names - {""}]
+    objects = list(_values(names - {""}, scope))
     for value in objects:
         # Dynamo looks through the cache, in which other calls leave what no guard knows.
         if isinstance(value, functools._lru_cache_wrapper) and not f"{value.__module__}.".startswith("torch."):
