@@ -36,7 +36,9 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
 
 def writes(node: fx.Node) -> bool:
     """Whether a node changes one of its arguments."""
-    return node.op == "call_function" and (_schema(node.target)[0] or node.target in _WRITE_STATISTICS)
+    if node.target in _WRITE_STATISTICS:
+        return any(isinstance(statistic, fx.Node) for statistic in node.args[3:5])
+    return node.op == "call_function" and _schema(node.target)[0]
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:

@@ -162,6 +162,6 @@ def _takes_any_order(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target in _CONVOLUTIONS:
-        return bool(effects.arguments(node)[0].meta["val"].dim() == 4)
+        return bool(effects.arguments(node)[0].meta["val"].dim() == 4) and _is_wide(node)
     ordered = effects.draws(node) or not (torch.Tag.pointwise in node.target.tags or node.target in _ANY_ORDER)
     return not ordered
