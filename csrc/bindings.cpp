@@ -41,6 +41,47 @@ void bind_avg_pool(py::module_& m) {
     bind("avg_pool_backward", &KernelTable::avg_pool_backward);
 }
 
+void bind_batch_norm(py::module_& m) {
+    py::class_<BatchNormShape>(m, "BatchNormShape")
+        .def(py::init([](int dtype, int64_t samples, int64_t channels, int64_t inner, bool channels_last, int threads) {
+                 return BatchNormShape{static_cast<Dtype>(dtype), samples, channels, inner, channels_last, threads};
+             }),
+             "dtype"_a, "samples"_a, "channels"_a, "inner"_a, "channels_last"_a, "threads"_a);
+    m.def(
+        "batch_norm_forward",
+        [](const BatchNormShape& shape, uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output,
+           uintptr_t mean, uintptr_t rstd, uintptr_t var, double eps) {
+            py::gil_scoped_release release;
+            kernels().batch_norm_forward({shape, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                                          static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)),
+                                          static_cast<double*>(pointer(var)), eps});
+        },
+        "shape"_a, "input"_a, "weight"_a, "bias"_a, "output"_a, "mean"_a, "rstd"_a, "var"_a, "eps"_a);
+    m.def(
+        "batch_norm_backward",
+        [](const BatchNormShape& shape, uintptr_t grad_output, uintptr_t input, uintptr_t weight, uintptr_t mean,
+           uintptr_t rstd, uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias) {
+            py::gil_scoped_release release;
+            kernels().batch_norm_backward({shape, pointer(grad_output), pointer(input), pointer(weight),
+                                           static_cast<double*>(pointer(mean)), static_cast<double*>(pointer(rstd)),
+                                           pointer(grad_input), pointer(grad_weight), pointer(grad_bias)});
+        },
+        "shape"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_input"_a, "grad_weight"_a,
+        "grad_bias"_a);
+    m.def(
+        "batch_norm_double_backward",
+        [](const BatchNormShape& shape, uintptr_t tangent, uintptr_t grad_output, uintptr_t input, uintptr_t weight,
+           uintptr_t mean, uintptr_t rstd, uintptr_t grad_grad_output, uintptr_t grad_input, uintptr_t grad_weight) {
+            py::gil_scoped_release release;
+            kernels().batch_norm_double_backward({shape, pointer(tangent), pointer(grad_output), pointer(input),
+                                                  pointer(weight), static_cast<double*>(pointer(mean)),
+                                                  static_cast<double*>(pointer(rstd)), pointer(grad_grad_output),
+                                                  pointer(grad_input), pointer(grad_weight)});
+        },
+        "shape"_a, "tangent"_a, "grad_output"_a, "input"_a, "weight"_a, "mean"_a, "rstd"_a, "grad_grad_output"_a,
+        "grad_input"_a, "grad_weight"_a);
+}
+
 void bind_batch_norm_act(py::module_& m) {
     py::class_<BatchNormActShape>(m, "BatchNormActShape")
         .def(py::init([](int dtype, int64_t n, int64_t c, int64_t hw, bool channels_last, int activation,
@@ -466,6 +507,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("cpu_isa", &cpu_isa, "Instruction set that the kernels run with.");
     m.def("threading_runtime", &threading_runtime, "Where the kernels' threads come from: openmp or serial.");
     bind_avg_pool(m);
+    bind_batch_norm(m);
     bind_batch_norm_act(m);
     bind_workspace(m);
     bind_conv(m);

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "gankern/avg_pool.h"
+#include "gankern/batch_norm.h"
 #include "gankern/batch_norm_act.h"
 #include "gankern/conv.h"
 #include "gankern/conv_bfloat16.h"
@@ -18,6 +19,9 @@
 namespace gankern {
 
 #define GANKERN_KERNELS(X)                                                             \
+    X(batch_norm_forward, BatchNormForward)                                            \
+    X(batch_norm_backward, BatchNormBackward)                                          \
+    X(batch_norm_double_backward, BatchNormDoubleBackward)                             \
     X(batch_norm_act_forward, BatchNormActForward)                                     \
     X(batch_norm_act_backward, BatchNormActBackward)                                   \
     X(conv_forward, ConvForward)                                                       \

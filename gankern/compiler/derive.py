@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import DispatchKey
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import _symbolic_trace
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 
 from gankern.compiler import attention
@@ -161,12 +162,16 @@ class Functions(TorchFunctionMode):
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
         if result is NotImplemented:
             return func(*args, **kwargs)
-        # What follows may go by the order of memory: a mask is drawn in it.
-        with torch.no_grad():
+        # What follows may go by the order of memory: a mask is drawn in it. Statistics are written in the graph once.
+        with torch.no_grad(), disable_proxy_modes_tracing():
             stock = func(*args, **kwargs)
         order = torch.channels_last if not stock.is_contiguous() and stock.dim() == 4 else torch.contiguous_format
         result = result if result.stride() == stock.stride() else result.contiguous(memory_format=order)
-        return result if result.stride() == stock.stride() else func(*args, **kwargs)
+        if result.stride() == stock.stride():
+            return result
+        if func is F.batch_norm:
+            raise Refused("a batch norm of images in an order of memory that is not planned")
+        return func(*args, **kwargs)
 
 
 @contextmanager

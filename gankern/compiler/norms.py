@@ -1,6 +1,7 @@
-"""Norms of one sample's own values in derivations: each pass one operator, where stock composes up to thirty.
+"""Norms in derivations: each pass one operator, where stock composes up to thirty.
 
-Ba et al. 2016 (layer norm), Wu and He 2018 (group norm), Ulyanov et al. 2016 (instance norm).
+Ba et al. 2016 (layer norm), Wu and He 2018 (group norm), Ulyanov et al. 2016 (instance norm), Ioffe and Szegedy 2015
+(batch norm).
 """
 
 from __future__ import annotations
@@ -135,6 +136,50 @@ def _group_norm_double_backward(
     return _like(gg, input), _like(dx, input), _or_nothing(dw)
 
 
+def _laid(values: Tensor, input: Tensor) -> Tensor:
+    """Values of dense images' shape with their very strides."""
+    return values if values.stride() == input.stride() else _like(like_layout(values, input), input)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _batch_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input = dense(input)
+    adapter = backends.select("critic_layers", input)
+    output, *moments = adapter.batch_norm_forward(input, _contiguous(weight), _contiguous(bias), eps)
+    return _laid(output, input), *moments
+
+
+def _batch_norm_backward(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    adapter = backends.select("critic_layers", input)
+    grad = like_layout(grad, input)
+    dx, dw, db = adapter.batch_norm_backward(grad, input, _contiguous(weight), mean, rstd, mask[1] or mask[2])
+    return _laid(dx, input), _or_nothing(dw), _or_nothing(db)
+
+
+def _batch_norm_double_backward(
+    tangent: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    adapter = backends.select("critic_layers", input)
+    tangent, grad = like_layout(tangent, input), like_layout(grad, input)
+    gg, dx, dw = adapter.batch_norm_double_backward(tangent, grad, input, _contiguous(weight), mean, rstd, mask[2])
+    return _laid(gg, input), _laid(dx, input), _or_nothing(dw)
+
+
 def _or_nothing(tensor: Tensor | None) -> Tensor:
     return torch.empty(0) if tensor is None else tensor
 
@@ -144,41 +189,45 @@ def _define(
     how: str,
     impls: tuple[Callable[..., Any], ...],
     rows_of: Callable[..., tuple[int, ...]],
-    lay: Callable[[Tensor, int], Tensor],
+    lay: Callable[..., Tensor],
+    moments: int = 2,
 ) -> Any:
     """The three operators of a norm.
 
-    `how` is what says what is normalised together, `rows_of` the shape of the moments, `lay` how images must lie.
+    `how` is the argument that says what is normalised together, if there is one, `rows_of` the shape of the moments,
+    so many, `lay` how images must lie.
     """
 
-    def forward_fake(input: Tensor, weight: Any, bias: Any, size: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        moments = input.new_empty(rows_of(input, size), dtype=torch.float64)
-        return torch.empty_like(lay(input, size)), moments, torch.empty_like(moments)
+    def forward_fake(input: Tensor, weight: Any, bias: Any, *options: Any) -> tuple[Tensor, ...]:
+        shape = rows_of(input, *options[:-1])
+        found = [input.new_empty(shape, dtype=torch.float64) for _ in range(moments)]
+        return torch.empty_like(lay(input, *options[:-1])), *found
 
     def parameter(weight: Tensor | None, input: Tensor, wanted: bool) -> Tensor:
         return input.new_empty(0) if weight is None or not wanted else torch.empty_like(weight.contiguous())
 
-    def backward_fake(grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, size: int, mask: Any) -> Any:
+    def backward_fake(grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, *options: Any) -> Any:
+        *size, mask = options
         grads = [parameter(weight, input, mask[1] or mask[2]) for _ in range(2)]
-        return torch.empty_like(lay(input, size)), *grads
+        return torch.empty_like(lay(input, *size)), *grads
 
     def double_fake(
-        tangent: Tensor, grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, size: int, mask: Any
+        tangent: Tensor, grad: Tensor, input: Tensor, weight: Any, mean: Any, rstd: Any, *options: Any
     ) -> Any:
-        images = [torch.empty_like(lay(input, size)) for _ in range(2)]
+        *size, mask = options
+        images = [torch.empty_like(lay(input, *size)) for _ in range(2)]
         return *images, parameter(weight, input, mask[2])
 
-    rest = f"Tensor input, Tensor? weight, Tensor mean, Tensor rstd, int {how}, bool[3] mask"
+    how = f"int {how}, " if how else ""
+    rest = f"Tensor input, Tensor? weight, Tensor mean, Tensor rstd, {how}bool[3] mask"
+    found = ", Tensor" * moments
     schemas = (
-        f"{name}(Tensor input, Tensor? weight, Tensor? bias, int {how}, float eps)",
-        f"{name}_backward(Tensor grad, {rest})",
-        f"{name}_double_backward(Tensor tangent, Tensor grad, {rest})",
+        f"{name}(Tensor input, Tensor? weight, Tensor? bias, {how}float eps) -> (Tensor{found})",
+        f"{name}_backward(Tensor grad, {rest}) -> (Tensor, Tensor, Tensor)",
+        f"{name}_double_backward(Tensor tangent, Tensor grad, {rest}) -> (Tensor, Tensor, Tensor)",
     )
     fakes: tuple[Callable[..., Any], ...] = (forward_fake, backward_fake, double_fake)
-    return tuple(
-        _library.define(f"{schema} -> (Tensor, Tensor, Tensor)", impl, fake)
-        for schema, impl, fake in zip(schemas, impls, fakes, strict=True)
-    )
+    return tuple(map(_library.define, schemas, impls, fakes))
 
 
 LAYER_NORM = _define(
@@ -197,13 +246,35 @@ GROUP_NORM = _define(
 )
 
 
+BATCH_NORM = _define(
+    "batch_norm",
+    "",
+    (_batch_norm, _batch_norm_backward, _batch_norm_double_backward),
+    lambda input: (input.size(1),),
+    dense,
+    3,
+)
+NORMS = (LAYER_NORM, GROUP_NORM, BATCH_NORM)
+
+
 class _Norm(torch.autograd.Function):
+    """`size` are the operators' own arguments, and `moments` is called with the moments other than `rstd`."""
+
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, ops: Any, size: int, eps: float
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        ops: Any,
+        size: tuple[int, ...],
+        eps: float,
+        moments: Callable[..., None] | None = None,
     ) -> Tensor:
         output: Tensor
-        output, mean, rstd = ops[0](input, weight, bias, size, eps)
+        output, mean, rstd, *others = ops[0](input, weight, bias, *size, eps)
+        if moments is not None:
+            moments(mean, *others)
         ctx.save_for_backward(input, weight, mean, rstd)
         ctx.ops, ctx.size, ctx.biased = ops, size, bias is not None
         ctx.set_materialize_grads(False)
@@ -211,23 +282,31 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 4
         if grad is None:
-            return None, None, None, None, None, None
+            return None, None, None, *rest
         input, weight, mean, rstd = ctx.saved_tensors
         dx, dw, db = _NormBackward.apply(grad, input, weight, mean, rstd, ctx.ops, ctx.size)
-        return dx, None if weight is None else dw, db if ctx.biased else None, None, None, None
+        return dx, None if weight is None else dw, db if ctx.biased else None, *rest
 
 
 class _NormBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, ops: Any, size: int
+        ctx: Any,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        ops: Any,
+        size: tuple[int, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(grad, input, weight, mean, rstd)
         ctx.ops, ctx.size = ops, size
         ctx.set_materialize_grads(False)
         # Which of them anybody reads is seen in the graph.
-        grads: tuple[Tensor, Tensor, Tensor] = ops[1](grad, input, weight, mean, rstd, size, [True, True, True])
+        grads: tuple[Tensor, Tensor, Tensor] = ops[1](grad, input, weight, mean, rstd, *size, [True, True, True])
         return grads
 
     @staticmethod
@@ -243,7 +322,7 @@ class _NormBackward(torch.autograd.Function):
             raise Refused("a third derivative of a norm")
         grad, input, weight, mean, rstd = ctx.saved_tensors
         mask = [True, True, weight is not None]
-        gg, dx, dw = ctx.ops[2](tangent, grad, input, weight, mean, rstd, ctx.size, mask)
+        gg, dx, dw = ctx.ops[2](tangent, grad, input, weight, mean, rstd, *ctx.size, mask)
         return gg, dx, None if weight is None else dw, *rest
 
 
@@ -265,7 +344,7 @@ def layer_norm(
     dims = len(normalized_shape)
     if not dims or tuple(input.shape[-dims:]) != tuple(normalized_shape) or not _takes(input, weight, bias):
         return NotImplemented
-    return _Norm.apply(input, weight, bias, LAYER_NORM, dims, eps)
+    return _Norm.apply(input, weight, bias, LAYER_NORM, (dims,), eps)
 
 
 def group_norm(
@@ -275,7 +354,7 @@ def group_norm(
     fits = input.dim() >= 3 and num_groups > 0 and input.size(1) % num_groups == 0
     if not fits or input.numel() == num_groups * input.size(0) or not _takes(input, weight, bias):
         return NotImplemented
-    return _Norm.apply(input, weight, bias, GROUP_NORM, num_groups, eps)
+    return _Norm.apply(input, weight, bias, GROUP_NORM, (num_groups,), eps)
 
 
 def instance_norm(
@@ -294,9 +373,48 @@ def instance_norm(
     return group_norm(input, input.size(1), weight, bias, eps)
 
 
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """:func:`torch.nn.functional.batch_norm` by the batch's own statistics; NotImplemented where stock runs."""
+    statistics = [t for t in (running_mean, running_var) if t is not None]
+    params = [t for t in (weight, bias) if t is not None]
+    if (
+        not training
+        or not isinstance(momentum, float | int)
+        or not eps > 0
+        or input.dim() < 2
+        # In other orders torch's result need not lie as the operators' does.
+        or not (input.is_contiguous() or memory_format(input) == torch.channels_last)
+        or input.numel() <= input.size(1)
+        or not _takes(input, weight, bias)
+        or any(t.dtype != input.dtype or t.shape != (input.size(1),) for t in (*statistics, *params))
+        or any(t.requires_grad for t in statistics)
+        # Of weights that are computed, the penalty may depend on the gradient.
+        or not all(t.is_leaf for t in params)
+    ):
+        return NotImplemented
+
+    def track(mean: Tensor, var: Tensor) -> None:
+        for running, moment in ((running_mean, mean), (running_var, var)):
+            if running is not None:
+                # As torch's kernels have it: rounded once.
+                running.copy_(torch.add(moment * momentum, running, alpha=1 - momentum))
+
+    return _Norm.apply(input, weight, bias, BATCH_NORM, (), eps, track)
+
+
 #: What a derivation puts in the place of torch's functions.
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
 }

@@ -129,6 +129,48 @@ def test_group_norm_kernels(shape: tuple[int, ...], groups: str, last: bool, thr
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((2, 1), (70, 3), (5, 64), (300, 17), (1, 3, 5, 7), (3, 17, 37), (40, 2, 9), (9, 20, 4, 67), (33, 64, 8, 4)),
+        *((5, 1, 300), (3, 48, 300), (2, 16, 600)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_batch_norm_kernels(shape: tuple[int, ...], last: bool, threads: int) -> None:
+    from gankern.ops.critic_layers import cpu, reference
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, grad, tangent = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(3))
+        x = x + 3
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        for weight, bias in [(None, None), torch.randn(2, shape[1]).to(dtype).unbind()]:
+
+            def results(module: Any, kind: torch.dtype, given=(x, grad, tangent, weight, bias)) -> list[Tensor]:
+                x, grad, tangent, weight, bias = (None if t is None else t.to(kind) for t in given)
+                y, *moments = module.batch_norm_forward(x, weight, bias, 1e-2)
+                first = module.batch_norm_backward(grad, x, weight, *moments[:2], True)
+                second = module.batch_norm_double_backward(tangent, grad, x, weight, *moments[:2], True)
+                # Float64, but as accurate as what they were summed up in.
+                return [y, *(m.to(kind) for m in moments), *first, *second]
+
+            wide = torch.float32 if dtype == torch.bfloat16 else dtype
+            got, theirs, exact = results(cpu, dtype), results(reference, wide), results(reference, torch.float64)
+            names = ("output", "mean", "rstd", "var", "grad_input", "grad_weight", "grad_bias")
+            names += ("d2_grad_output", "d2_input", "d2_weight")
+            for name, g, s, e in zip(names, got, theirs, exact, strict=True):
+                if dtype == torch.float64:
+                    torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-11 * (1 + e.abs().max().item()))
+                    continue
+                count = x.numel() / shape[1]
+                floor = e.norm() * 2e-6 + 1e-5 * count**0.5 if dtype == torch.float32 else 0
+                if (g.double() - e).norm() > floor:
+                    assert_as_accurate(g, s.to(dtype), e, f"{name} {dtype}")
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("kernel", [(2, 2), (1, 3), (3, 1), (4, 16)], ids=str)
 def test_avg_pool_kernels(kernel: tuple[int, int], threads: int) -> None:
     from gankern.ops.critic_layers import cpu, reference

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 # Operators whose last argument says which of their results are wanted.
 _MASKED = {aten.convolution_backward.default, aten.native_batch_norm_backward.default}
-_MASKED |= {*norms.LAYER_NORM[1:], *norms.GROUP_NORM[1:]}
+_MASKED |= {op for ops in norms.NORMS for op in ops[1:]}
 _MASKED |= {*attention.MASKED}
 _MASKED |= {aten.native_layer_norm_backward.default, aten.native_group_norm_backward.default}
 

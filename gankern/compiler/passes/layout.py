@@ -30,7 +30,7 @@ _ANY_ORDER = {
     *(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cat.default),
     *(aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default),
     *(aten.leaky_relu_backward.default, aten.threshold_backward.default, aten.copy_.default),
-    *(*norms.LAYER_NORM, *norms.GROUP_NORM),
+    *(op for ops in norms.NORMS for op in ops),
     *(aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.constant_pad_nd.default),
     *(aten.full_like.default, aten.native_batch_norm.default, aten.native_batch_norm_backward.default),
     *(aten.upsample_nearest2d.default, aten.upsample_nearest2d_backward.default),

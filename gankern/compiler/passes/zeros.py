@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from gankern.compiler import norms
 from gankern.compiler.passes import effects
 
 aten = torch.ops.aten
@@ -36,6 +37,8 @@ _LINEAR: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys((aten.threshold_backward.default, aten.leaky_relu_backward.default), (0,)),
     **dict.fromkeys((aten.convolution_backward.default,), (0,)),
     **dict.fromkeys((aten.avg_pool2d.default, aten.avg_pool2d_backward.default), (0,)),
+    **dict.fromkeys((op for ops in norms.NORMS for op in ops[1:]), (0,)),
+    **dict.fromkeys((aten.native_batch_norm_backward.default,), (0,)),
 }
 
 

@@ -1,6 +1,7 @@
-"""Adapter of the C++ kernels in csrc/cpu: layer_norm.cpp, group_norm.cpp and avg_pool.cpp.
+"""Adapter of the C++ kernels in csrc/cpu: layer_norm.cpp, group_norm.cpp, batch_norm.cpp and avg_pool.cpp.
 
-Layer norm's tensors are contiguous rows (M, D), group norm's (N, C, L), contiguous or with the channels last.
+Layer norm's tensors are contiguous rows (M, D), group norm's (N, C, L) and batch norm's (N, C, ...), contiguous or
+with the channels last.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ __all__ = [
     "add",
     "avg_pool2d",
     "avg_pool2d_backward",
+    "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_forward",
     "channels_last",
     "conv",
     "conv_as_stock",
@@ -237,6 +241,79 @@ def group_norm_double_backward(
         grad_input.data_ptr(),
         address(grad_weight),
         address(scratch),
+    )
+    return grad_grad_output, grad_input, grad_weight
+
+
+def _batch_shape(input: Tensor) -> Any:
+    n, channels = input.shape[:2]
+    inner, last = input.numel() // (n * channels), not input.is_contiguous()
+    return kernels.BatchNormShape(DTYPES[input.dtype], n, channels, inner, last, torch.get_num_threads())
+
+
+def batch_norm_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output = workspace.like(input)
+    mean, rstd, var = torch.empty(3, input.size(1), dtype=torch.float64).unbind()
+    kernels.batch_norm_forward(
+        _batch_shape(input),
+        input.data_ptr(),
+        address(weight),
+        address(bias),
+        output.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        var.data_ptr(),
+        eps,
+    )
+    return output, mean, rstd, var
+
+
+def batch_norm_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad_output = _as(grad_output, input)
+    grad_input = workspace.like(input)
+    grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
+    grad_bias = torch.empty(input.size(1), dtype=input.dtype) if want_params else None
+    kernels.batch_norm_backward(
+        _batch_shape(input),
+        grad_output.data_ptr(),
+        input.data_ptr(),
+        address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        grad_input.data_ptr(),
+        address(grad_weight),
+        address(grad_bias),
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+def batch_norm_double_backward(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    tangent, grad_output = _as(tangent, input), _as(grad_output, input)
+    grad_grad_output, grad_input = workspace.like(input), workspace.like(input)
+    grad_weight = torch.empty(input.size(1), dtype=input.dtype) if want_weight else None
+    kernels.batch_norm_double_backward(
+        _batch_shape(input),
+        tangent.data_ptr(),
+        grad_output.data_ptr(),
+        input.data_ptr(),
+        address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        grad_grad_output.data_ptr(),
+        grad_input.data_ptr(),
+        address(grad_weight),
     )
     return grad_grad_output, grad_input, grad_weight
 

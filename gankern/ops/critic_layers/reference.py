@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gankern._layout import like_layout
+from gankern._native import acc_dtype
 from gankern.ops.conv_act.reference import (
     activate_backward,
     channels_last,
@@ -21,6 +22,9 @@ __all__ = [
     "add",
     "avg_pool2d",
     "avg_pool2d_backward",
+    "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_forward",
     "channels_last",
     "conv",
     "conv_as_stock",
@@ -73,8 +77,8 @@ def _normalize(input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor)
     return (input - mean.to(input.dtype).unsqueeze(1)) * rstd, rstd
 
 
-def _project(u: Tensor, normalized: Tensor) -> Tensor:
-    return u - u.mean(1, keepdim=True) - normalized * (u * normalized).mean(1, keepdim=True)
+def _project(u: Tensor, normalized: Tensor, dims: tuple[int, ...] = (1,)) -> Tensor:
+    return u - u.mean(dims, keepdim=True) - normalized * (u * normalized).mean(dims, keepdim=True)
 
 
 def layer_norm_backward(
@@ -157,6 +161,53 @@ def group_norm_double_backward(
         grad_input.reshape(input.shape),
         (grad_output * grad_weighted).sum((0, 2)) if want_weight else None,
     )
+
+
+def batch_norm_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Channels of (N, C, ...) normalised; mean, 1 / sqrt(var + eps) and unbiased variance of each, in float64."""
+    running = torch.zeros(2, input.size(1), dtype=acc_dtype(input.dtype), device=input.device)
+    output, mean, rstd = torch.native_batch_norm(input, weight, bias, running[0], running[1], True, 1.0, eps)
+    return output, mean.double(), rstd.double(), running[1].double()
+
+
+def batch_norm_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, want_params: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of input and, if wanted, of weight and bias."""
+    mean, rstd = mean.to(acc_dtype(input.dtype)), rstd.to(acc_dtype(input.dtype))
+    mask = [True, want_params, want_params]
+    grads: tuple[Tensor, Tensor | None, Tensor | None] = torch.ops.aten.native_batch_norm_backward.default(
+        grad_output, input, weight, None, None, mean, rstd, True, 0.0, mask
+    )
+    return grads if want_params else (grads[0], None, None)
+
+
+def batch_norm_double_backward(
+    tangent: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Derivatives of ``grad_input`` along a cotangent, to grad_output, input and weight."""
+    dims = (0, *range(2, input.dim()))
+
+    def spread(numbers: Tensor) -> Tensor:
+        return numbers.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
+
+    scale = spread(rstd)
+    normalized = (input - spread(mean)) * scale
+    pv, pg = _project(tangent, normalized, dims), _project(grad_output, normalized, dims)
+    p, q = ((u * normalized).mean(dims, keepdim=True) for u in (tangent, grad_output))
+    curvature = (pv * grad_output).mean(dims, keepdim=True)
+    grad_weight = (grad_output * pv).sum(dims) * rstd.to(input.dtype) if want_weight else None
+    weighted = scale if weight is None else scale * spread(weight)
+    grad_input = -weighted * scale * (curvature * normalized + q * pv + p * pg)
+    return weighted * pv, grad_input, grad_weight
 
 
 def room(tensor: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
