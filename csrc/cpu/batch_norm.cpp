@@ -22,13 +22,43 @@ namespace {
 
 constexpr int64_t kParts = 32;        // a channel's sums are cut into at most so many
 constexpr int64_t kMinChannels = 16;  // from here on, channels alone keep the threads busy
-constexpr int64_t kAtOnce = 1 << 13;  // fewer values are done before a second thread has begun
-constexpr int64_t kRowsAtOnce = 8;    // rows written while a vector's numbers stay in registers
+constexpr int64_t kAtOnce = 1 << 15;  // fewer values are done before a second thread has begun
+constexpr int64_t kPastCacheBytes = 8 << 20;
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 template <class A>
 GANKERN_INLINE Vec<A> first_lanes(Vec<A> v, int n) {
     for (int i = n; i < kLanes<A>; ++i) v[i] = 0;
     return v;
+}
+
+// Large results do not fit the caches until they are read: past those they cost less traffic.
+template <bool past_cache, class S>
+GANKERN_INLINE void store_result(S* p, int lanes, Vec<Acc<S>> v) {
+    if constexpr (past_cache)
+        store_past_cache(p, v);
+    else
+        store(p, lanes, v);
+}
+
+template <class S>
+bool is_aligned(const S* p) {
+    return reinterpret_cast<uintptr_t>(p) % (kLanes<Acc<S>> * sizeof(S)) == 0;
+}
+
+// Calls f with whether results of so many bytes go past the caches, where they may.
+template <class F>
+GANKERN_INLINE void with_place(int64_t bytes, bool may, const F& f) {
+    may&& bytes >= kPastCacheBytes ? f(std::true_type{}) : f(std::false_type{});
+}
+
+template <class S>
+int64_t size_of(const BatchNormShape& s) {
+    return s.samples * s.channels * s.inner * static_cast<int64_t>(sizeof(S));
 }
 
 template <class S>
@@ -52,6 +82,7 @@ struct Forward {
     const BatchNormForward& a;
     const S* x = static_cast<const S*>(a.input);
     S* y = static_cast<S*>(a.output);
+    bool aligned() const { return is_aligned(y); }
 
     GANKERN_INLINE void add(int64_t i, int lanes, Vec<A> center, Vec<A> (&sums)[kSums]) const {
         Vec<A> d = first_lanes<A>(load(x + i, lanes, A(0)) - center, lanes);
@@ -68,8 +99,9 @@ struct Forward {
         numbers[1] = a.rstd[c] * at<S>(a.weight, c, 1);
         numbers[2] = at<S>(a.bias, c, 0);
     }
+    template <bool past_cache>
     GANKERN_INLINE void apply(int64_t i, int lanes, const Vec<A> (&numbers)[kNumbers]) const {
-        store(y + i, lanes, (load(x + i, lanes, A(0)) - numbers[0]) * numbers[1] + numbers[2]);
+        store_result<past_cache>(y + i, lanes, (load(x + i, lanes, A(0)) - numbers[0]) * numbers[1] + numbers[2]);
     }
 };
 
@@ -82,6 +114,7 @@ struct Backward {
     const S* x = static_cast<const S*>(a.input);
     const S* g = static_cast<const S*>(a.grad_output);
     S* dx = static_cast<S*>(a.grad_input);
+    bool aligned() const { return is_aligned(dx); }
 
     GANKERN_INLINE void add(int64_t i, int lanes, Vec<A> center, Vec<A> (&sums)[kSums]) const {
         Vec<A> grad = load(g + i, lanes, A(0));
@@ -98,9 +131,10 @@ struct Backward {
         numbers[2] = sums[1] / count * rstd * rstd;
         numbers[3] = rstd * at<S>(a.weight, c, 1);
     }
+    template <bool past_cache>
     GANKERN_INLINE void apply(int64_t i, int lanes, const Vec<A> (&numbers)[kNumbers]) const {
         Vec<A> d = load(x + i, lanes, A(0)) - numbers[0];
-        store(dx + i, lanes, numbers[3] * (load(g + i, lanes, A(0)) - numbers[1] - d * numbers[2]));
+        store_result<past_cache>(dx + i, lanes, numbers[3] * (load(g + i, lanes, A(0)) - numbers[1] - d * numbers[2]));
     }
 };
 
@@ -116,6 +150,7 @@ struct DoubleBackward {
     const S* v = static_cast<const S*>(a.tangent);
     S* dg = static_cast<S*>(a.grad_grad_output);
     S* dx = static_cast<S*>(a.grad_input);
+    bool aligned() const { return is_aligned(dg) && is_aligned(dx); }
 
     GANKERN_INLINE void add(int64_t i, int lanes, Vec<A> center, Vec<A> (&sums)[kSums]) const {
         Vec<A> grad = load(g + i, lanes, A(0)), t = load(v + i, lanes, A(0));
@@ -142,12 +177,13 @@ struct DoubleBackward {
         numbers[kOfV] = -rstd * rstd * w * g_normalized;
         numbers[kOfG] = -rstd * rstd * w * v_normalized;
     }
+    template <bool past_cache>
     GANKERN_INLINE void apply(int64_t i, int lanes, const Vec<A> (&numbers)[kNumbers]) const {
         Vec<A> d = load(x + i, lanes, A(0)) - numbers[kCenter];
         Vec<A> pv = load(v + i, lanes, A(0)) - numbers[kMeanV] - d * numbers[kSlopeV];
         Vec<A> pg = load(g + i, lanes, A(0)) - numbers[kMeanG] - d * numbers[kSlopeG];
-        store(dg + i, lanes, numbers[kScale] * pv);
-        store(dx + i, lanes, numbers[kOfD] * d + numbers[kOfV] * pv + numbers[kOfG] * pg);
+        store_result<past_cache>(dg + i, lanes, numbers[kScale] * pv);
+        store_result<past_cache>(dx + i, lanes, numbers[kOfD] * d + numbers[kOfV] * pv + numbers[kOfG] * pg);
     }
 };
 
@@ -182,11 +218,11 @@ struct Rows {
         std::fill_n(out, K * width, 0.0);
         for (int64_t block = begin; block < end; block += kBlock) {
             const int64_t stop = end - block < kBlock ? end : block + kBlock;
-            for (int64_t c = 0; c < width; c += kLanes<A>) {
-                Vec<A> sums[K] = {};
-                for (int64_t row = block; row < stop; ++row) f(row * width + c, c, kLanes<A>, sums);
-                for (int k = 0; k < K; ++k) add_wide<A>(out + k * width + c, sums[k]);
-            }
+            // As many vectors of a row as their sums have registers.
+            constexpr int kMost = 4 * K + 8 <= kRegisters ? 4 : 2 * K + 6 <= kRegisters ? 2 : 1;
+            int64_t c = 0;
+            for (; c + kMost * kLanes<A> <= width; c += kMost * kLanes<A>) columns<kMost, K>(block, stop, c, out, f);
+            for (; c < width; c += kLanes<A>) columns<1, K>(block, stop, c, out, f);
         }
         if (!last) return;
         for_each_vec<A>(rest, [&](int64_t c, int lanes) {
@@ -194,6 +230,15 @@ struct Rows {
             f(full * width + c, c, lanes, sums);
             for (int k = 0; k < K; ++k) add_wide<A>(out + k * width + c, sums[k]);
         });
+    }
+
+    template <int N, int K, class F>
+    GANKERN_INLINE void columns(int64_t begin, int64_t end, int64_t c, double* out, const F& f) const {
+        Vec<A> sums[N][K] = {};
+        for (int64_t row = begin; row < end; ++row)
+            for (int n = 0; n < N; ++n) f(row * width + c + n * kLanes<A>, c + n * kLanes<A>, kLanes<A>, sums[n]);
+        for (int n = 0; n < N; ++n)
+            for (int k = 0; k < K; ++k) add_wide<A>(out + k * width + c + n * kLanes<A>, sums[n][k]);
     }
 
     // A channel's share of sums [width].
@@ -245,18 +290,19 @@ void run_rows(const BatchNormShape& s, int threads, const P& pass, const double*
         pass.finish(c, static_cast<double>(s.samples * s.inner), totals, results);
         for (int k = 0; k < kNumbers; ++k) rows.spread(results[k], c, numbers.data() + k * width);
     }
-    auto apply = [&](int64_t begin, int64_t end, int64_t c, int lanes) {
+    auto apply = [&](auto past_cache, int64_t row, int64_t c, int lanes) {
         Vec<A> held[kNumbers];
         for (int k = 0; k < kNumbers; ++k) held[k] = load(numbers.data() + k * width + c);
-        for (int64_t row = begin; row < end; ++row) pass.apply(row * width + c, lanes, held);
+        pass.template apply<decltype(past_cache)::value>(row * width + c, lanes, held);
     };
-    parallel_for(rows.full, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; block += kRowsAtOnce) {
-            const int64_t stop = end - block < kRowsAtOnce ? end : block + kRowsAtOnce;
-            for (int64_t c = 0; c < width; c += kLanes<A>) apply(block, stop, c, kLanes<A>);
-        }
+    with_place(size_of<S>(s), rows.repeat == 1 && pass.aligned(), [&](auto past_cache) {
+        parallel_for(rows.full, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
+                for (int64_t c = 0; c < width; c += kLanes<A>) apply(past_cache, row, c, kLanes<A>);
+            if (decltype(past_cache)::value) finish_stores_past_cache();
+        });
     });
-    for_each_vec<A>(rows.rest, [&](int64_t c, int lanes) { apply(rows.full, rows.full + 1, c, lanes); });
+    for_each_vec<A>(rows.rest, [&](int64_t c, int lanes) { apply(std::false_type{}, rows.full, c, lanes); });
 }
 
 // Adds up over a channel's values in samples [begin, end) what f(place, lanes, sums) adds to its sums.
@@ -301,9 +347,13 @@ void run_planes(const BatchNormShape& s, int threads, const P& pass, const doubl
     auto apply = [&](int64_t c, int64_t begin, int64_t end, const double (&numbers)[kNumbers]) {
         Vec<A> held[kNumbers];
         for (int k = 0; k < kNumbers; ++k) held[k] = splat(static_cast<A>(numbers[k]));
-        for (int64_t n = begin; n < end; ++n)
-            for_each_vec<A>(s.inner,
-                            [&](int64_t i, int lanes) { pass.apply((n * s.channels + c) * s.inner + i, lanes, held); });
+        with_place(size_of<S>(s), s.inner % kLanes<A> == 0 && pass.aligned(), [&](auto past_cache) {
+            for (int64_t n = begin; n < end; ++n)
+                for_each_vec<A>(s.inner, [&](int64_t i, int lanes) {
+                    pass.template apply<decltype(past_cache)::value>((n * s.channels + c) * s.inner + i, lanes, held);
+                });
+            if (decltype(past_cache)::value) finish_stores_past_cache();
+        });
     };
     if (s.channels >= kMinChannels) {
         parallel_for(s.channels, threads, [&](int64_t begin, int64_t end) {

@@ -47,19 +47,26 @@ def _in_rows(input: Tensor, dims: int) -> Tensor:
 
 
 def _layer_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
+    adapter: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = _in_rows(input, dims)
-    rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
+    rows = _rows(input, dims)
     output, mean, rstd = adapter.layer_norm_forward(rows.of(input), _flat(weight, rows), _flat(bias, rows), eps)
     return _like(rows.back(output), input), mean, rstd
 
 
 def _layer_norm_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dims: int, mask: list[bool]
+    adapter: Any,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dims: int,
+    mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = _in_rows(input, dims)
-    rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
+    rows = _rows(input, dims)
     grad = like_layout(grad, input)
     dx, dw, db = adapter.layer_norm_backward(
         rows.of(grad), rows.of(input), _flat(weight, rows), mean, rstd, mask[1] or mask[2]
@@ -68,6 +75,7 @@ def _layer_norm_backward(
 
 
 def _layer_norm_double_backward(
+    adapter: Any,
     tangent: Tensor,
     grad: Tensor,
     input: Tensor,
@@ -78,7 +86,7 @@ def _layer_norm_double_backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = _in_rows(input, dims)
-    rows, adapter = _rows(input, dims), backends.select("critic_layers", input)
+    rows = _rows(input, dims)
     tangent, grad = like_layout(tangent, input), like_layout(grad, input)
     gg, dx, dw = adapter.layer_norm_double_backward(
         rows.of(tangent), rows.of(grad), rows.of(input), _flat(weight, rows), mean, rstd, mask[2]
@@ -93,10 +101,9 @@ def _values(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def _group_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    adapter: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    adapter = backends.select("critic_layers", input)
     output, mean, rstd = adapter.group_norm_forward(_values(input), weight, bias, groups, eps)
     return _like(output, input), mean, rstd
 
@@ -108,10 +115,16 @@ def _like(values: Tensor, input: Tensor) -> Tensor:
 
 
 def _group_norm_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, groups: int, mask: list[bool]
+    adapter: Any,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    adapter = backends.select("critic_layers", input)
     dx, dw, db = adapter.group_norm_backward(
         _values(grad, input), _values(input), weight, mean, rstd, mask[1] or mask[2]
     )
@@ -119,6 +132,7 @@ def _group_norm_backward(
 
 
 def _group_norm_double_backward(
+    adapter: Any,
     tangent: Tensor,
     grad: Tensor,
     input: Tensor,
@@ -129,7 +143,6 @@ def _group_norm_double_backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    adapter = backends.select("critic_layers", input)
     gg, dx, dw = adapter.group_norm_double_backward(
         _values(tangent, input), _values(grad, input), _values(input), weight, mean, rstd, mask[2]
     )
@@ -146,25 +159,24 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _batch_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    adapter: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input = dense(input)
-    adapter = backends.select("critic_layers", input)
     output, *moments = adapter.batch_norm_forward(input, _contiguous(weight), _contiguous(bias), eps)
     return _laid(output, input), *moments
 
 
 def _batch_norm_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, mask: list[bool]
+    adapter: Any, grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    adapter = backends.select("critic_layers", input)
     grad = like_layout(grad, input)
     dx, dw, db = adapter.batch_norm_backward(grad, input, _contiguous(weight), mean, rstd, mask[1] or mask[2])
     return _laid(dx, input), _or_nothing(dw), _or_nothing(db)
 
 
 def _batch_norm_double_backward(
+    adapter: Any,
     tangent: Tensor,
     grad: Tensor,
     input: Tensor,
@@ -174,7 +186,6 @@ def _batch_norm_double_backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    adapter = backends.select("critic_layers", input)
     tangent, grad = like_layout(tangent, input), like_layout(grad, input)
     gg, dx, dw = adapter.batch_norm_double_backward(tangent, grad, input, _contiguous(weight), mean, rstd, mask[2])
     return _laid(gg, input), _laid(dx, input), _or_nothing(dw)
@@ -192,7 +203,7 @@ def _define(
     lay: Callable[..., Tensor],
     moments: int = 2,
 ) -> Any:
-    """The three operators of a norm.
+    """The three operators of a norm, whose implementations take an adapter first.
 
     `how` is the argument that says what is normalised together, if there is one, `rows_of` the shape of the moments,
     so many, `lay` how images must lie.
@@ -227,7 +238,18 @@ def _define(
         f"{name}_double_backward(Tensor tangent, Tensor grad, {rest}) -> (Tensor, Tensor, Tensor)",
     )
     fakes: tuple[Callable[..., Any], ...] = (forward_fake, backward_fake, double_fake)
-    return tuple(map(_library.define, schemas, impls, fakes))
+    ops = tuple(map(_library.define, schemas, map(_selected, impls, range(3)), fakes))
+    IMPLEMENTATIONS.update(zip(ops, impls, strict=True))
+    return ops
+
+
+#: What the operators run, a function of an adapter and their arguments.
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def _selected(impl: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """An implementation on the adapter for the input, which is the argument at this place."""
+    return lambda *args: impl(backends.select("critic_layers", args[place]), *args)
 
 
 LAYER_NORM = _define(
@@ -255,6 +277,20 @@ BATCH_NORM = _define(
     3,
 )
 NORMS = (LAYER_NORM, GROUP_NORM, BATCH_NORM)
+
+
+def _track(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
+    for running, moment in ((running_mean, mean), (running_var, var)):
+        # As torch's kernels have it: rounded once. Nor do these count the write, since graphs that were made before
+        # have saved the statistics, and do not read them.
+        running.data.copy_(torch.add(moment * momentum, running, alpha=1 - momentum))
+
+
+TRACK = _library.define(
+    "batch_norm_track(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum) -> ()",
+    _track,
+    lambda *_: None,
+)
 
 
 class _Norm(torch.autograd.Function):
@@ -388,6 +424,7 @@ def batch_norm(
     params = [t for t in (weight, bias) if t is not None]
     if (
         not training
+        or (running_mean is None) != (running_var is None)
         or not isinstance(momentum, float | int)
         or not eps > 0
         or input.dim() < 2
@@ -403,10 +440,8 @@ def batch_norm(
         return NotImplemented
 
     def track(mean: Tensor, var: Tensor) -> None:
-        for running, moment in ((running_mean, mean), (running_var, var)):
-            if running is not None:
-                # As torch's kernels have it: rounded once.
-                running.copy_(torch.add(moment * momentum, running, alpha=1 - momentum))
+        if running_mean is not None:
+            TRACK(running_mean, running_var, mean, var, float(momentum))
 
     return _Norm.apply(input, weight, bias, BATCH_NORM, (), eps, track)
 

@@ -272,6 +272,53 @@ void test_group_norm(int64_t n, int64_t groups, int64_t channels, int64_t inner,
     }
 }
 
+// Against group norm's kernel, on one sample whose groups are the channels of the batch.
+template <class S>
+void test_batch_norm(int64_t n, int64_t channels, int64_t inner, bool channels_last) {
+    const double eps = 0.1, count = static_cast<double>(n * inner);
+    const int64_t row = n * inner, size = channels * row;
+    BatchNormShape shape{kDtype<S>, n, channels, inner, channels_last, kThreads};
+    auto x = Buffer<S>::random(size), g = Buffer<S>::random(size), v = Buffer<S>::random(size);
+    auto w = Buffer<S>::random(channels), b = Buffer<S>::random(channels);
+    Buffer<S> y(size, kNan), dx(size, kNan), dw(channels, kNan), db(channels, kNan), dg2(size, kNan), dx2(size, kNan);
+    Buffer<S> dw2(channels, kNan);
+    Buffer<double> mean(channels, kNan), rstd(channels, kNan), var(channels, kNan);
+    kernels().batch_norm_forward({shape, x.get(), w.get(), b.get(), y.get(), mean.get(), rstd.get(), var.get(), eps});
+    kernels().batch_norm_backward(
+        {shape, g.get(), x.get(), w.get(), mean.get(), rstd.get(), dx.get(), dw.get(), db.get()});
+    kernels().batch_norm_double_backward(
+        {shape, v.get(), g.get(), x.get(), w.get(), mean.get(), rstd.get(), dg2.get(), dx2.get(), dw2.get()});
+    auto place = [&](int64_t i) {
+        const int64_t c = i / row, sample = i % row / inner, value = i % inner;
+        return channels_last ? (sample * inner + value) * channels + c : (sample * channels + c) * inner + value;
+    };
+    Buffer<S> rx(size, 0), rg(size, 0), rv(size, 0), ry(size, 0), rdx(size, 0), rdw(channels, 0), rdb(channels, 0);
+    Buffer<S> rdg2(size, 0), rdx2(size, 0), rdw2(channels, 0);
+    Buffer<double> rmean(channels, 0), rrstd(channels, 0), scratch(2 * channels, 0);
+    for (int64_t i = 0; i < size; ++i)
+        assign(rx.data[i], x[place(i)]), assign(rg.data[i], g[place(i)]), assign(rv.data[i], v[place(i)]);
+    GroupNormShape rows{kDtype<S>, 1, channels, 1, row, false, 1};
+    kernels().group_norm_forward({rows, rx.get(), w.get(), b.get(), ry.get(), rmean.get(), rrstd.get(), eps});
+    kernels().group_norm_backward(
+        {rows, rg.get(), rx.get(), w.get(), rmean.get(), rrstd.get(), rdx.get(), rdw.get(), rdb.get(), scratch.get()});
+    kernels().group_norm_double_backward({rows, rv.get(), rg.get(), rx.get(), w.get(), rmean.get(), rrstd.get(),
+                                          rdg2.get(), rdx2.get(), rdw2.get(), scratch.get()});
+    for (int64_t i = 0; i < size; ++i) {
+        expect_near<S>("batch_norm output", y[place(i)], ry[i]);
+        expect_near<S>("batch_norm grad_input", dx[place(i)], rdx[i]);
+        expect_near<S>("batch_norm d2 grad_output", dg2[place(i)], rdg2[i]);
+        expect_near<S>("batch_norm d2 input", dx2[place(i)] / 4, rdx2[i] / 4);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+        expect_near<S>("batch_norm mean", mean[c], rmean[c]);
+        expect_near<S>("batch_norm rstd", rstd[c], rrstd[c]);
+        expect_near<S>("batch_norm var", var[c], (1 / (rrstd[c] * rrstd[c]) - eps) * count / (count - 1));
+        expect_near<S>("batch_norm grad_weight", dw[c] / count, rdw[c] / count);
+        expect_near<S>("batch_norm grad_bias", db[c] / count, rdb[c] / count);
+        expect_near<S>("batch_norm d2 weight", dw2[c] / count, rdw2[c] / count);
+    }
+}
+
 template <class S>
 void test_avg_pool(int64_t planes, int64_t height, int64_t width, int64_t kh, int64_t kw) {
     int64_t rows = height / kh, columns = width / kw;
@@ -653,6 +700,10 @@ void test_all() {
         test_group_norm<S>(1, 1, 1, 2, channels_last);
         test_group_norm<S>(3, 2, 3, 37, channels_last);
         test_group_norm<S>(2, 19, 1, 5, channels_last);
+        test_batch_norm<S>(2, 1, 1, channels_last);
+        test_batch_norm<S>(3, 5, 37, channels_last);
+        test_batch_norm<S>(41, 17, 5, channels_last);
+        test_batch_norm<S>(9, 64, 33, channels_last);
     }
     test_avg_pool<S>(1, 1, 1, 1, 1);
     test_avg_pool<S>(3, 5, 37, 2, 2);

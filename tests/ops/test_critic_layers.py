@@ -134,6 +134,8 @@ def test_group_norm_kernels(shape: tuple[int, ...], groups: str, last: bool, thr
     [
         *((2, 1), (70, 3), (5, 64), (300, 17), (1, 3, 5, 7), (3, 17, 37), (40, 2, 9), (9, 20, 4, 67), (33, 64, 8, 4)),
         *((5, 1, 300), (3, 48, 300), (2, 16, 600)),
+        # Written past the caches.
+        (32, 64, 1024),
     ],
     ids=str,
 )

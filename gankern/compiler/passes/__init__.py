@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from gankern.compiler.passes import batch_norms, common, convolutions, dead, in_place, layout, views, zeros
+from gankern.compiler.passes import batch_norms, common, convolutions, dead, direct, in_place, layout, views, zeros
 
 
 def optimise(traced: fx.GraphModule, adapter: Any) -> None:
@@ -20,6 +20,7 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
     if hasattr(adapter, "takes_conv"):
         convolutions.lower(traced.graph, adapter)
         layout.settle(traced.graph)
+        direct.bind(traced.graph, adapter)
     traced.graph.lint()
 
 
