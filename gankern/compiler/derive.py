@@ -9,7 +9,7 @@ import pickle
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,6 +150,10 @@ class Functions(TorchFunctionMode):
     # Hooks read what no guard knows; the others make a tensor another one, without an operator that says so.
     _REFUSED = ("register_hook", "register_post_accumulate_grad_hook", "__set__", "__delete__", "set_", "resize_")
 
+    def __init__(self, substitutes: Mapping[Any, Callable[..., Any]] = SUBSTITUTES) -> None:
+        super().__init__()
+        self._substitutes = substitutes
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in self._REFUSED:
@@ -158,7 +162,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in attention.SUBSTITUTES:
             return attention.SUBSTITUTES[func](*args, **kwargs)
-        substitute = SUBSTITUTES.get(func)
+        substitute = self._substitutes.get(func)
         result = NotImplemented if substitute is None else substitute(*args, **kwargs)
         if result is NotImplemented:
             return func(*args, **kwargs)

@@ -446,10 +446,10 @@ def batch_norm(
     return _Norm.apply(input, weight, bias, BATCH_NORM, (), eps, track)
 
 
-#: What a derivation puts in the place of torch's functions.
+#: What a derivation puts in the place of torch's functions, of the first order too.
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
-    F.batch_norm: batch_norm,
 }
+SECOND_ORDER = SUBSTITUTES | {F.batch_norm: batch_norm}

@@ -14,6 +14,7 @@ from gankern import _library, _stock, backends
 from gankern.arguments import first_line
 from gankern.compiler.derive import Functions, bilinear_convolutions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
+from gankern.compiler.norms import SECOND_ORDER
 from gankern.compiler.passes import effects, optimise
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
@@ -98,7 +99,7 @@ class PenaltyPlan:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 points = points.detach().requires_grad_()
                 a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves), _stock.forwards(), Functions():
+                with in_place_of(modules, models, leaves), _stock.forwards(), Functions(SECOND_ORDER):
                     scores = critic(points, *a, **k)
                 wanted += [points] if self._kind[1] else []
                 (grad,) = torch.autograd.grad(
@@ -157,7 +158,8 @@ class PenaltyPlan:
             self._proven = None
         if failed is not None:
             for t, before in zip(tensors, kept, strict=True):
-                t.copy_(before)
+                # Autograd is not told: a graph that holds it saw the value that comes back.
+                t.data.copy_(before)
             if state is not None:
                 set_random_state(x.device, state)
             raise Refused(failed)

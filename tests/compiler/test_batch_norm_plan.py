@@ -168,6 +168,17 @@ def test_a_graph_made_before_the_penalty_can_still_be_run_backward() -> None:
     scores.sum().backward()
 
 
+def test_a_graph_made_before_a_refused_replay_can_still_be_run_backward() -> None:
+    critic = critic_of(nn.BatchNorm2d(3))
+    x = doubles(4, 3, 5, 7)
+    scores, before = critic(x), copy.deepcopy(critic.state_dict())
+    with pytest.raises(Refused, match="finite"):
+        planned(Plans(), critic, x * torch.inf, (), list(critic.parameters()), GP)
+    for name, value in critic.state_dict().items():
+        assert torch.equal(value, before[name])
+    scores.sum().backward()
+
+
 def test_modes_change_between_calls() -> None:
     critic, plans = critic_of(nn.BatchNorm2d(3), nn.Tanh(), nn.BatchNorm2d(3)), Plans()
     x = doubles(4, 3, 5, 7)
