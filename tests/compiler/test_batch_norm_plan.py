@@ -139,6 +139,20 @@ def test_kinds(name: str) -> None:
     assert first == third == {"two in a row": 2}.get(name, int(name in MAKES))
 
 
+def test_points_that_want_a_gradient() -> None:
+    critic, x = critic_of(nn.BatchNorm2d(3), nn.Tanh(), nn.BatchNorm2d(3)), doubles(4, 3, 5, 7)
+    call = {"critic": critic, "x": x.clone().requires_grad_(), "args": (), "kwargs": {}}
+    plans, other = Plans(), copy.deepcopy(critic)
+    loss, found = plans.run(call, True, True, GP)
+    points = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(other(points).sum(), points, create_graph=True)
+    want = 10 * (grad.flatten(1).norm(2, dim=1) - 1).square().mean()
+    (of_points,) = (g for t, g in found if t is None)
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(of_points, torch.autograd.grad(want, points)[0], rtol=1e-9, atol=1e-11)
+    assert counts(plans)[0] == 2
+
+
 def test_statistics_are_written_once_and_shared_ones_twice() -> None:
     """By two calls of one module, and by two modules with the same buffers."""
 
