@@ -21,10 +21,10 @@ from tests.compiler.test_penalty_plan import GP, R1, agrees, planned, stock
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
 
 
-def counts(plans: Plans) -> tuple[int, int, int]:
+def counts(plans: Plans, ops: Any = norms.BATCH_NORM) -> tuple[int, int, int]:
     """How often each pass is in the last plan."""
     targets = [getattr(node.target, "func", node.target) for node in plans.plans[0].graph.graph.nodes]
-    first, second, third = (targets.count(op) + targets.count(norms.IMPLEMENTATIONS[op]) for op in norms.BATCH_NORM)
+    first, second, third = (targets.count(op) + targets.count(norms.IMPLEMENTATIONS[op]) for op in ops)
     return first, second, third
 
 
@@ -108,6 +108,21 @@ def test_no_more_is_turned_than_without_it(last: bool) -> None:
         return sum(getattr(node.target, "__name__", "") == "turned" for node in nodes)
 
     assert turns(nn.BatchNorm2d(16)) <= turns()
+
+
+@pytest.mark.parametrize(
+    ("norm", "ops"),
+    [
+        (nn.BatchNorm2d(4), norms.BATCH_NORM),
+        (nn.GroupNorm(2, 4), norms.GROUP_NORM),
+        (nn.LayerNorm([4, 4, 4]), norms.LAYER_NORM),
+    ],
+)
+def test_no_zeros_go_through_a_norm(norm: nn.Module, ops: Any) -> None:
+    """Those that autograd has for the second derivative of the activation."""
+    layers = [nn.Conv2d(2, 4, 3, 2, 1), norm, nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64, 1)]
+    plans = agrees(trained(nn.Sequential(*layers)), doubles(3, 2, 8, 8))
+    assert counts(plans, ops) == (1, 1, 1)
 
 
 MAKES: dict[str, Callable[[], nn.Module]] = {
