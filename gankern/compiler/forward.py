@@ -21,10 +21,14 @@ from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.passes import effects, optimise_first_order
 from gankern.compiler.passes.layout import turned
+from gankern.compiler.penalty import random_state, set_random_state
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
 
 aten = torch.ops.aten
+
+#: Tensors with copies of their values, a device, and the states of its random numbers.
+State = tuple[list[tuple[Tensor, Tensor]], torch.device, list[Tensor]]
 
 #: Stands for the gradient of the output where a graph is derived.
 _tangent = _library.define("tangent(Tensor output) -> Tensor", torch.empty_like, torch.empty_like)
@@ -65,6 +69,8 @@ class ForwardPlan:
         storages = [t.untyped_storage()._cdata for t in inputs]
         if any(storages.count(storages[i]) > 1 for i in self._writes):
             raise Refused("it changes a tensor that shares memory with another")
+        #: Those of them whose values from before a forward that runs again needs.
+        self.feeds_back = [i for i in self._writes if _feeds_back(places[i])]
         self._draws = any(map(effects.draws, graph.graph.nodes))
         self.kernels = optimise_first_order(
             graph, backends.select("critic_layers", x), backends.select("batch_norm_act", x)
@@ -127,7 +133,7 @@ class ForwardPlan:
             if self._proven:
                 found: list[Tensor] = self._forward([*inputs])
                 return found
-            kept = self.state(inputs)
+            kept = self.state(inputs, self._writes)
             try:
                 found = self._forward([*inputs])
             except Exception as error:
@@ -147,10 +153,10 @@ class ForwardPlan:
         # Casts of autocast are in the graph already.
         return torch.autocast("cpu", enabled=False) if self._casts else nullcontext()
 
-    def state(self, inputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """What a forward changes, as it is now."""
-        kept = [(inputs[i], inputs[i].detach().clone()) for i in self._writes]
-        return kept, torch.get_rng_state() if self._draws else None
+    def state(self, inputs: Sequence[Tensor], places: Sequence[int]) -> State:
+        """Inputs at places, and random numbers to come where it draws any, as they are now."""
+        kept = [(inputs[i], inputs[i].detach().clone()) for i in places]
+        return kept, inputs[0].device, random_state(inputs[0].device) if self._draws else []
 
     @contextmanager
     def put_back(self, inputs: Sequence[Tensor]) -> Iterator[None]:
@@ -171,7 +177,7 @@ class ForwardPlan:
     @contextmanager
     def again(self, inputs: Sequence[Tensor], before: Any) -> Iterator[None]:
         """The state before a forward, inside; outside nothing has happened."""
-        now = self.state(inputs)
+        now = self.state(inputs, self._writes)
         _restore(before)
         try:
             yield
@@ -190,20 +196,29 @@ def _place_of(held: Held) -> tuple[weakref.ref[Any], str, str] | None:
     raise Refused(f"{held.source} is not where it was found")
 
 
-def _restore(state: tuple[list[tuple[Tensor, Tensor]], Tensor | None]) -> None:
-    kept, random = state
+def _feeds_back(node: fx.Node) -> bool:
+    """Whether what is computed depends on what a forward finds in a tensor that it writes."""
+    for user in node.users:
+        statistics = user.target is aten.native_batch_norm.default and user.args[5] and node not in user.args[:3]
+        if not statistics and not (effects.written_by(user) == [node] and not user.users and node not in user.args[1:]):
+            return True
+    return False
+
+
+def _restore(state: State) -> None:
+    kept, device, random = state
     for tensor, before in kept:
         # Autograd is not told: a graph that holds it saw the value that comes back.
         tensor.data.copy_(before)
-    if random is not None:
-        torch.set_rng_state(random)
+    if random:
+        set_random_state(device, random)
 
 
 class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: ForwardPlan, call: dict[str, Any], *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.before = plan.state(inputs)
+        ctx.before = plan.state(inputs, plan.feeds_back)
         output, *saved = plan.run_forward(inputs)
         ctx.plan, ctx.call, ctx.inputs = plan, call, inputs
         ctx.save_for_backward(*saved)

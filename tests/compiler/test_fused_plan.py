@@ -107,9 +107,12 @@ def test_a_fused_module_computes_stocks_values(name: str, training: bool, wants:
         agrees(net, x)
 
 
-def test_what_somebody_differentiates_twice_is_stocks() -> None:
+@pytest.mark.parametrize("spectral", [False, True])
+def test_what_somebody_differentiates_twice_is_stocks(spectral: bool) -> None:
     torch.manual_seed(0)
     net = critic().double()
+    if spectral:
+        nn.utils.parametrizations.spectral_norm(net[0])
     ours = gankern.fuse(copy.deepcopy(net))
     x = torch.randn(3, 2, 8, 8, dtype=torch.float64)
 
