@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gankern.compiler import attention
 from gankern.compiler.attention import scaled_dot_product_attention
 from gankern.compiler.cache import Plans
-from gankern.compiler.choice import everywhere
 from gankern.compiler.derive import Functions
 from tests.compiler.test_penalty_plan import R1, planned, same, stock
 
@@ -29,14 +28,12 @@ def plain() -> Iterator[None]:
 
 
 @pytest.fixture(params=["kept", "heads", "rows"])
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Calls of tests are taken, in one block or in several."""
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block or in several."""
     kept, scores = {"kept": (1 << 16, 1 << 20), "heads": (1 << 16, 160), "rows": (10, 17)}[request.param]
     monkeypatch.setattr(attention, "_KEPT", kept)
     monkeypatch.setattr(attention, "_SCORES", scores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    with everywhere():
-        yield
 
 
 def random(*shape: int) -> Tensor:
@@ -144,6 +141,7 @@ def test_weights_are_computed_as_stock_has_them_where_no_second_derivative_is_as
     torch.autograd.grad(grad.square().sum(), x)
 
 
+@pytest.mark.by_size
 def test_few_scores_are_left_to_stock() -> None:
     assert left({}) and not left({"q": random(2, 256, 8).requires_grad_(), "kv": random(2, 128, 8)})
 
