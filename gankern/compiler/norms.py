@@ -105,7 +105,14 @@ def _group_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     output, mean, rstd = adapter.group_norm_forward(_values(input), weight, bias, groups, eps)
-    return _like(output, input), mean, rstd
+    return _like(_ordered(output, input), input), mean, rstd
+
+
+def _ordered(values: Tensor, input: Tensor) -> Tensor:
+    """Values (N, C, L) in dense images' order of memory: torch's functions, where no kernel runs, have their own."""
+    if values.stride() == _values(input).stride():
+        return values
+    return values.reshape(input.shape).contiguous(memory_format=memory_format(input))
 
 
 def _like(values: Tensor, input: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ def _group_norm_backward(
     dx, dw, db = adapter.group_norm_backward(
         _values(grad, input), _values(input), weight, mean, rstd, mask[1] or mask[2]
     )
-    return _like(dx, input), _or_nothing(dw), _or_nothing(db)
+    return _like(_ordered(dx, input), input), _or_nothing(dw), _or_nothing(db)
 
 
 def _group_norm_double_backward(
@@ -146,7 +153,7 @@ def _group_norm_double_backward(
     gg, dx, dw = adapter.group_norm_double_backward(
         _values(tangent, input), _values(grad, input), _values(input), weight, mean, rstd, mask[2]
     )
-    return _like(gg, input), _like(dx, input), _or_nothing(dw)
+    return _like(_ordered(gg, input), input), _like(_ordered(dx, input), input), _or_nothing(dw)
 
 
 def _laid(values: Tensor, input: Tensor) -> Tensor:
