@@ -272,14 +272,17 @@ def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None) -> tuple[int
         node = node.args[0]
     if node.op == "placeholder":
         raise Refused("its output is a view of what it was given")
-    if output.target is aten.detach.default:
-        output = output.args[0]
+    detached = output if output.target is aten.detach.default else None
+    output = output if detached is None else detached.args[0]
     if effects.views(output):
         with graph.inserting_after(output):
             copy = graph.call_function(torch.clone, (output,))
         copy.meta["val"] = output.meta["val"]
         output = copy
     returned.args = ([output, *returned.args[0][1:]],)
+    if detached is not None:
+        detached.replace_all_uses_with(output)
+        graph.erase_node(detached)
     return found if strides is None else strides
 
 

@@ -8,12 +8,13 @@ hooks, functions and methods that were replaced, and the environment.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._dynamo.guards import dict_version
 from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as module_hooks
 from torch.nn.parameter import is_lazy
@@ -59,8 +61,11 @@ def is_hooked() -> bool:
 class _Namespace:
     """The functions and descriptors of a class or module; what else it has Dynamo guards where the forward reads it."""
 
-    def __init__(self, now: Mapping[str, Any]) -> None:
+    def __init__(self, owner: Any) -> None:
+        # A class shows a proxy of its dict.
+        now: dict[str, Any] = gc.get_referents(vars(owner))[0] if isinstance(owner, type) else vars(owner)
         self._now, self._names = now, list(now)
+        self._version = dict_version(now)
         functions = [name for name, value in now.items() if callable(value) or hasattr(value, "__get__")]
         # All have a docstring, if None; not all have functions.
         self._read = itemgetter("__doc__", *functions)
@@ -71,11 +76,28 @@ class _Namespace:
         self._codes = [(f, f.__code__) for f in own]
 
     def holds(self) -> bool:
-        return (
-            [*self._now] == self._names
-            and bool(self._read(self._now) == self._then)
-            and all(f.__code__ is code for f, code in self._codes)
-        )
+        version = dict_version(self._now)
+        if version != self._version:
+            if [*self._now] != self._names or self._read(self._now) != self._then:
+                return False
+            self._version = version
+        return all(f.__code__ is code for f, code in self._codes)
+
+
+class _Names:
+    """The names of a dict's entries."""
+
+    def __init__(self, now: dict[Any, Any]) -> None:
+        # Not the module itself, which its plans must not keep alive.
+        self._now, self._then, self._version = now, set(now), dict_version(now)
+
+    def hold(self) -> bool:
+        version = dict_version(self._now)
+        if version != self._version:
+            if self._now.keys() != self._then:
+                return False
+            self._version = version
+        return True
 
 
 class _World:
@@ -97,10 +119,9 @@ class _World:
                     raise Refused(f"{name} was replaced on {type(m).__name__}")
         types_of = {value if isinstance(value, type) else type(value) for value in (*modules, *objects)}
         classes = {base for found in types_of for base in found.__mro__ if base.__flags__ & _CAN_BE_PATCHED}
-        self._namespaces = [_Namespace(vars(owner)) for owner in (F, *({Tensor} | classes))]
-        # Not the modules themselves, which their plans must not keep alive.
-        self._instances = [(vars(m), set(vars(m))) for m in modules]
-        self._environment = dict(_ENVIRONMENT)
+        self._namespaces = [_Namespace(owner) for owner in (F, *({Tensor} | classes))]
+        self._instances = [_Names(vars(m)) for m in modules]
+        self._environment, self._version = dict(_ENVIRONMENT), dict_version(_ENVIRONMENT)
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
         if any(self._hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
@@ -108,12 +129,12 @@ class _World:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         return (
-            self._environment == _ENVIRONMENT
+            (dict_version(_ENVIRONMENT) == self._version or self._environment == _ENVIRONMENT)
             and not any(self._hooks)
             and not any(map(_is_hooked, tensors))
             and list(map(_facts, tensors)) == self._facts
             and all(namespace.holds() for namespace in self._namespaces)
-            and all(now.keys() == then for now, then in self._instances)
+            and all(names.hold() for names in self._instances)
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from gankern.compiler import choice
 from gankern.compiler.passes import batch_norms, common, convolutions, dead, direct, in_place, layout, views, zeros
 
 
@@ -34,6 +35,7 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     views.relax(traced.graph)
     kernels = 0
     if hasattr(adapter, "takes_conv"):
+        convolutions.lower(traced.graph, adapter, choice.convolution_pays)
         kernels = batch_norms.fuse(traced.graph, norm_adapter)
         kernels += layout.settle(traced.graph, convolutions=True)
     in_place.put_back(traced.graph, written)

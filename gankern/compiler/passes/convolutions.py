@@ -26,15 +26,22 @@ from gankern.ops.conv_act.reference import ConvOptions
 
 aten = torch.ops.aten
 
+#: Whether a kernel pays: of a pass, images, a weight, and whether the convolution is transposed.
+Pays = Callable[[str, Tensor, Tensor, bool], bool]
 
-def lower(graph: fx.Graph, adapter: Any) -> None:
-    """Put an adapter's functions in the place of the convolutions that it takes, fused where nobody else reads."""
+
+def lower(graph: fx.Graph, adapter: Any, pays: Pays = lambda *_: True) -> None:
+    """Put an adapter's functions in the place of the convolutions that it takes, fused where nobody else reads.
+
+    `pays` tells of "forward", "input" and "weight" whether the kernel of that pass is to run, by images and weight.
+    """
     for node in list(graph.nodes):
         args = arguments(node)
         if node.target is aten.convolution.default and _takes(adapter, args[0], args[1], args[3:9]):
-            _lower_forward(graph, node, adapter)
+            if pays("forward", _value(args[0]), _value(args[1]), args[6]):
+                _lower_forward(graph, node, adapter)
         elif node.target is aten.convolution_backward.default and _takes(adapter, args[1], args[2], args[4:10]):
-            _lower_backward(graph, node, adapter)
+            _lower_backward(graph, node, adapter, pays)
     _fuse_forward(graph, adapter)
     _fuse_backward(graph, adapter)
 
@@ -73,12 +80,16 @@ def _lower_forward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
     graph.erase_node(node)
 
 
-def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
-    grad, input, weight, _, *geometry, mask = arguments(node)
+def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any, pays: Pays) -> None:
+    grad, input, weight, biases, *geometry, mask = arguments(node)
     options = _options(geometry)
+    given = _value(input), _value(weight), options.transposed
+    wanted = [mask[0] and pays("input", *given), mask[1] and pays("weight", *given)]
+    # The bias's gradient is a by-product of the weight's.
+    wanted.append(mask[2] and (wanted[1] or not mask[1]))
     for reader in list(node.users):
         place = arguments(reader)[1]
-        if not mask[place]:
+        if not wanted[place]:
             continue
         if place == 0:
             args: tuple[Any, ...] = (grad, weight, input, options, "none", 0.0)
@@ -90,7 +101,11 @@ def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any) -> None:
             made = _insert(graph, node, aten.sum.dim_IntList, (grad, [0, 2, 3]), _value(reader))
         reader.replace_all_uses_with(made)
         graph.erase_node(reader)
-    graph.erase_node(node)
+    if node.users:
+        left = [needed and not ours for needed, ours in zip(mask, wanted, strict=True)]
+        node.args = (grad, input, weight, biases, *geometry, left)
+    else:
+        graph.erase_node(node)
 
 
 _RELU = {aten.relu.default, aten.relu_.default}

@@ -202,5 +202,10 @@ def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, unbiased: float
 ) -> None:
     """Let a batch's statistics into the running ones; `unbiased` makes its variance an estimate of the population's."""
+    if running_mean.dtype == running_var.dtype == mean.dtype and not torch.compiler.is_compiling():
+        # As in update, in fewer calls.
+        running_mean.data.mul_(1 - momentum).add_(mean, alpha=momentum)
+        running_var.data.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+        return
     update(running_mean, mean, momentum)
     update(running_var, var * unbiased, momentum)
