@@ -48,10 +48,20 @@ def critic() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 1))
 
 
+def deep() -> nn.Module:
+    """Norms and activations between convolutions, in each order."""
+    layers: list[nn.Module] = []
+    for act in (nn.LeakyReLU(0.2, True), nn.ReLU(), nn.Tanh(), nn.LeakyReLU(0.1)):
+        layers += [nn.Conv2d(2 if not layers else 16, 16, 3, 1, 1), nn.BatchNorm2d(16), act]
+    layers += [nn.Conv2d(16, 16, 3, 1, 1), nn.LeakyReLU(0.3), nn.BatchNorm2d(16), nn.ConvTranspose2d(16, 16, 3, 1, 1)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(16), nn.Conv2d(16, 3, 1))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "skips": (Skips, (3, 2, 8, 8)),
     "generator": (generator, (5, 3)),
     "critic": (critic, (3, 2, 8, 8)),
+    "deep": (deep, (3, 2, 6, 6)),
 }
 
 
@@ -75,7 +85,7 @@ def same(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
         found = got[name]
         assert (found is None) == (value is None), name
         if found is not None and value is not None:
-            rtol, atol = (1e-9, 1e-11) if value.dtype == torch.float64 else (2e-4, 2e-5)
+            rtol, atol = (1e-9, 1e-11) if value.dtype == torch.float64 else (2e-3, 5e-4)
             torch.testing.assert_close(found, value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
             assert found.stride() == value.stride(), name
 
@@ -92,13 +102,13 @@ def agrees(net: nn.Module, x: Tensor, *args: Any, hits: int = 2) -> nn.Module:
 
 @pytest.mark.parametrize("wants", [False, True], ids=["leaf", "wants"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["float64", "float32", "channels_last"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_fused_module_computes_stocks_values(name: str, training: bool, wants: bool, channels_last: bool) -> None:
+def test_a_fused_module_computes_stocks_values(name: str, training: bool, wants: bool, kind: str) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
-    # Of float64 in channels_last stock's strides are others than fake tensors have.
-    dtype = torch.float32 if channels_last else torch.float64
+    # Of float64 in channels_last stock's strides are others than fake tensors have; convolutions have no kernel for it.
+    dtype, channels_last = torch.float64 if kind == "float64" else torch.float32, kind == "channels_last"
     net, x = make().to(dtype).train(training), torch.randn(shape, dtype=dtype)
     if channels_last and len(shape) == 4:
         net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)

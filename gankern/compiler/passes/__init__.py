@@ -35,8 +35,8 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     views.relax(traced.graph)
     kernels = 0
     if hasattr(adapter, "takes_conv"):
-        convolutions.lower(traced.graph, adapter, choice.convolution_pays)
         kernels = batch_norms.fuse(traced.graph, norm_adapter)
+        convolutions.lower(traced.graph, adapter, choice.convolution_pays)
         kernels += layout.settle(traced.graph, convolutions=True)
     in_place.put_back(traced.graph, written)
     traced.graph.lint()

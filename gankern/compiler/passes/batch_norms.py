@@ -103,6 +103,11 @@ def _activation_of(output: fx.Node, backwards: set[fx.Node]) -> tuple[fx.Node, t
     for user in node.users:
         if _is_derivative(user, act, node) and not set(user.users) <= backwards:
             return None
+    # And that must read nothing else: it is to be given what the derivative is multiplied by.
+    for backward in backwards:
+        grad = effects.arguments(backward)[0]
+        if not (_is_derivative(grad, act, node) or _is_derivative(grad, act, output)) or len(grad.users) > 1:
+            return None
     return (node, act) if len(backwards) <= 1 else None
 
 
