@@ -19,6 +19,7 @@ from gankern import _library, _stock, backends, dispatch
 from gankern.arguments import first_line
 from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
+from gankern.compiler.norms import FIRST_ORDER
 from gankern.compiler.passes import effects, optimise_first_order
 from gankern.compiler.passes.layout import turned
 from gankern.compiler.penalty import random_state, set_random_state
@@ -95,7 +96,7 @@ class ForwardPlan:
             with torch.set_grad_enabled(self._kind[0]):
                 points = points.detach().requires_grad_(requires_grad)
                 a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves), _stock.forwards(), Functions():
+                with in_place_of(modules, models, leaves), _stock.forwards(), Functions(FIRST_ORDER):
                     output = module(points, *a, **k)
                 if not isinstance(output, Tensor):
                     raise Refused(f"its output is a {type(output).__name__}")

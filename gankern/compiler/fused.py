@@ -79,6 +79,8 @@ class Plans:
     kinds : dict
         What is known of each kind of call.
     hits, made, evicted : int
+    idle : int
+        Calls that stock runs without a look at them: a module that no plan pays for.
     reason : str or None
         Why stock ran the last call; None where a plan did, or is to be made of more calls like it.
     """
@@ -88,6 +90,7 @@ class Plans:
     hits: int = 0
     made: int = 0
     evicted: int = 0
+    idle: int = 0
     reason: str | None = None
     _lock: Any = field(default_factory=threading.RLock)
 
@@ -177,6 +180,8 @@ class Plans:
         """Leave calls of a kind to stock, twice as many each time: the world changes."""
         self.reason = known.reason = reason
         known.calls, known.wait = 0, min(max(2 * known.wait, 16), 1 << 12)
+        if reason == _NOTHING and not self.plans:
+            self.idle = known.wait
         log.info("no plan: %s", reason)
         raise Unplanned(whole=reason == _NOTHING, kind=kind)
 

@@ -6,6 +6,7 @@ Ba et al. 2016 (layer norm), Wu and He 2018 (group norm), Ulyanov et al. 2016 (i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gankern import _library, backends
 from gankern._layout import dense, like_layout, memory_format
+from gankern.compiler import choice
 from gankern.compiler.refusal import Refused
 from gankern.ops.critic_layers.layer_norm import Rows
 
@@ -459,4 +461,17 @@ SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
 }
+
+
+def _where_it_pays(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A substitute for the first order, where torch has kernels of its own."""
+
+    @functools.wraps(function)
+    def run(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(input, *args, **kwargs) if choice.norm_pays(input) else NotImplemented
+
+    return run
+
+
+FIRST_ORDER = {func: _where_it_pays(substitute) for func, substitute in SUBSTITUTES.items()}
 SECOND_ORDER = SUBSTITUTES | {F.batch_norm: batch_norm}
