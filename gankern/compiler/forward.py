@@ -44,14 +44,16 @@ class ForwardPlan:
         The module, its first argument, the others and its keywords, as ``critic``, ``x``, ``args`` and ``kwargs``.
     strides : tuple of int or None
         Of the output that stock gave; None where nobody knows.
+    guards : object, optional
+        Has the tensors that the module reads besides its first argument, as `Guards` has; made where it is left out.
 
     Raises
     ------
     Refused
     """
 
-    def __init__(self, call: dict[str, Any], strides: tuple[int, ...] | None) -> None:
-        self._guards = make_guards(**call)
+    def __init__(self, call: dict[str, Any], strides: tuple[int, ...] | None, guards: Any = None) -> None:
+        self._guards = make_guards(**call) if guards is None else guards
         held, self._guards.held = self._guards.held, []
         self._places = [_place_of(h) for h in held]
         x = call["x"]
@@ -63,9 +65,10 @@ class ForwardPlan:
         changed = effects.written(graph.graph)
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self._writes = [i for i, node in enumerate(places) if node in changed]
-        owned = {0, *(i + 1 for i, h in enumerate(held) if h.module is not None)}
         for i in self._writes:
-            if i not in owned or i == 0 or inputs[i].requires_grad:
+            # Buffers of a graph that Dynamo captured are among its arguments.
+            foreign = guards is None and (i == 0 or held[i - 1].module is None)
+            if foreign or inputs[i].requires_grad:
                 raise Refused("it changes its input, or a parameter")
         storages = [t.untyped_storage()._cdata for t in inputs]
         if any(storages.count(storages[i]) > 1 for i in self._writes):
