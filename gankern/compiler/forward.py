@@ -59,7 +59,7 @@ class ForwardPlan:
         x = call["x"]
         inputs = [x, *(h.tensor for h in held)]
         self._kind = torch.is_grad_enabled(), backends.requested(), dispatch.goes_by_size(x.device)
-        self._casts = torch.is_autocast_enabled(x.device.type)
+        self._casts = x.device.type if torch.is_autocast_enabled(x.device.type) else None
         self._wanted = [i for i, t in enumerate(inputs) if self._kind[0] and t.requires_grad]
         graph = derive(self._step(call, held), [x.detach()], [t.detach() for t in inputs[1:]])
         changed = effects.written(graph.graph)
@@ -155,7 +155,7 @@ class ForwardPlan:
 
     def _plain(self) -> Any:
         # Casts of autocast are in the graph already.
-        return torch.autocast("cpu", enabled=False) if self._casts else nullcontext()
+        return nullcontext() if self._casts is None else torch.autocast(self._casts, enabled=False)
 
     def state(self, inputs: Sequence[Tensor], places: Sequence[int]) -> State:
         """Inputs at places, and random numbers to come where it draws any, as they are now."""

@@ -1,8 +1,9 @@
-"""torch.compile(backend="gankern")."""
+"""torch.compile(backend=backend)."""
 
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gankern.compiler import choice
+from gankern.compiler.dynamo import backend
 from tests.compiler.test_fused_plan import NETWORKS, same, step
 
 
@@ -24,7 +26,7 @@ def test_a_compiled_module_computes_stocks_values(name: str, caplog: pytest.LogC
     torch.manual_seed(0)
     stock, x = make().double(), torch.randn(shape, dtype=torch.float64)
     inner = copy.deepcopy(stock)
-    ours = torch.compile(inner, backend="gankern")
+    ours = torch.compile(inner, backend=backend)
     weight = torch.randn_like(copy.deepcopy(stock)(x))
     with choice.everywhere(), caplog.at_level(logging.INFO, "gankern.compiler"):
         for _ in range(2):
@@ -47,7 +49,7 @@ def test_a_loss_is_compiled() -> None:
     want = torch.autograd.grad(loss(), list(critic.parameters()))
     critic.load_state_dict(before)
     with choice.everywhere():
-        got = torch.autograd.grad(torch.compile(loss, backend="gankern")(), list(critic.parameters()))
+        got = torch.autograd.grad(torch.compile(loss, backend=backend)(), list(critic.parameters()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
@@ -63,4 +65,9 @@ def test_what_has_several_outputs_runs_as_it_is() -> None:
             return h, h.relu()
 
     net, x = Two(), torch.randn(1, 1, 5, 5)
-    torch.testing.assert_close(torch.compile(net, backend="gankern")(x), net(x))
+    torch.testing.assert_close(torch.compile(net, backend=backend)(x), net(x))
+
+
+def test_torch_knows_it_by_name() -> None:
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="gankern")
+    assert entry.load() is backend
