@@ -46,7 +46,7 @@ def test_what_hangs_is_cut_off_and_the_rest_survives(tmp_path: Path, seconds: fl
     limit = 15 + 8 * seconds
     parts = rehearse(
         tmp_path,
-        GANKERN_HANGS="!smoke.json.triton-float32@gankern.ops.weight_clip.triton bench@gankern.optim.rmsprop",
+        GANKERN_HANGS="!smoke.json.triton-float32@gankern.ops.weight_clip.triton gankern.cli@gankern.optim.rmsprop",
         LIMITS=f"smoke={limit:.0f} bench={limit:.0f} " + " ".join(f"{n}=600" for n in ("compile", "sanitize", "test")),
         REHEARSE_SECONDS="1100",
     )
