@@ -43,7 +43,7 @@ def test_triton_kernels_are_started_on_their_tensors_device() -> None:
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         subscripts = [call.func for call in calls if isinstance(call.func, ast.Subscript)]
         grids = [s for s in subscripts if isinstance(s.slice, ast.Tuple) or ast.unparse(s.slice) == "grid"]
-        assert len(grids) == (path.name == "_triton.py"), f"{path}: {[ast.unparse(s) for s in grids]}"
+        assert bool(grids) == (path.name == "_triton.py"), f"{path}: {[ast.unparse(s) for s in grids]}"
 
 
 # Kernels whose packs are made in registers: the compiler splits a struct's store.

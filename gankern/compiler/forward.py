@@ -76,10 +76,11 @@ class ForwardPlan:
         #: Those of them whose values from before a forward that runs again needs.
         self.feeds_back = [i for i in self._writes if _feeds_back(places[i])]
         self._draws = any(map(effects.draws, graph.graph.nodes))
+        kept = _is_kept(graph.graph)
         self.kernels = optimise_first_order(
             graph, backends.select("critic_layers", x), backends.select("batch_norm_act", x)
         )
-        strides = _check_output(graph.graph, strides)
+        strides = _check_output(graph.graph, strides, kept)
         self._forward, self._backward = _cut(graph)
         self._strides = strides
         self._proven: bool | None = False
@@ -261,10 +262,21 @@ def _second_order(plan: ForwardPlan, ctx: Any, grad: Tensor) -> Sequence[Tensor 
     return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
 
 
-def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None) -> tuple[int, ...]:
+def _is_kept(graph: fx.Graph) -> bool:
+    """Whether the backward pass reads the output itself."""
+    nodes = list(graph.nodes)
+    output = nodes[-1].args[0][0]
+    if output.target is aten.detach.default:
+        output = output.args[0]
+    marker = next((i for i, node in enumerate(nodes) if node.target is _tangent), len(nodes))
+    return any(output in node.all_input_nodes for node in nodes[marker + 1 : -1])
+
+
+def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None, kept: bool) -> tuple[int, ...]:
     """The strides of the output; refuse one that shares memory with an input, or that lies otherwise than stock's.
 
-    The output is a tensor of its own, which others may change in place: what is saved tells by its version.
+    The output is a tensor of its own, which others may change in place: what is saved tells by its version. `kept`,
+    stock's backward pass reads it, too.
     """
     returned = next(node for node in graph.nodes if node.op == "output")
     output = node = returned.args[0][0]
@@ -278,7 +290,7 @@ def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None) -> tuple[int
         raise Refused("its output is a view of what it was given")
     detached = output if output.target is aten.detach.default else None
     output = output if detached is None else detached.args[0]
-    if effects.views(output):
+    if effects.views(output) or (not kept and _is_kept(graph)):
         with graph.inserting_after(output):
             copy = graph.call_function(torch.clone, (output,))
         copy.meta["val"] = output.meta["val"]
