@@ -6,6 +6,7 @@ gradient of the output comes in. A derivative of the second order is stock autog
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
 
 aten = torch.ops.aten
+log = logging.getLogger("gankern.compiler")
 
 #: Tensors with copies of their values, a device, and the states of its random numbers.
 State = tuple[list[tuple[Tensor, Tensor]], torch.device, list[Tensor]]
@@ -84,6 +86,7 @@ class ForwardPlan:
         self._forward, self._backward = _cut(graph)
         self._strides = strides
         self._proven: bool | None = False
+        self.is_backward_proven = False
         #: Whether somebody differentiated a gradient, so that stock runs from then on.
         self.differentiated = False
 
@@ -241,10 +244,23 @@ class _Planned(torch.autograd.Function):
             saved = ctx.saved_tensors
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.maybe_clear_saved_tensors()
-            grads = plan.run_backward(grad, saved)
+            grads = _first_order(plan, ctx, grad, saved)
         for place, value in zip(plan._wanted, grads, strict=True):
             found[2 + place] = value
         return tuple(found)
+
+
+def _first_order(plan: ForwardPlan, ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients by the plan; by stock, and the plan is given up, where its first backward pass fails."""
+    try:
+        grads = plan.run_backward(grad, saved)
+    except Exception as error:
+        if plan.is_backward_proven:
+            raise
+        log.warning("no plan: its backward pass failed with %s; stock runs", first_line(error))
+        return [None if g is None else g.detach() for g in _second_order(plan, ctx, grad)]
+    plan.is_backward_proven = True
+    return grads
 
 
 def _second_order(plan: ForwardPlan, ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:

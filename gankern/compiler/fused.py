@@ -108,7 +108,11 @@ class Plans:
             raise Unplanned(whole=False)
         call = {"critic": module, "x": x, "args": tuple(args[1:]), "kwargs": dict(kwargs)}
         for place, plan in enumerate(self.plans):
-            output = plan(call)
+            try:
+                output = plan(call)
+            except Refused:
+                # Another thread makes it, whose first replay tells as well.
+                output = None
             if output is not None:
                 self.hits += 1
                 if place:

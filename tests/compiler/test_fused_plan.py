@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gankern
 from gankern.compiler import choice
+from gankern.compiler.forward import ForwardPlan
 from gankern.compiler.fused import plans_of
 
 
@@ -141,6 +142,26 @@ def test_what_somebody_differentiates_twice_is_stocks(spectral: bool) -> None:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
         assert plans_of(ours).hits == 0 or turn == 0
     assert "differentiated" in str(plans_of(ours).kinds)
+
+
+def test_where_a_replay_fails_stock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Skips().double(), torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    weight = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("planted")
+
+    for name in ("_forward", "_backward"):
+        ours = gankern.fuse(copy.deepcopy(net))
+        with monkeypatch.context() as patch:
+            made = ForwardPlan.__init__
+
+            def broken(plan: ForwardPlan, *args: Any, made: Any = made, name: str = name) -> None:
+                made(plan, *args)
+                setattr(plan, name, fails)
+
+            patch.setattr(ForwardPlan, "__init__", broken)
+            same(step(ours, x, weight), step(copy.deepcopy(net), x, weight))
 
 
 def test_changes_are_seen() -> None:
