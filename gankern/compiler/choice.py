@@ -18,6 +18,9 @@ _CALLS_FIRST = 2
 # Elements from which on batch norm's kernels are faster on a CPU (AMD Zen 5, 2 cores).
 _MANY = 1 << 17
 
+# Values of a batch of points below which calls count for more than arithmetic (AMD Zen 5, 2 cores).
+_MANY_VALUES = 1 << 17
+
 # Channels from which on convolutions' kernels are faster on a CPU (AMD Zen 5, 2 cores).
 _CHANNELS = 16
 
@@ -42,6 +45,11 @@ def is_everywhere() -> bool:
 def calls_first() -> int:
     """How many calls of a kind stock runs before a plan is made for them."""
     return 0 if _everywhere.get() else _CALLS_FIRST
+
+
+def plan_pays(points: Tensor) -> bool:
+    """Whether a plan runs the penalty of a plain critic faster than gankern's layers, one by one."""
+    return points.device.type == "cpu" and (points.numel() < _MANY_VALUES or _everywhere.get())
 
 
 def norm_pays(x: Tensor) -> bool:

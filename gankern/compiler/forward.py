@@ -80,7 +80,10 @@ class ForwardPlan:
         self._draws = any(map(effects.draws, graph.graph.nodes))
         kept = _is_kept(graph.graph)
         self.kernels = optimise_first_order(
-            graph, backends.select("critic_layers", x), backends.select("batch_norm_act", x)
+            graph,
+            backends.select("critic_layers", x),
+            backends.select("batch_norm_act", x),
+            any(node.target is _tangent for node in graph.graph.nodes),
         )
         strides = _check_output(graph.graph, strides, kept)
         self._forward, self._backward = _cut(graph)

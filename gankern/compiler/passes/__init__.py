@@ -25,8 +25,11 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
     traced.graph.lint()
 
 
-def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any) -> int:
-    """Apply those that serve a graph of the first order, in place; how many calls became kernels of gankern's."""
+def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any, differentiated: bool) -> int:
+    """Apply those that serve a graph of the first order, in place; how many calls became kernels of gankern's.
+
+    `differentiated`, the graph has a backward pass in it.
+    """
     dead.forget_detach(traced.graph)
     written = in_place.forget(traced.graph)
     common.share(traced.graph)
@@ -36,6 +39,7 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     kernels = 0
     if hasattr(adapter, "takes_conv"):
         kernels = batch_norms.fuse(traced.graph, norm_adapter)
+        kernels += 0 if differentiated else batch_norms.fold(traced.graph)
         convolutions.lower(traced.graph, adapter, choice.convolution_pays)
         kernels += layout.settle(traced.graph, convolutions=True)
     in_place.put_back(traced.graph, written)

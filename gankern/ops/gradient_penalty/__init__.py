@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gankern import _compiling, backends, compiler, dispatch
+from gankern.compiler.choice import plan_pays
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain, Declined
 from gankern.ops.gradient_penalty import autograd, small
@@ -230,14 +231,15 @@ def _run(
     distributed = autograd.is_distributed(wrapper)
     loss = None
     # Stock's calls are C++ throughout, a plan's and those of gankern's layers Python's.
-    chain = choose(critic, points) if whole and not dispatch.is_small(points) else None
+    plans = compiler.enabled() and not create_graph and backends.requested() != "reference"
+    first = plans and plan_pays(points)
+    chain = choose(critic, points) if whole and not first and not dispatch.is_small(points) else None
     if isinstance(chain, Chain) and not small.is_small(critic, points, given):
         reached = [True] * (len(chain.params) + 1) if distributed else chain.gets_gradients()
         with contextlib.suppress(Declined):
             loss = autograd.penalty(chain, chain.params, reached, points, *options)
-    planned = compiler.enabled() and not create_graph and backends.requested() != "reference"
     # A plan is not made while a graph is captured.
-    planned = planned and not dispatch.is_small(points, captured=True)
+    planned = plans and not dispatch.is_small(points, captured=True)
     of_all = loss is not None
     if loss is None and planned and stands_alone(points) is None:
         with contextlib.suppress(compiler.Refused):

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from gankern import backends, compiler, dispatch
 from gankern.backends import Explanation, explain_call
+from gankern.compiler.choice import plan_pays
 from gankern.ops import _check
 from gankern.ops.critic_layers import Chain
 
 SMALL = "critic and batch are so small that it is faster"
+#: Where calls count for more than arithmetic.
+PLANNED = "a plan of the whole critic is faster than its layers one by one"
 PLAIN_CALL = "only a module's own call with the points alone is looked into, without params and create_graph"
 
 
@@ -92,6 +95,8 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     with torch.enable_grad():
         if isinstance(chain, Chain) and small.is_small(critic, made, given):
             chain = SMALL
+    if isinstance(chain, Chain) and compiler.enabled() and plan_pays(made) and backends.requested() != "reference":
+        chain = PLANNED
     if dispatch.is_small(made):
         chain = dispatch.SMALL
     if isinstance(chain, str):
