@@ -15,14 +15,6 @@ from gankern import _autograd
 
 CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-ACTIVATIONS: dict[type, str] = {
-    type(None): "none",
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Tanh: "tanh",
-}
-#: Do the same in any order of memory, whose elements they leave in place.
-ELEMENTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.SiLU, nn.GELU, nn.Softplus)
 
 _CALLED: tuple[str, ...] = ("__call__", "_call_impl", "_wrapped_call_impl", "_compiled_call_impl", "forward")
 _CALLED += ("__getattr__", "__getattribute__")
@@ -31,7 +23,6 @@ _ALSO_CALLED: dict[type, tuple[str, ...]] = {
     nn.ConvTranspose2d: ("_output_padding",),
     nn.SyncBatchNorm: ("_check_input_dim", "_check_non_zero_input_channels"),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), ("_check_input_dim",)),
-    nn.Sequential: ("__iter__",),
 }
 _FUNCTIONS = ("conv2d", "conv_transpose2d", "batch_norm", "relu", "relu_", "leaky_relu", "leaky_relu_")
 _FUNCTION_PATHS = (
@@ -66,9 +57,7 @@ def _code(owner: Any, paths: tuple[str, ...]) -> Code:
 
 
 _TORCH = _code(torch, _FUNCTION_PATHS)
-_CODE: dict[type, Code] = {
-    kind: _code(kind, (*_CALLED, *_ALSO_CALLED.get(kind, ()))) for kind in (*CONVS, *NORMS, *ELEMENTWISE, nn.Sequential)
-}
+_CODE: dict[type, Code] = {kind: _code(kind, (*_CALLED, *_ALSO_CALLED.get(kind, ()))) for kind in (*CONVS, *NORMS)}
 
 
 def state_refusal() -> str | None:
@@ -84,14 +73,6 @@ def state_refusal() -> str | None:
     return "a function of torch was replaced" if reason is None and _TORCH.is_patched(torch) else reason
 
 
-def sequential_refusal(module: nn.Module, kind: Any) -> str | None:
-    """Why a sequential may not be run as the chain of its modules; `kind` is its class as it was before fusion."""
-    reason = _refusal(module, _CODE[nn.Sequential])
-    if reason is None and _CODE[nn.Sequential].is_patched(kind):
-        reason = f"{kind.__name__} is called in a way of its own"
-    return reason
-
-
 def _refusal(module: nn.Module, code: Code) -> str | None:
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
@@ -102,7 +83,7 @@ def _refusal(module: nn.Module, code: Code) -> str | None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a convolution, batch norm or activation must be called as it is, whatever its input; None if it need not."""
+    """Why a convolution or batch norm must be called as it is, whatever its input; None if it need not."""
     kind = type(module)
     code = _CODE.get(kind)
     if code is None:
@@ -122,10 +103,7 @@ def refusal(module: nn.Module) -> str | None:
             return f"a parameter of {kind.__name__} is no plain leaf, or has a hook"
     if kind in CONVS:
         return _conv_refusal(module)
-    if kind in NORMS:
-        return _norm_refusal(module)
-    slope = getattr(module, "negative_slope", 0.0) if kind is nn.LeakyReLU else 0.0
-    return None if type(slope) in (int, float) and 0 <= slope < float("inf") else f"negative_slope is {slope}"
+    return _norm_refusal(module)
 
 
 def _foreign(kind: type) -> str:
