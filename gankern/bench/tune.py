@@ -12,8 +12,9 @@ import torch
 
 import gankern
 from gankern import backends, dispatch
+from gankern.arguments import first_line
 from gankern.bench import gpu, timing
-from gankern.bench.cases import Case, Run, select
+from gankern.bench.cases import Case, Run, Sides, select
 from gankern.bench.check import Results, Wrong, compare
 
 BACKENDS = ("cuda", "triton", "reference")
@@ -82,18 +83,18 @@ def _fastest(
     say: Callable[[str], None],
 ) -> tuple[str | None, set[tuple[str, int]]]:
     """The backend with the lowest median, and the keys of the op's calls."""
-    torch.manual_seed(0)
-    sides = case.setup(size, dtype, device)
-    want, tolerance = sides.reference(), max(sides.tolerance, gpu.TF32_TOLERANCE if tf32 else 0.0)
-    runs: dict[str, Run] = {}
+    want, runs = None, dict[str, Run]()
     with backends.watched() as calls:
         for name in BACKENDS:
-            for variant, run in sides.ours.items():
-                on = partial(_on, name, run)
+            for variant in _sides(case, size, dtype, device).ours:
+                # Anew for each: a run may write running statistics.
+                sides = _sides(case, size, dtype, device)
+                on = partial(_on, name, sides.ours[variant])
                 try:
-                    compare(on(), want, tolerance)
-                except (Wrong, gankern.BackendUnavailable) as error:
-                    say(f"{case.name}: {name} left out: {error}")
+                    want = want or sides.reference()
+                    compare(on(), want, max(sides.tolerance, gpu.TF32_TOLERANCE if tf32 else 0.0))
+                except (Wrong, gankern.BackendUnavailable, torch.OutOfMemoryError) as error:
+                    say(f"{case.name}: {name} left out: {first_line(error)}")
                     continue
                 runs[f"{name} {variant}"] = on
     keys = {dispatch.key(*tensors) for op, tensors in calls if op == case.group}
@@ -101,7 +102,9 @@ def _fastest(
         return None, keys
     per_sample = timing.calls_per_sample(runs, clock=clock, device=device)
     times = timing.rounds(runs, repeat, calls=per_sample, budget=budget, clock=clock, device=device)
-    return min(times, key=lambda name: timing.Spread.of(times[name]).median).split()[0], keys
+    medians = {name: timing.Spread.of(of).median for name, of in times.items()}
+    say(f"{case.name}: " + ", ".join(f"{name} {1e3 * median:.3g} ms" for name, median in medians.items()))
+    return min(medians, key=medians.__getitem__).split()[0], keys
 
 
 def main(type_name: str, *names: str) -> None:
@@ -110,6 +113,11 @@ def main(type_name: str, *names: str) -> None:
     keep = partial(dispatch.save, torch.cuda.get_device_name())
     how: dict[str, Any] = {"dtype": dtype, "tf32": type_name == gpu.TF32, "device": "cuda"}
     tune(select(names), **how, budget=0.1, say=partial(print, flush=True), keep=keep)
+
+
+def _sides(case: Case, size: dict[str, int], dtype: torch.dtype, device: str) -> Sides:
+    torch.manual_seed(0)
+    return case.setup(size, dtype, device)
 
 
 def _on(name: str, run: Run) -> Results:

@@ -39,9 +39,10 @@ def test_the_fastest_backend_at_each_size(fastest: str, monkeypatch: pytest.Monk
     assert set(table) == {"minibatch_discrimination"}
     found = table["minibatch_discrimination"]["float32"]
     assert set(found.values()) == {fastest}
-    left_out, results = ([line for line in said if ("left out" in line) is out] for out in (True, False))
+    left_out = [line for line in said if "left out" in line]
+    results = [line for line in said if "=" in line and " ms" not in line]
     assert len(results) == 3 and all(line.endswith(fastest) for line in results)
-    assert all("cuda left out: backend 'cuda' cannot run" in line for line in left_out) and left_out
+    assert all("cuda left out: BackendUnavailable: backend 'cuda' cannot run" in line for line in left_out) and left_out
     m = torch.empty(2, *list(case.size.values())[1:])
     assert dispatch.key(m)[1] in found
 
@@ -56,6 +57,27 @@ def test_a_backend_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "_on", wrong)
     table = module.tune([small("l1_distance.training")], dtype=torch.float32, device="cpu", repeat=2)
     assert set(table["l1_distance"]["float32"].values()) == {"reference"}
+
+
+def test_a_backend_that_memory_does_not_hold_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = module._on
+
+    def too_large(name: str, run: object) -> object:
+        if name == "reference":
+            raise torch.OutOfMemoryError("50 GiB")
+        return on(name, run)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_on", too_large)
+    said: list[str] = []
+    table = module.tune([small("l1_distance.training")], dtype=torch.float32, device="cpu", repeat=2, say=said.append)
+    assert set(table["l1_distance"]["float32"].values()) == {"cpu"}
+    assert any("reference left out: OutOfMemoryError: 50 GiB" in line for line in said)
+
+
+def test_each_backend_starts_from_the_same_running_statistics() -> None:
+    said: list[str] = []
+    module.tune([small("batch_norm_act.training")], dtype=torch.float32, device="cpu", repeat=2, say=said.append)
+    assert not [line for line in said if "relative error" in line] and any("reference" in line for line in said)
 
 
 def test_other_cases_are_passed_over() -> None:
