@@ -10,16 +10,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import gankern
 from gankern.bench import timing
-from gankern.bench.cases import CASES, OURS_CHANNELS_LAST, Run
+from gankern.bench.cases import CASES, OURS_CHANNELS_LAST
 from gankern.bench.cli import VARIANTS
-from gankern.bench.measure import checked
+from gankern.bench.measure import Checked, checked
 from gankern.bench.results import OURS
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @lru_cache(maxsize=1)
-def prepared(name: str) -> tuple[dict[str, Run], float, dict[str, str]]:
+def prepared(name: str) -> Checked:
     case = CASES[name]
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def prepared(name: str) -> tuple[dict[str, Run], float, dict[str, str]]:
 @pytest.mark.parametrize("side", [OURS, OURS_CHANNELS_LAST, *VARIANTS])
 @pytest.mark.parametrize("name", CASES)
 def test_case(benchmark: BenchmarkFixture, name: str, side: str) -> None:
-    runs, error, left_out = prepared(name)
+    runs, error, left_out, _ = prepared(name)
     if side not in runs:
         pytest.skip(left_out.get(side, "not a variant of this case"))
     benchmark.group = name

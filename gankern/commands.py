@@ -25,7 +25,10 @@ MODELS = ("dcgan", "wgan", "wgan-gp")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 LOSSES = ("wgan-gp", "wgan", "gan")
 DTYPES = ("bfloat16", "float32")
-VARIANTS = ("eager", "channels_last", "compile", "autocast", "cdist", "foreach", "capturable", "func_grad", "graph")
+VARIANTS = (
+    *("eager", "channels_last", "compile", "compile_step", "autocast", "cdist", "foreach", "capturable", "func_grad"),
+    "graph",
+)
 
 INFO_EXAMPLE = "example: gankern info --json"
 BENCH_EXAMPLES = """examples:
@@ -117,6 +120,16 @@ def _add_batch_size(group: Any, **options: Any) -> None:
     _add_other_name(group, "--batch", "batch_size", positive_int)
 
 
+def _add_compile_seconds(group: Any) -> None:
+    group.add_argument(
+        "--compile-seconds",
+        type=positive_float,
+        default=90.0,
+        metavar="S",
+        help="leave out what torch.compile takes longer for, default %(default)s",
+    )
+
+
 def _add_latent(group: Any, **options: Any) -> None:
     group.add_argument("--latent", type=shape, metavar="N,...", **options)
     _add_other_name(group, "--latent-dim", "latent", shape)
@@ -165,6 +178,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         default=2.5,
         help="seconds of rounds a case, five rounds at least (two of very long ones), default %(default)s",
     )
+    _add_compile_seconds(how)
     how.add_argument("--quick", action="store_true", help="a few rounds only and no torch.compile, for a first look")
     how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
     how.add_argument("--sweep", action="store_true", help="also over sizes of each case's main dimension")
@@ -207,6 +221,7 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 means autocast")
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=positive_int, default=20, metavar="N", help="steps to time, default %(default)s")
+    _add_compile_seconds(how)
     how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
     how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")
     how.add_argument("--out", type=Path, default=Path("out/profile"), metavar="DIR", help="default %(default)s")

@@ -19,13 +19,13 @@ from gankern.bench import report as reports
 from gankern.bench.cases import CASES, Case, select
 from gankern.bench.cases.own import fusion_notes, own_cases
 from gankern.bench.compare import compare, machine_differences
-from gankern.bench.results import Report
+from gankern.bench.results import COMPILED, Report
 from gankern.bench.session import Session
 from gankern.commands import VARIANTS
 from gankern.dispatch import TF32
 
 DTYPES = {"float32": torch.float32, TF32: torch.float32, "bfloat16": torch.bfloat16}
-NO_COMPILE_QUICK = {"compile": "takes its time; `--against compile` has it"}
+NO_COMPILE_QUICK = {name: f"takes its time; `--against {name}` has it" for name in COMPILED}
 QUICK_REPEAT, QUICK_SECONDS, QUICK_TRAIN_SECONDS = 5, 0.5, 10.0
 
 
@@ -124,6 +124,7 @@ def _session(args: argparse.Namespace, report: Report) -> Session:
         against=_variants(args.against),
         repeat=min(args.repeat, QUICK_REPEAT) if args.quick else args.repeat,
         budget=min(args.seconds, QUICK_SECONDS) if args.quick else args.seconds,
+        compile_seconds=args.compile_seconds,
         without=NO_COMPILE_QUICK if args.quick and args.against is None else {},
     )
 

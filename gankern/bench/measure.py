@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +17,10 @@ import gankern
 from gankern import backends
 from gankern.arguments import first_line
 from gankern.bench import gpu, timing
+from gankern.bench.alarm import TooLong, time_limit
 from gankern.bench.cases import Case, Run, Sides
 from gankern.bench.check import Wrong, compare
-from gankern.bench.results import CaseResult, Measured
+from gankern.bench.results import COMPILED, CaseResult, Measured
 
 
 def run_case(
@@ -32,6 +35,7 @@ def run_case(
     without: Mapping[str, str] | None = None,
     repeat: int = 15,
     budget: float = 3.0,
+    compile_seconds: float = math.inf,
     tiny: bool = False,
     on_checked: Callable[[CaseResult], None] = lambda result: None,
     clock: timing.Clock = time.perf_counter,
@@ -57,6 +61,8 @@ def run_case(
         Rounds.
     budget : float
         Seconds after which no further round starts, as :func:`gankern.bench.timing.rounds` takes it.
+    compile_seconds : float
+        Compiled variants whose first two calls take longer are left out.
     on_checked : callable
         Told that everything is right, with the error and without any time yet.
     clock : callable
@@ -91,7 +97,9 @@ def run_case(
             sides = case.setup(sizes, dtype, device)
             if tf32:
                 sides = replace(sides, tolerance=max(sides.tolerance, gpu.TF32_TOLERANCE))
-            runs, error, left_out = checked(sides, against, {**too_large, **(without or {})})
+            runs, error, left_out, compiling = checked(
+                sides, against, {**too_large, **(without or {})}, compile_seconds=compile_seconds, clock=clock
+            )
             if torch.device(device).type == "cuda":
                 runs, left_out = gpu.with_graphs(runs, sides.ours.keys(), left_out, against)
         except Wrong as wrong:
@@ -114,7 +122,7 @@ def run_case(
             return replace(result, message="no stock variant to compare with")
         on_checked(result)
         result = _timed(result, runs, own, repeat, budget, clock)
-        return replace(result, flops=_flops(sides, left_out))
+        return replace(result, flops=_flops(sides, left_out), sides=_with_compiling(result.sides, compiling))
 
 
 def _timed(
@@ -137,6 +145,15 @@ def _timed(
     )
 
 
+def _with_compiling(sides: Mapping[str, Measured], seconds: Mapping[str, float]) -> dict[str, Measured]:
+    """The sides, those that were compiled with the time of that: what their first two calls took above two others."""
+    found = dict(sides)
+    for name, first_two in seconds.items():
+        if name in found:
+            found[name] = replace(found[name], compile_seconds=max(0.0, first_two - 2 * found[name].seconds.median))
+    return found
+
+
 def _flops(sides: Sides, left_out: Collection[str]) -> int | None:
     """Operations of a call; counted on the first stock variant, which is eager."""
     first, run = next(iter(sides.stock.items()))
@@ -145,16 +162,40 @@ def _flops(sides: Sides, left_out: Collection[str]) -> int | None:
     return timing.flops(run) or None
 
 
+class Checked(NamedTuple):
+    """What was found right.
+
+    Attributes
+    ----------
+    runs : dict of str to callable
+        What may be timed: the stock variants that are right, then gankern.
+    error : float
+        Gankern's largest relative error.
+    left_out : dict of str to str
+        Stock variants left out, each with the reason.
+    compiling : dict of str to float
+        Seconds of the first two calls of those that are compiled.
+    """
+
+    runs: dict[str, Run]
+    error: float
+    left_out: dict[str, str]
+    compiling: dict[str, float]
+
+
 def checked(
-    sides: Sides, against: Collection[str] | None = None, without: Mapping[str, str] | None = None
-) -> tuple[dict[str, Run], float, dict[str, str]]:
-    """Run every side once and compare it with the reference.
+    sides: Sides,
+    against: Collection[str] | None = None,
+    without: Mapping[str, str] | None = None,
+    *,
+    compile_seconds: float = math.inf,
+    clock: timing.Clock = time.perf_counter,
+) -> Checked:
+    """Run every side once and compare it with the reference; once more what is compiled, which may compile again.
 
     Returns
     -------
-    tuple of dict, float and dict
-        What may be timed: the stock variants that are right, then gankern; gankern's largest relative error; and the
-        stock variants left out, each with the reason.
+    Checked
 
     Raises
     ------
@@ -164,20 +205,28 @@ def checked(
     want = {name: [t if t is None else t.detach() for t in group] for name, group in sides.reference().items()}
     error = max(compare(run(), want, sides.tolerance) for run in sides.ours.values())
     runs: dict[str, Run] = {}
+    compiling: dict[str, float] = {}
     left_out = {**sides.left_out, **(without or {})}
     if against is not None:
         left_out = {name: why for name, why in left_out.items() if name in against}
     for name, run in sides.stock.items():
         if name in left_out or (against is not None and name not in against):
             continue
+        begin = clock()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), time_limit(compile_seconds if name in COMPILED else math.inf):
                 warnings.simplefilter("ignore")
                 compare(run(), want, sides.tolerance)
+                if name in COMPILED:
+                    run()
+                    compiling[name] = clock() - begin
             runs[name] = run
+        except TooLong:
+            torch.compiler.reset()
+            left_out[name] = f"takes more than {compile_seconds:g} s to compile; --compile-seconds sets the limit"
         except Exception as failure:
             left_out[name] = first_line(failure)
-    return {**runs, **sides.ours}, error, left_out
+    return Checked({**runs, **sides.ours}, error, left_out, compiling)
 
 
 def _too_large(needs: Mapping[str, int], device: str) -> dict[str, str]:

@@ -54,7 +54,7 @@ def _sections(report: Report) -> Iterator[Section]:
 
 
 def _cases(cases: list[CaseResult]) -> Markup:
-    columns = ["case", "stock", "stock, ms", "gankern, ms", "ratio", "p20", "p80"]
+    columns = ["case", "stock", "stock, ms", "compile, s", "gankern, ms", "ratio", "p20", "p80"]
     columns += ["stock peak MiB", "gankern peak MiB", "error", "allowed"]
     return html.table(columns, [_case_row(case, case.name) for case in cases], caption="Fastest stock variant, gankern")
 
@@ -62,24 +62,24 @@ def _cases(cases: list[CaseResult]) -> Markup:
 def _case_row(case: CaseResult, name: str) -> Row:
     row: Row = [name]
     if case.ours is None:
-        row += [Cell(case.status.upper(), tone=TONES.get(case.status, "muted")), *[""] * 7]
+        row += [Cell(case.status.upper(), tone=TONES.get(case.status, "muted")), *[""] * 8]
     elif case.best is None or case.ratio is None:
         ours = case.sides[case.ours]
-        row += [Cell("too large", tone="muted"), "", _ms(ours.seconds.median), *[""] * 4, _mib(ours.peak_bytes)]
+        row += [Cell("too large", tone="muted"), "", "", _ms(ours.seconds.median), *[""] * 4, _mib(ours.peak_bytes)]
     else:
         stock, ours = case.sides[case.best], case.sides[case.ours]
-        row += [case.best, _ms(stock.seconds.median), _ms(ours.seconds.median), *_spread(case.ratio)]
-        row += [_mib(stock.peak_bytes), _mib(ours.peak_bytes)]
+        row += [case.best, _ms(stock.seconds.median), _number(stock.compile_seconds, ".1f"), _ms(ours.seconds.median)]
+        row += [*_spread(case.ratio), _mib(stock.peak_bytes), _mib(ours.peak_bytes)]
     return [*row, _number(case.error, ".0e"), _number(case.tolerance, ".0e")]
 
 
 def _sides(cases: list[CaseResult]) -> Markup:
     rows: list[Row] = [
-        [f"{case.name}: {name}", _ms(side.seconds.median), *_times(side)]
+        [f"{case.name}: {name}", _ms(side.seconds.median), *_times(side), _number(side.compile_seconds, ".1f")]
         for case in cases
         for name, side in case.sides.items()
     ]
-    return html.table(("side", "median, ms", *_TIMES), rows, caption="Time and memory of one call")
+    return html.table(("side", "median, ms", *_TIMES, "compile, s"), rows, caption="Time and memory of one call")
 
 
 def _times(side: Measured) -> list[Cell]:

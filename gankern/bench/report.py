@@ -17,7 +17,7 @@ from gankern.bench.timing import Spread
 #: A cell is what stands on one line of a wide table and below each other in a narrow one.
 Cell = tuple[str, ...]
 
-CASE_COLUMNS = ("case", "fastest stock, ms", "gankern, ms", "ratio (p20-p80)", "peak MiB", "error")
+CASE_COLUMNS = ("case", "fastest stock, ms", "compile, s", "gankern, ms", "ratio (p20-p80)", "peak MiB", "error")
 TRAINING_COLUMNS = (
     "model",
     "stock images/s",
@@ -43,14 +43,15 @@ def case_row(result: CaseResult) -> list[Cell]:
     """Cells under `CASE_COLUMNS`."""
     name = split_name(result.name)
     if result.ours is None:
-        return [name, (result.status.upper(),), (), (), (), _error(result.error)]
+        return [name, (result.status.upper(),), (), (), (), (), _error(result.error)]
     ours = result.sides[result.ours]
     if result.best is None or result.ratio is None:
-        return [name, ("too large",), (f"{ours.seconds.median * 1e3:.2f}",), (), _peak(ours), _error(result.error)]
+        return [name, ("too large",), (), (f"{ours.seconds.median * 1e3:.2f}",), (), _peak(ours), _error(result.error)]
     stock = result.sides[result.best]
     return [
         name,
         (result.best, f"{stock.seconds.median * 1e3:.2f}"),
+        () if stock.compile_seconds is None else (f"{stock.compile_seconds:.1f}",),
         (result.ours.removeprefix(OURS).strip(), f"{ours.seconds.median * 1e3:.2f}"),
         ratio(result.ratio),
         _memory(stock, ours),
@@ -144,6 +145,12 @@ def remarks(report: Report) -> list[tuple[str, str]]:
     for name, result in results(report):
         if result.status != "ok":
             lines.append((STYLES[result.status], f"{name}: {result.status}: {result.message}"))
+        sides = result.sides if isinstance(result, CaseResult) else {}
+        lines += [
+            ("dim", f"{name}: {variant} {side.seconds.median * 1e3:.2f} ms, {side.compile_seconds:.1f} s to compile")
+            for variant, side in sides.items()
+            if side.compile_seconds is not None
+        ]
         left_out = result.left_out if isinstance(result, CaseResult) else {}
         lines += [("dim", f"{name}: {variant} left out: {why}") for variant, why in left_out.items()]
     if report.comparison is not None:

@@ -16,6 +16,8 @@ from gankern.bench.timing import Spread
 SCHEMA = 1
 OURS = "gankern"
 STOCK = "stock"
+#: Stock variants that torch.compile makes: of the forward or the penalty alone, and of the whole step.
+COMPILED = ("compile", "compile_step")
 
 Status = Literal["ok", "wrong", "failed", "skipped"]
 T = TypeVar("T")
@@ -23,10 +25,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measured:
-    """One side: seconds per call, and bytes at the peak of a call above what was held before it."""
+    """One side: seconds per call, and bytes at the peak of a call above what was held before it.
+
+    Attributes
+    ----------
+    compile_seconds : float or None
+        What its first two calls took above that, where torch.compile makes it.
+    """
 
     seconds: Spread
     peak_bytes: int | None = None
+    compile_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from gankern.bench import report as reports
 from gankern.bench.cases import Case
 from gankern.bench.measure import run_case
-from gankern.bench.results import CaseResult, Report, Sweep
+from gankern.bench.results import COMPILED, CaseResult, Report, Sweep
 
 # Shares of the main job's training time: DCGAN is the one that gets to readable digits within it.
 TRAINING = {"dcgan": 0.55, "wgan": 0.2, "wgan-gp": 0.25}
 TRAINING_BATCH = 64
-NO_COMPILE = {"compile": "compiles anew for each size; `--against compile` has it"}
+NO_COMPILE = {name: f"compiles anew for each size; `--against {name}` has it" for name in COMPILED}
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Session:
     report : Report
     keep : callable
         Called after each result: what is done so far outlasts the process.
-    dtype, tf32, device, size, backend, against, without, repeat, budget
+    dtype, tf32, device, size, backend, against, without, repeat, budget, compile_seconds
         As `gankern.bench.run_case` takes them.
     """
 
@@ -46,6 +46,7 @@ class Session:
     without: Mapping[str, str] = field(default_factory=dict)
     repeat: int = 25
     budget: float = 2.5
+    compile_seconds: float = 90.0
 
     def __post_init__(self) -> None:
         console = Console(stderr=True)
@@ -108,6 +109,7 @@ class Session:
             without={**self.without, **without},
             repeat=self.repeat,
             budget=self.budget,
+            compile_seconds=self.compile_seconds,
             on_checked=self._say_right,
         )
         self._log(_line(reports.case_row(result)))

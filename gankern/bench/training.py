@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gankern.bench import gpu, timing
 from gankern.bench.check import relative_error
 from gankern.bench.results import OURS, STOCK, Measured, TrainingResult
 from gankern.models.gan import GAN
-from gankern.train.steps import critic_step, generator_step
+from gankern.train import steps
 
 CHECKED = 3
 LOSS_TOLERANCE = 1e-3
@@ -36,11 +37,14 @@ class Batch:
     seed: int
 
 
-def iteration(gan: GAN, batch: Batch) -> list[Tensor]:
-    """Run the critic steps and the generator step of one iteration; return their losses."""
+def iteration(gan: GAN, batch: Batch, by: Any = steps) -> list[Tensor]:
+    """Run the critic steps and the generator step of one iteration; return their losses.
+
+    `by` has them as functions, with the arguments of those of `gankern.train.steps`.
+    """
     gpu.seed(batch.seed)
-    losses = [critic_step(gan, real, latent) for real, latent in zip(batch.real, batch.latents, strict=False)]
-    return [*losses, generator_step(gan, batch.latents[-1])]
+    losses = [by.critic_step(gan, real, latent) for real, latent in zip(batch.real, batch.latents, strict=False)]
+    return [*losses, by.generator_step(gan, batch.latents[-1])]
 
 
 def batches(gan: GAN, images: Tensor, seed: int) -> Iterator[Batch]:

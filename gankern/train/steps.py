@@ -51,7 +51,7 @@ def generator_step(gan: GAN, latent: Tensor) -> Tensor:
     Tensor
         The loss before the update, a detached scalar.
     """
-    with _frozen(gan.critic):
+    with frozen(gan.critic):
         loss = gan.generator_loss(gan.generator(latent))
         gan.generator_optimizer.zero_grad()
         loss.backward()
@@ -60,7 +60,8 @@ def generator_step(gan: GAN, latent: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters of a module get no gradients inside."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

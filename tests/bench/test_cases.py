@@ -65,6 +65,6 @@ def test_many_samples_are_right_by_rows(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(minibatch_discrimination, name, value)
     sides = case.setup(case.tiny, torch.float32, "cpu")
     assert sides.reference()["gradient of m"][0].shape[0] == 4
-    runs, error, left_out = checked(sides, without={"compile": "takes long"})
+    runs, error, left_out, _ = checked(sides, without={"compile": "takes long"})
     assert set(runs) == {"eager", "cdist", "gankern"} and error < 1e-5, left_out
     assert case.needs({**case.size, "batch": 4096}, torch.float32)["reference"] == 0

@@ -48,11 +48,12 @@ def test_tables_show_no_time_for_a_wrong_case(report):
     assert "32" in lines["dcgan"]
     assert "64" in lines["dcgan"]
     assert "cdist left out: no second derivative" in text.getvalue()
+    assert "fake.forward: compile 2000.00 ms, 0.0 s to compile" in text.getvalue()
 
 
 def test_markdown(report):
     text = reports.markdown(report)
-    assert "| fake.forward | compile 2000.00 | 1000.00 | 2.00 (2.00-2.00) |" in text
+    assert "| fake.forward | compile 2000.00 | 0.0 | 1000.00 | 2.00 (2.00-2.00) |" in text
     assert text.count("|:--|") == 3
     assert "Abacus 9, 2 cores, 1 threads" in text
     assert "`gankern bench fake --main`" in text

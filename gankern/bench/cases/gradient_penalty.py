@@ -38,20 +38,30 @@ def _penalty_case(size: Size, dtype: torch.dtype, device: str, *, critic: type[n
     alpha = torch.rand(n, 1, 1, 1).to(device)
     mixed = dtype is torch.bfloat16
 
-    def side(penalty: Callable[..., Tensor], to: torch.dtype = torch.float32, channels_last: bool = False) -> Run:
+    def side(
+        penalty: Callable[..., Tensor],
+        to: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> Run:
         form = torch.channels_last if channels_last else torch.preserve_format
         own = copy.deepcopy(net).to(dtype=to)
         if channels_last:
             to_channels_last(own)
         args = [real.to(to, memory_format=form), fake.to(to, memory_format=form), alpha.to(to)]
         params = list(own.parameters())
+        autocast = torch.device(device).type if mixed else None
+        step = stock.CompiledGradients(partial(penalty, own), params, autocast) if compiled else None
 
         def run() -> Results:
             for p in params:
                 p.grad = None
-            with under_autocast(device, mixed and to is torch.float32):
-                loss = penalty(own, *args)
-            loss.backward()
+            if step is not None:
+                loss = step(*args)
+            else:
+                with under_autocast(device, mixed and to is torch.float32):
+                    loss = penalty(own, *args)
+                loss.backward()
             return {"penalty": [loss], "gradients": [p.grad for p in params]}
 
         return run
@@ -69,10 +79,12 @@ def _penalty_case(size: Size, dtype: torch.dtype, device: str, *, critic: type[n
             "channels_last": side(stock.gradient_penalty, channels_last=True),
             "func_grad": side(stock.gradient_penalty_func),
             "compile": side(torch.compile(stock.gradient_penalty_func, dynamic=False)),
+            stock.COMPILE_STEP: side(stock.gradient_penalty, compiled=True),
         },
         ours={OURS: side(ours), OURS_CHANNELS_LAST: side(ours, channels_last=True)},
         work=n,
         unit="images",
+        left_out=stock.without_compile_step(),
         # The gradient of a gradient rounds twice.
         tolerance=2 * TOLERANCE[dtype],
     )
@@ -81,7 +93,9 @@ def _penalty_case(size: Size, dtype: torch.dtype, device: str, *, critic: type[n
 _PENALTY: dict[str, Any] = {
     "tiny": {"batch": 3, "channels": 2, "width": 4, "image_size": 8},
     "sizes": {"batch": (8, 16, 32, 64, 128), "width": (8, 16, 32), "image_size": (16, 32, 64)},
-    "not_in_main": {"compile": "takes 15 to 40 s to compile; `gankern bench gradient_penalty` has it"},
+    "not_in_main": dict.fromkeys(
+        ("compile", stock.COMPILE_STEP), "takes 15 to 40 s to compile; `gankern bench gradient_penalty` has it"
+    ),
 }
 
 CASES = [

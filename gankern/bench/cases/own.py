@@ -59,6 +59,7 @@ class Networks:
         if self.variant == "compile":
             self._penalised = torch.compile(self._penalised_loss, dynamic=False)
         self._optimizers = {id(network): self._optimizer(network) for network in networks}
+        self._compiled: dict[int, stock.CompiledGradients] = {}
 
     @property
     def penalised(self) -> bool:
@@ -72,14 +73,24 @@ class Networks:
 
     def update(self, network: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
         optimizer = self._optimizers[id(network)]
-        with self.subject.autocast():
-            value = loss()
-        optimizer.zero_grad()
-        value.backward()
+        if self.variant == stock.COMPILE_STEP:
+            value = self._whole(network, loss)()
+        else:
+            with self.subject.autocast():
+                value = loss()
+            optimizer.zero_grad()
+            value.backward()
         optimizer.step()
         if self.clips and network is self.critic and not self.ours:
             stock.clip_foreach(list(network.parameters()), CLIP)
         return value.detach()
+
+    def _whole(self, network: nn.Module, loss: Callable[[], Tensor]) -> stock.CompiledGradients:
+        """A network's loss and gradients, compiled; of the batch that its first step sees, which every side keeps."""
+        if id(network) not in self._compiled:
+            mixed = self.subject.device.type if self.subject.dtype is torch.bfloat16 else None
+            self._compiled[id(network)] = stock.CompiledGradients(loss, network.parameters(), mixed)
+        return self._compiled[id(network)]
 
     def generate(self, batch: Batch) -> Tensor:
         if self.generator is None or batch.latents is None:
@@ -87,9 +98,7 @@ class Networks:
         return self.generator(batch.latents, *(batch.classes if self.subject.generator_takes_labels else ()))
 
     def critic_step(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), self.subject.autocast():
-            fake = self.generate(batch)
-        return self.update(self.critic, partial(self._critic_loss, batch, fake.float()))
+        return self.update(self.critic, partial(self._critic_loss, batch))
 
     def generator_step(self, batch: Batch) -> Tensor:
         assert self.generator is not None
@@ -103,7 +112,9 @@ class Networks:
                 lambda: self.subject.generator_loss(self.critic(self.generate(batch), *batch.classes)),
             )
 
-    def _critic_loss(self, batch: Batch, fake: Tensor) -> Tensor:
+    def _critic_loss(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            fake = self.generate(batch).float()
         if self.penalised:
             return self._penalised(batch.real, fake, batch.alpha, *batch.classes)
         return self._score_loss(batch.real, fake, *batch.classes)
@@ -159,7 +170,8 @@ def _own_case(size: Size, dtype: torch.dtype, device: str, *, subject: Subject, 
 
         return run
 
-    variants = ["eager", *["channels_last"] * images, "compile", *["func_grad"] * (subject.loss == "wgan-gp")]
+    variants = ["eager", *["channels_last"] * images, "compile", stock.COMPILE_STEP]
+    variants += ["func_grad"] * (subject.loss == "wgan-gp")
     ours = {OURS: side(ours=True)}
     if images:
         ours[OURS_CHANNELS_LAST] = side("channels_last", ours=True)
@@ -169,6 +181,7 @@ def _own_case(size: Size, dtype: torch.dtype, device: str, *, subject: Subject, 
         ours=ours,
         work=size["batch"],
         unit="samples",
+        left_out=stock.without_compile_step(),
         tolerance=_TOLERANCE[subject.dtype],
     )
 

@@ -34,21 +34,54 @@ def _with_alpha(loss: Callable[..., Tensor], critic: nn.Module, real: Tensor, fa
     return loss(critic, real, fake, torch.rand(len(real), 1, 1, 1, device=real.device))
 
 
-def _update(gan: GAN, network: str, images: Tensor, latent: Tensor) -> list[Tensor]:
+def _update(gan: GAN, network: str, images: Tensor, latent: Tensor, by: Any) -> list[Tensor]:
     """Make a step of one network, or those of a whole iteration; return the losses."""
     from gankern.bench.training import Batch, iteration
-    from gankern.train import steps
 
     if network == "critic":
-        return [steps.critic_step(gan, images, latent)]
+        return [by.critic_step(gan, images, latent)]
     if network == "generator":
-        return [steps.generator_step(gan, latent)]
-    return iteration(gan, Batch([images] * gan.n_critic, [latent] * (gan.n_critic + 1), seed=1))
+        return [by.generator_step(gan, latent)]
+    return iteration(gan, Batch([images] * gan.n_critic, [latent] * (gan.n_critic + 1), seed=1), by)
+
+
+class _CompiledSteps:
+    """The functions of `gankern.train.steps`, each compiled whole up to the gradients; for one GAN."""
+
+    def __init__(self, gan: GAN, penalised: bool) -> None:
+        def critic_loss(real: Tensor, latent: Tensor, alpha: Tensor) -> Tensor:
+            with torch.no_grad():
+                fake = gan.generator(latent)
+            if penalised:
+                return stock.wgan_gp_loss(gan.critic, real, fake, alpha, stock.gradient_penalty)
+            return gan.critic_loss(real, fake)
+
+        def generator_loss(latent: Tensor) -> Tensor:
+            return gan.generator_loss(gan.generator(latent))
+
+        self._critic = stock.CompiledGradients(critic_loss, gan.critic.parameters())
+        self._generator = stock.CompiledGradients(generator_loss, gan.generator.parameters())
+
+    def critic_step(self, gan: GAN, real: Tensor, latent: Tensor) -> Tensor:
+        # Drawn outside of what is compiled, as by `_with_alpha`.
+        loss = self._critic(real, latent, torch.rand(len(real), 1, 1, 1, device=real.device))
+        gan.critic_optimizer.step()
+        gan.after_critic_step()
+        return loss
+
+    def generator_step(self, gan: GAN, latent: Tensor) -> Tensor:
+        from gankern.train.steps import frozen
+
+        with frozen(gan.critic):
+            loss = self._generator(latent)
+        gan.generator_optimizer.step()
+        return loss
 
 
 def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, network: str) -> Sides:
     """Sides of a step of a reference GAN: losses, backward, optimizer; of one network, or of both in turn."""
     from gankern import models
+    from gankern.train import steps
 
     n, image_size = size["batch"], size["image_size"]
     real = torch.rand(n, 1, image_size, image_size).mul(2).sub(1).to(device)
@@ -81,7 +114,8 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
         if latent is None:
             latent = gan.sample_latent(n).to(device)
         images = real.contiguous(memory_format=torch.channels_last) if variant == "channels_last" else real
-        step = partial(_update, gan, network, images, latent)
+        by = _CompiledSteps(gan, penalised) if variant == stock.COMPILE_STEP else steps
+        step = partial(_update, gan, network, images, latent, by)
         params = [p for name in networks for p in getattr(gan, name).parameters()]
 
         def run() -> Results:
@@ -95,13 +129,14 @@ def _step_case(size: Size, dtype: torch.dtype, device: str, *, model: str, netwo
 
         return run
 
-    variants = ["eager", "channels_last", "compile"] + ["func_grad"] * penalised
+    variants = ["eager", "channels_last", "compile", stock.COMPILE_STEP] + ["func_grad"] * penalised
     return Sides(
         reference=side("stock"),
         stock={variant: side("stock", variant) for variant in variants},
         ours={OURS: side("gankern"), OURS_CHANNELS_LAST: side("gankern", "channels_last")},
         work=n,
         unit="images",
+        left_out=stock.without_compile_step(),
         # An activation within a rounding error of its kink takes the other slope: stock's own gradients differ by up
         # to 2e-3 between its memory layouts.
         tolerance=1e-1 if dtype is torch.bfloat16 else 5e-3,
