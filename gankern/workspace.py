@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,6 +94,11 @@ def like(tensor: Tensor) -> Tensor:
     if kernels is None or tensor.numel() * tensor.element_size() < SMALLEST:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return _empty(tensor.shape, tensor.stride(), tensor.dtype, tensor.numel())
+
+
+def place(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A function that finds room for a dense tensor each time."""
+    return partial(_empty, tuple(shape), tuple(strides), dtype, math.prod(shape))
 
 
 def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, numel: int) -> Tensor:

@@ -21,6 +21,9 @@ _MANY = 1 << 17
 # Values of a batch of points below which calls count for more than arithmetic (AMD Zen 5, 2 cores).
 _MANY_VALUES = 1 << 17
 
+# Bytes from which on malloc may give memory back to the system, which then maps it page by page.
+_LARGE = 1 << 17
+
 # Channels from which on convolutions' kernels are faster on a CPU (AMD Zen 5, 2 cores).
 _CHANNELS = 16
 
@@ -74,6 +77,11 @@ def convolution_pays(which: str, images: Tensor, weight: Tensor, transposed: boo
     given, made = (weight.size(0), weight.size(1)) if transposed else (weight.size(1), weight.size(0))
     read = {"forward": given, "input": made, "weight": min(given, made)}[which]
     return read >= _CHANNELS and weight[0, 0].numel() > 1 and images.dtype == torch.float32
+
+
+def workspace_pays(size: int) -> bool:
+    """Whether memory of so many bytes is found sooner in the workspace than by malloc."""
+    return size >= _LARGE or (size > 0 and _everywhere.get())
 
 
 def outweighs(images: int, weight: int) -> bool:

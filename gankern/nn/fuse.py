@@ -159,7 +159,10 @@ def _is_fusable(module: nn.Module) -> bool:
     """Whether a module calls others that are worth it."""
     if isinstance(module, (*_CONTAINERS, *FUSABLE)):
         return type(module) is nn.SyncBatchNorm
-    return any(isinstance(child, FUSABLE) for child in module.modules())
+    # Convolutions may be of functions.
+    return any(isinstance(child, FUSABLE) for child in module.modules()) or any(
+        p.dim() > 3 for p in module.parameters()
+    )
 
 
 def _rebuild(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -58,11 +58,24 @@ def deep() -> nn.Module:
     return nn.Sequential(*layers, nn.BatchNorm2d(16), nn.Conv2d(16, 3, 1))
 
 
+class Equalised(nn.Module):
+    """Convolutions of functions, of weights that are scaled in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.blur = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.rand(4, 1, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(F.conv2d(x, self.weight * 0.3, padding=1), 0.2) * 1.4
+        return F.conv2d(F.pad(h, (1, 2, 1, 2)), self.blur / self.blur.sum(), groups=4)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "skips": (Skips, (3, 2, 8, 8)),
     "generator": (generator, (5, 3)),
     "critic": (critic, (3, 2, 8, 8)),
     "deep": (deep, (3, 2, 6, 6)),
+    "equalised": (Equalised, (3, 2, 6, 6)),
 }
 
 
