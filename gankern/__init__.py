@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gankern import train as train
     from gankern._capture import CapturedStep, CaptureError, capture
     from gankern._info import info
+    from gankern._step import Step, step
     from gankern.backends import BackendUnavailable, backend, explain, set_backend
     from gankern.nn.fuse import fuse, fusion_report, unfuse
     from gankern.ops.gradient_penalty import gradient_penalty
@@ -21,6 +22,7 @@ __all__ = [
     "BackendUnavailable",
     "CaptureError",
     "CapturedStep",
+    "Step",
     "backend",
     "capture",
     "clip_weights_",
@@ -36,6 +38,7 @@ __all__ = [
     "penalties",
     "profile",
     "set_backend",
+    "step",
     "unfuse",
     "workspace",
 ]
@@ -45,6 +48,7 @@ _MODULE_OF = {
     "BackendUnavailable": "gankern.backends",
     "CaptureError": "gankern._capture",
     "CapturedStep": "gankern._capture",
+    "Step": "gankern._step",
     "backend": "gankern.backends",
     "capture": "gankern._capture",
     "clip_weights_": "gankern.ops.weight_clip",
@@ -54,6 +58,7 @@ _MODULE_OF = {
     "gradient_penalty": "gankern.ops.gradient_penalty",
     "info": "gankern._info",
     "set_backend": "gankern.backends",
+    "step": "gankern._step",
     "unfuse": "gankern.nn.fuse",
 }
 _MODULES = {"compiler", "data", "models", "nn", "ops", "optim", "penalties", "profile", "train", "workspace"}

@@ -311,7 +311,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Parameters
     ----------
     op : str or callable
-        A public op or its name, e.g. ``gankern.ops.batch_norm_act`` or ``"batch_norm_act"``.
+        A public op or its name, e.g. ``gankern.ops.batch_norm_act`` or ``"batch_norm_act"``; or a
+        :func:`gankern.step`, of whose calls so far it tells what ran them.
     *args, **kwargs
         Arguments of the call; its tensors decide.
 
@@ -326,6 +327,10 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     ValueError
         If there is no op of that name.
     """
+    own = getattr(op, "explain", None)
+    if own is not None:
+        found: Explanation = own()
+        return found
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     _open_rooms()
     kernels = _borrowed.get(name, name)

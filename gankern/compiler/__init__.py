@@ -10,10 +10,10 @@ Nothing here is imported before the first plan is made: Dynamo takes a second.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 from gankern.compiler.refusal import Refused
 
@@ -32,6 +32,10 @@ def _from_environment() -> bool | Literal["strict"]:
 
 _DEFAULT = _from_environment()
 _mode: ContextVar[bool | Literal["strict"]] = ContextVar("gankern_plans", default=_DEFAULT)
+
+
+#: Computes the penalties of a step that is being derived whole; None outside of one.
+penalty_in_step: ContextVar[Callable[..., Any] | None] = ContextVar("gankern_penalty_in_step", default=None)
 
 
 def enabled() -> bool:

@@ -55,6 +55,11 @@ def plan_pays(points: Tensor) -> bool:
     return points.device.type == "cpu" and (points.numel() < _MANY_VALUES or _everywhere.get())
 
 
+def step_pays(values: int) -> bool:
+    """Whether a whole step is faster as a plan, by the values of its largest tensor: kernels run parts of others."""
+    return values < _MANY_VALUES or _everywhere.get()
+
+
 def norm_pays(x: Tensor) -> bool:
     """Whether a batch norm's kernel is faster than stock's."""
     if _everywhere.get():

@@ -96,8 +96,12 @@ def bilinear_convolutions() -> Iterator[None]:
             op._dispatch_cache.clear()
 
 
-def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequence[Tensor]) -> fx.GraphModule:
+def derive(
+    function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequence[Tensor], known: Sequence[Any] = ()
+) -> fx.GraphModule:
     """Trace a function of tensors, inputs first and state after them.
+
+    Of those that it reads from elsewhere, `known` has what each place of inputs and state stands for.
 
     Returns
     -------
@@ -132,7 +136,8 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
             drawn = True
     if drawn:
         raise Refused("it draws random numbers of Python's or of numpy's")
-    for node in traced.graph.nodes:
+    places = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    for node in list(traced.graph.nodes):
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise Refused(f"it calls {node.target}")
         # Strides of fake tensors are not always those of real ones, which it goes by.
@@ -140,7 +145,12 @@ def derive(function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequen
             raise Refused("it goes by strides (as_strided)")
         literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
         if node.op == "get_attr" and not literal:
-            raise Refused("it reads a tensor that no guard knows")
+            tensor = getattr(traced, node.target)
+            place = next((i for i, t in enumerate(known) if t is tensor and not t.requires_grad), None)
+            if place is None:
+                raise Refused("it reads a tensor that no guard knows")
+            node.replace_all_uses_with(places[place])
+            traced.graph.erase_node(node)
     return traced
 
 
@@ -148,7 +158,14 @@ class Functions(TorchFunctionMode):
     """Puts gankern's functions in the place of torch's, and refuses what a graph of operators cannot say."""
 
     # Hooks read what no guard knows; the others make a tensor another one, without an operator that says so.
-    _REFUSED = ("register_hook", "register_post_accumulate_grad_hook", "__set__", "__delete__", "set_", "resize_")
+    _REFUSED: tuple[str, ...] = (
+        "register_hook",
+        "register_post_accumulate_grad_hook",
+        "__set__",
+        "__delete__",
+        "set_",
+        "resize_",
+    )
 
     def __init__(self, substitutes: Mapping[Any, Callable[..., Any]] = SUBSTITUTES) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -259,8 +259,25 @@ def _values(sources: set[str], scope: dict[str, Any]) -> Iterator[Any]:
             yield eval(source, scope)
 
 
-def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
+def make_guards(
+    critic: Any,
+    x: Any,
+    args: Any,
+    kwargs: Any,
+    *,
+    run: types.FunctionType = _call,  # type: ignore[assignment]
+    followed: AbstractContextManager[Any] | None = None,
+) -> Guards:
     """Guards for calls like this one.
+
+    Parameters
+    ----------
+    critic, x, args, kwargs
+        What is called, its first argument and the others.
+    run : function, optional
+        Makes the call. Another one may read tensors from anywhere.
+    followed : context manager, optional
+        In which Dynamo traces.
 
     Raises
     ------
@@ -274,7 +291,7 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
         raise Refused("it has parameters whose shapes its first forward finds")
     # A code object of its own: Dynamo keeps its entries there, and a limited number of them.
     name = f"gankern_plan_{next(_number)}"
-    function = types.FunctionType(_call.__code__.replace(co_name=name), dict(_call.__globals__), name)
+    function = types.FunctionType(run.__code__.replace(co_name=name), dict(run.__globals__), name)
     call = {"critic": critic, "x": x, "args": args, "kwargs": kwargs}
     held: list[Held] = []
     names: set[str] = set()
@@ -298,14 +315,14 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
             elif source != "L['x']":
                 held.append(Held(source, argument.example, _holder(source, call, function.__globals__)))
 
-        def run(*flat: Any) -> Any:
+        def stop(*flat: Any) -> Any:
             raise _Traced
 
-        return run
+        return stop
 
     try:
         # Dynamo looks at gradients of tensors that are no leaves, say.
-        with torch._dynamo.config.patch(_CONFIG), _quiet():
+        with torch._dynamo.config.patch(_CONFIG), _quiet(), followed or nullcontext():
             torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(critic, x, args, kwargs)
     except _Traced:
         pass
@@ -320,7 +337,7 @@ def make_guards(critic: Any, x: Tensor, args: Any, kwargs: Any) -> Guards:
     for h in held:
         if type(h.tensor) not in (Tensor, nn.Parameter):
             raise Refused(f"{h.source} is a {type(h.tensor).__name__}")
-        if h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
+        if run is _call and h.module is None and not h.source.startswith(("L['args']", "L['kwargs']")):
             raise Refused(f"{h.source} is no parameter, buffer or argument")
     (entry,) = eval_frame._debug_get_cache_entry_list(function.__code__)
     for part in entry.guard_manager.code_parts:

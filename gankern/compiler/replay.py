@@ -90,13 +90,13 @@ _BY_COPY = {
 }
 
 
-def compile_graph(traced: fx.GraphModule, packed: bool = False) -> Callable[..., Any]:
+def compile_graph(traced: fx.GraphModule, packed: bool = False, rooms: bool = True) -> Callable[..., Any]:
     """The function of a graph's placeholders that its nodes compute.
 
     `packed`, it takes them in one list, which it empties: nobody else then keeps them. Its first run lets torch find a
-    place for each result, and later ones put large ones into the workspace, as they lay then.
+    place for each result, and later ones put large ones into the workspace, as they lay then; without `rooms` none.
     """
-    return _Program(traced, packed)
+    return _Program(traced, packed, rooms)
 
 
 class _Program:
@@ -108,7 +108,7 @@ class _Program:
         The code that the next run is of.
     """
 
-    def __init__(self, traced: fx.GraphModule, packed: bool) -> None:
+    def __init__(self, traced: fx.GraphModule, packed: bool, rooms: bool) -> None:
         self._traced, self._packed = traced, packed
         (results,) = next(node for node in traced.graph.nodes if node.op == "output").args
         # Who calls may do with the output whatever can be done with a tensor of torch's.
@@ -117,7 +117,7 @@ class _Program:
         self._rooms: dict[fx.Node, Callable[..., Any] | None] = {
             node: partial(self._see, node)
             for node in traced.graph.nodes
-            if node.op == "call_function" and node is not given_out and _may_have_room(node)
+            if rooms and node.op == "call_function" and node is not given_out and _may_have_room(node)
         }
         self._seen = not self._rooms
         self._compile()
@@ -194,7 +194,7 @@ class _Program:
             if dead:
                 lines.append(f"del {', '.join(dead)}")
         if self._packed:
-            lines[:0] = [f"{', '.join(parameters)}, = given", "given.clear()"]
+            lines[:0] = [f"{', '.join(parameters)}, = given", "given.clear()"] if parameters else []
             parameters = ["given"]
         source = f"def replay({', '.join(parameters)}):\n    " + "\n    ".join(lines) + "\n"
         exec(compile(source, "<gankern plan>", "exec"), scope)

@@ -51,7 +51,17 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     infos = target._schema.arguments
     places = [i for i, a in enumerate(infos) if a.alias_info is not None and a.alias_info.is_write]
     given = [node.args[i] if i < len(node.args) else node.kwargs.get(infos[i].name) for i in places]
-    return [a for a in given if isinstance(a, fx.Node)]
+    lists = (a if isinstance(a, list | tuple) else (a,) for a in given)
+    return [a for found in lists for a in found if isinstance(a, fx.Node)]
+
+
+def changed_and_returned(node: fx.Node) -> fx.Node | None:
+    """The tensor that a node changes and returns, its first argument or ``out``; None where it does no such thing."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    results, given = node.target._schema.returns, written_by(node)
+    same = len(results) == len(given) == 1 and results[0].alias_info is not None and results[0].alias_info.is_write
+    return given[0] if same else None
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -76,7 +86,8 @@ def homes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The node that made the memory of each."""
     home: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        first = node.args[0] if node.args else None
+        changed = changed_and_returned(node)
+        first = changed or (node.args[0] if node.args else None)
         shares = node.op == "call_function" and (views(node) or any(used is first for used in written_by(node)))
         getitem = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
         if (shares or getitem) and isinstance(first, fx.Node):

@@ -213,6 +213,10 @@ def penalty_at(
             return autograd.penalty(handle, list(inner.parameters()), reached, points, *options)
         # Outside of the graph, which does not see what a critic reads and writes.
         return _out_of_graph(critic, inner, given, points, inputs, critic_kwargs, whole, create_graph, options)
+    in_step = compiler.penalty_in_step.get()
+    if in_step is not None:
+        penalty: Tensor = in_step(critic, points, inputs, critic_kwargs, options)
+        return penalty
     return _run(critic, inner, given, points, inputs, critic_kwargs, whole, create_graph, options)
 
 

@@ -1,0 +1,568 @@
+"""Plans of whole training steps.
+
+The step's own code runs once on fake tensors under ``make_fx``; its backward passes are taken inside, and what
+optimizers do stays a call. The graph is cut there:
+
+    zero_grad()                                   optimizer.zero_grad()
+    loss = critic(fake).mean() - ...      ->      loss, g1, g2 = program(real, w1, w2)      flat, without autograd
+    loss.backward()                               w1.grad, w2.grad = g1, g2                 or added to those there are
+    optimizer.step()                              optimizer.step()
+
+Exact: optimizers and hooks on them run as themselves, with the state and the learning rate that they have then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import Optimizer
+from torch.utils import _pytree as pytree
+
+from gankern import _stock, backends, compiler
+from gankern.compiler import attention
+from gankern.compiler.derive import Functions, bilinear_convolutions, derive, in_place_of, leaf_like
+from gankern.compiler.following import OPAQUE, call_step, followed, mark
+from gankern.compiler.guards import Held, make_guards
+from gankern.compiler.norms import SECOND_ORDER
+from gankern.compiler.passes import common, dead, effects, in_place, views, zeros
+from gankern.compiler.penalty import random_state, set_random_state
+from gankern.compiler.refusal import Refused
+from gankern.compiler.replay import compile_graph
+from gankern.ops.gradient_penalty.autograd import is_distributed, stock_penalty
+
+aten = torch.ops.aten
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+_TENSOR: Any = Tensor
+_GRADIENTS = (_TENSOR.grad.__get__, _TENSOR._grad.__get__)
+
+
+class _Functions(Functions):
+    """Also takes the backward passes."""
+
+    _REFUSED = (*Functions._REFUSED, "retain_grad")
+
+    def __init__(self, backward: Callable[..., None]) -> None:
+        super().__init__({})
+        self._backward = backward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return self._backward(*args, **(kwargs or {}))
+        if func in _GRADIENTS:
+            raise Refused("it reads .grad, which is known when the plan runs")
+        # As stock has it, bit by bit.
+        if func in attention.SUBSTITUTES:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class _Opaque:
+    """A call that runs as itself: of the object that an expression finds."""
+
+    def __init__(self, place: int, name: str, args: Any, kwargs: Any) -> None:
+        self.place, self.name, self.args, self.kwargs = place, name, args, kwargs
+        self.grad_mode = torch.is_grad_enabled()
+
+    @property
+    def is_idempotent(self) -> bool:
+        return self.name == "zero_grad"
+
+
+class _Derivation:
+    """Runs a step for its graph.
+
+    Attributes
+    ----------
+    calls : list of _Opaque
+        In the order of their marks in the graph.
+    grads : list of tuple
+        Number of the mark that they come before, place of the tensor, and place among the outputs.
+    outputs : list of Tensor
+        What the traced function returns.
+    returned : tuple
+        For each leaf of what the step returns how it is made, and the structure.
+    checks : list of int
+        Places of outputs that are finite where the plan is right.
+    switched : list of tuple
+        Place of a tensor, and whether it requires a gradient afterwards.
+    """
+
+    def __init__(self, call: dict[str, Any], held: Sequence[Held], opaque: Sequence[Any]) -> None:
+        self._call, self._opaque = call, opaque
+        self._models = [h.tensor for h in held]
+        self._modules = [h.module for h in held if h.module is not None]
+        self.calls: list[_Opaque] = []
+        self.grads: list[tuple[int, int, int]] = []
+        self.outputs: list[Tensor] = []
+        self.checks: list[int] = []
+        self.switched: list[tuple[int, bool]] = []
+        self.returned: tuple[list[tuple[Any, ...]], Any] = ([], None)
+        self._leaves: list[Tensor] = []
+
+    def trace(self) -> fx.GraphModule:
+        for m in self._models:
+            if m.requires_grad and not m.is_leaf:
+                raise Refused("it is given a tensor that others are to get gradients through")
+        return derive(self._run, [], [m.detach() for m in self._models], known=self._models)
+
+    def _run(self, *tensors: Tensor) -> list[Tensor]:
+        self._leaves = [leaf_like(t, model) for t, model in zip(tensors, self._models, strict=True)]
+        known = {id(model): leaf for model, leaf in zip(self._models, self._leaves, strict=True)}
+        given = self._call["args"], self._call["kwargs"]
+        token = compiler.penalty_in_step.set(self._penalty)
+        try:
+            with ExitStack() as stack:
+                args, kwargs = pytree.tree_map(lambda leaf: known.get(id(leaf), leaf), given)
+                stack.enter_context(in_place_of(self._modules, self._models, self._leaves))
+                stack.enter_context(self._intercepted())
+                stack.enter_context(_stock.forwards())
+                stack.enter_context(_Functions(self._backward))
+                result = self._call["critic"](*args, **kwargs)
+        finally:
+            compiler.penalty_in_step.reset(token)
+        self.returned = self._describe(result)
+        self.switched = [
+            (i, leaf.requires_grad)
+            for i, (leaf, model) in enumerate(zip(self._leaves, self._models, strict=True))
+            if leaf.requires_grad != model.requires_grad
+        ]
+        return self.outputs
+
+    @contextmanager
+    def _intercepted(self) -> Iterator[None]:
+        """Opaque calls of this thread are noted, and marked in the graph."""
+        owner = threading.get_ident()
+
+        def stand_in(place: int, name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != owner:
+                    return own(*args, **kwargs)
+                self._note(place, name, args, kwargs)
+                return None
+
+            return call
+
+        put: list[Any] = []
+        try:
+            for place, thing in enumerate(self._opaque):
+                for name, kinds in OPAQUE.items():
+                    if isinstance(thing, kinds):
+                        before = vars(thing).get(name, put)
+                        put.append((thing, name, before))
+                        vars(thing)[name] = stand_in(place, name, getattr(thing, name))
+            yield
+        finally:
+            for thing, name, before in reversed(put):
+                if before is put:
+                    del vars(thing)[name]
+                else:
+                    vars(thing)[name] = before
+
+    def _note(self, place: int, name: str, args: Any, kwargs: Any) -> None:
+        if not all(isinstance(a, _CONSTANTS) for a in (*args, *kwargs.values())):
+            raise Refused(f"{name} is called with more than constants")
+        with torch.no_grad():
+            mark(self._leaves[0], len(self.calls))
+        self.calls.append(_Opaque(place, name, args, kwargs))
+        thing = self._opaque[place]
+        if name == "step":
+            stepped = {id(p) for group in thing.param_groups for p in group["params"]}
+            # Stock's backward pass raises where it needs values from before.
+            torch.autograd.graph.increment_version(
+                [leaf for leaf, m in zip(self._leaves, self._models, strict=True) if id(m) in stepped]
+            )
+
+    def _output(self, tensor: Tensor) -> int:
+        self.outputs.append(tensor)
+        return len(self.outputs) - 1
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if create_graph or inputs is not None:
+            raise Refused("backward with create_graph or inputs")
+        wanted = [i for i, leaf in enumerate(self._leaves) if leaf.requires_grad]
+        leaves = [self._leaves[i] for i in wanted]
+        if not leaves:
+            raise Refused("a backward pass that reaches nothing")
+        with bilinear_convolutions():
+            found = torch.autograd.grad(loss, leaves, gradient, retain_graph=bool(retain_graph), allow_unused=True)
+        self.checks.append(self._output(loss.detach()))
+        for place, grad in zip(wanted, found, strict=True):
+            if grad is not None:
+                self.grads.append((len(self.calls), place, self._output(grad)))
+
+    def _penalty(
+        self, critic: Any, points: Tensor, inputs: Any, kwargs: Any, options: tuple[float, float, bool, bool]
+    ) -> Tensor:
+        """The penalty by stock autograd, of which the graph holds both orders."""
+        if is_distributed(critic):
+            raise Refused("a critic in DistributedDataParallel")
+
+        def scored(*args: Any, **more: Any) -> Tensor:
+            with Functions(SECOND_ORDER), sdpa_kernel(SDPBackend.MATH):
+                scores: Tensor = critic(*args, **more)
+            self.checks.append(self._output(scores.detach()))
+            return scores
+
+        return stock_penalty(scored, points, inputs, kwargs, *options)
+
+    def _describe(self, result: Any) -> tuple[list[tuple[Any, ...]], Any]:
+        leaves, spec = pytree.tree_flatten(result)
+        made: list[tuple[Any, ...]] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                place = next((i for i, t in enumerate(self._leaves) if t is leaf), None)
+                if place is not None:
+                    made.append(("given", place))
+                    continue
+                if leaf.requires_grad and not self._is_spent(leaf):
+                    raise Refused("it returns a tensor that gradients can still go through: detach it")
+                made.append(("made", self._output(leaf.detach()), leaf.requires_grad))
+            elif type(leaf) in _CONSTANTS:
+                made.append(("constant", leaf))
+            else:
+                raise Refused(f"it returns a {type(leaf).__name__}")
+        return made, spec
+
+    def _is_spent(self, tensor: Tensor) -> bool:
+        """Whether a backward pass has let go of what another one through a tensor would need."""
+        wanted = [leaf for leaf in self._leaves if leaf.requires_grad]
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        try:
+            with disable_proxy_modes_tracing():
+                torch.autograd.grad(tensor, wanted, torch.ones_like(tensor), retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            return "second time" in str(error)
+        return False
+
+
+class _Spent(torch.autograd.Function):
+    """A result whose graph a backward pass has freed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:
+        return box[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time (or directly access saved tensors after they have "
+            "already been freed): the step has called backward on it"
+        )
+
+
+class _Segment:
+    """The program between two opaque calls: places of its inputs and outputs among a replay's values."""
+
+    def __init__(self, run: Callable[..., Any], needs: list[int], gives: list[int]) -> None:
+        self.run, self.needs, self.gives = run, needs, gives
+
+
+class NotFinite(Exception):
+    """Values that a plan's folded zeros do not hold for."""
+
+
+class StepPlan:
+    """What runs a step, for calls like the one it was made for.
+
+    Parameters
+    ----------
+    function : callable
+        The step.
+    args, kwargs
+        Of a call.
+
+    Attributes
+    ----------
+    size : tuple of int
+        Operators in the graph before and after the passes.
+
+    Raises
+    ------
+    Refused
+    """
+
+    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        call = {"critic": function, "x": None, "args": args, "kwargs": kwargs}
+        opaque: dict[str, Any] = {}
+        self._guards = make_guards(**call, run=call_step, followed=followed(opaque))  # type: ignore[arg-type]
+        held, self._guards.held = self._guards.held, []
+        if not held:
+            raise Refused("it reads no tensors")
+        things = list(opaque.values())
+        self._types = list(map(type, things))
+        for thing in things:
+            _check_opaque(thing)
+        sources = "".join(f"{source}, " for source in opaque)
+        self._find: Callable[[Any, Any], tuple[Any, ...]] = eval(f"lambda L, G: ({sources})", {"__builtins__": {}})
+        self._kind = torch.is_grad_enabled(), backends.requested()
+        self._devices = sorted({h.tensor.device.type for h in held})
+        self._casts = [d for d in self._devices if torch.is_autocast_enabled(d)]
+        derived = _Derivation(call, held, things)
+        traced = derived.trace()
+        self._calls, self._returned = derived.calls, derived.returned
+        self._switched = derived.switched
+        self._models = len(held)
+        self._plan(traced, derived, [h.tensor for h in held])
+        call.clear()
+
+    def _plan(self, traced: fx.GraphModule, derived: _Derivation, tensors: Sequence[Tensor]) -> None:
+        graph = traced.graph
+        dead.forget_detach(graph)
+        nodes = list(graph.nodes)[:-1]
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        body: list[list[fx.Node]] = [[]]
+        for node in nodes[len(inputs) :]:
+            if node.target is mark:
+                body.append([])
+            else:
+                body[-1].append(node)
+        updates = [i for i, c in enumerate(self._calls) if not c.is_idempotent]
+        first = min([*updates, *(number for number, _, _ in derived.grads), len(self._calls)])
+        before, after = sum(len(part) for part in body), 0
+        number_of = {node: number for number, part in enumerate(body) for node in part}
+        for node in number_of:
+            same = node
+            while (changed := effects.changed_and_returned(same)) is not None:
+                same = changed
+            for user in list(node.users) if same is not node else ():
+                if number_of.get(user) != number_of[node]:
+                    user.replace_input_with(node, same)
+        (outputs,) = next(iter(reversed(graph.nodes))).args
+        outputs = [n.args[0] if n.target is aten.detach.default else n for n in outputs]
+        place_of = {node: i for i, node in enumerate(inputs)}
+        self._segments: list[_Segment] = []
+        written: set[int] = set()
+        self._last_folded = first
+        # Up to the first update a call can begin anew, by stock.
+        for number, part in enumerate(body):
+            inside = set(part)
+            later = {used for other in body[number + 1 :] for node in other for used in node.all_input_nodes}
+            later.update(outputs)
+            gives = [node for node in part if node in later]
+            needs = list(dict.fromkeys(used for node in part for used in node.all_input_nodes if used not in inside))
+            run, count, targets = _program(traced, needs, part, gives, fold=number <= first)
+            after += count
+            for node in targets:
+                if node.op != "placeholder":
+                    raise Refused("it changes in place what it computed before an update")
+                if [_owner(other) for other in needs].count(_owner(node)) > 1:
+                    raise Refused("it changes in place what it has a view of from before an update")
+                written.add(place_of[node])
+            for node in gives:
+                place_of[node] = len(place_of)
+            self._segments.append(_Segment(run, [place_of[n] for n in needs], [place_of[n] for n in gives]))
+        self.size = before, after
+        self._count = len(place_of)
+        self._writes = sorted(written)
+        storages = [t.untyped_storage()._cdata for t in tensors]
+        stepped = written | {place for _, place, _ in derived.grads}
+        if any(storages.count(storages[i]) > 1 for i in stepped):
+            raise Refused("it changes a tensor that shares memory with another")
+        owners = [_owner(node) for node in outputs]
+        self._draws = any(map(effects.draws, nodes))
+        self._grads: list[list[tuple[int, int, bool]]] = [[] for _ in body]
+        for number, place, output in derived.grads:
+            node = outputs[output]
+            fresh = owners[output].op != "placeholder" and owners.count(owners[output]) == 1
+            self._grads[number].append((place, place_of[node], fresh))
+        self._checks = [place_of[outputs[c]] for c in derived.checks]
+        made = [
+            (kind, place_of[outputs[what]], *rest) if kind == "made" else (kind, what)
+            for kind, what, *rest in derived.returned[0]
+        ]
+        for kind, what, *_ in derived.returned[0]:
+            if kind == "made" and owners[what].op == "placeholder":
+                raise Refused("it returns a view of what it was given")
+        self._returned = made, derived.returned[1]
+        numels = [
+            v.numel()
+            for part in body
+            for n in part
+            for v in pytree.tree_leaves(n.meta.get("val"))
+            if isinstance(v, Tensor)
+        ]
+        self.largest = max(numels, default=0)
+
+    def __call__(self, function: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
+        """Whether it ran the call, and what the step returns."""
+        found = self.world(function, args, kwargs)
+        return (False, None) if found is None else (True, self._replay(*found))
+
+    def world(self, function: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]] | None:
+        """Tensors, and what has opaque calls, as they are now; None where the plan is not for the call."""
+        if self._kind != (torch.is_grad_enabled(), backends.requested()):
+            return None
+        call = {"critic": function, "x": None, "args": args, "kwargs": kwargs}
+        tensors = self._guards.fetch(call)
+        if tensors is None:
+            return None
+        things = self._find(call, self._guards._function.__globals__)
+        if list(map(type, things)) != self._types or not all(map(_runs_as_itself, things)):
+            return None
+        leaves = all(tensors[place].is_leaf for group in self._grads for place, _, _ in group)
+        return (tensors, things) if leaves else None
+
+    def _replay(self, tensors: Sequence[Tensor], things: Sequence[Any]) -> Any:
+        kept = [(tensors[i], tensors[i].detach().clone()) for i in self._writes]
+        device = tensors[0].device
+        random = random_state(device) if self._draws else None
+        values: list[Any] = [*tensors, *[None] * (self._count - len(tensors))]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for d in self._casts:
+                stack.enter_context(torch.autocast(d, enabled=False))
+            for number, segment in enumerate(self._segments):
+                if segment.gives or segment.needs:
+                    found = segment.run([values[i] for i in segment.needs])
+                    for i, value in zip(segment.gives, found, strict=True):
+                        values[i] = value
+                if number == self._last_folded:
+                    for i in self._checks:
+                        if values[i] is not None and not bool(values[i].sum().isfinite()):
+                            for t, before in kept:
+                                t.data.copy_(before)
+                            if random is not None:
+                                set_random_state(device, random)
+                            raise NotFinite
+                for place, i, fresh in self._grads[number]:
+                    _accumulate(tensors[place], values[i], fresh)
+                if number < len(self._calls):
+                    opaque = self._calls[number]
+                    with torch.set_grad_enabled(opaque.grad_mode):
+                        getattr(things[opaque.place], opaque.name)(*opaque.args, **opaque.kwargs)
+        for place, on in self._switched:
+            tensors[place].requires_grad_(on)
+        return self._result(tensors, values)
+
+    def _result(self, tensors: Sequence[Tensor], values: Sequence[Any]) -> Any:
+        leaves, spec = [], self._returned[1]
+        for kind, what, *rest in self._returned[0]:
+            if kind == "given":
+                leaves.append(tensors[what])
+            elif kind == "constant":
+                leaves.append(what)
+            elif rest[0]:
+                with torch.enable_grad():
+                    leaves.append(_Spent.apply(torch.empty(0, requires_grad=True), [values[what]]))
+            else:
+                leaves.append(values[what])
+        return pytree.tree_unflatten(leaves, spec)
+
+
+def _program(
+    traced: fx.GraphModule, needs: Sequence[fx.Node], part: Sequence[fx.Node], gives: Sequence[fx.Node], fold: bool
+) -> tuple[Callable[..., Any], int, list[fx.Node]]:
+    """A part of a graph, optimised; how many calls it has, and which of its inputs it changes."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in needs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["val"] = node.meta.get("val")
+    for node in part:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output([copies[node] for node in gives])
+    own = fx.GraphModule(traced, graph)
+    graph = own.graph
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    changed = effects.written(graph)
+    result = [node for node, copy in zip(needs, places, strict=True) if copy in changed]
+    written = in_place.forget(graph)
+    common.share(graph)
+    if fold:
+        zeros.fold(graph)
+    dead.drop(graph)
+    dead.narrow_masks(graph)
+    views.relax(graph)
+    in_place.put_back(graph, written)
+    graph.lint()
+    return compile_graph(own, packed=True, rooms=False), len(graph.nodes) - len(needs) - 1, result
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node that made the memory of another."""
+    while node.op == "call_function":
+        source = effects.changed_and_returned(node)
+        if source is None:
+            first = node.args[0] if node.args else None
+            operator_ = node if isinstance(node.target, torch._ops.OpOverload) else first
+            if not isinstance(first, fx.Node) or not isinstance(operator_, fx.Node) or not effects.views(operator_):
+                break
+            source = first
+        node = source
+    return node
+
+
+def _check_opaque(thing: Any) -> None:
+    if isinstance(thing, Optimizer):
+        if not type(thing).__module__.startswith(("torch.optim.", "gankern.optim")):
+            raise Refused(f"{type(thing).__name__} is an optimizer that neither torch nor gankern has")
+        if any(group.get("differentiable") for group in thing.param_groups):
+            raise Refused("an optimizer that is differentiable")
+    if not _runs_as_itself(thing):
+        raise Refused(f"a hook on {type(thing).__name__}, or a method of it that was replaced")
+
+
+def _runs_as_itself(thing: Any) -> bool:
+    """Whether nobody else's code runs in an opaque call."""
+    own = vars(thing)
+    if isinstance(thing, nn.Module):
+        return "zero_grad" not in own and not isinstance(thing, DistributedDataParallel)
+    hooks = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
+    globals_ = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    step = own.get("step")
+    replaced = step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+    return not (any(hooks) or any(globals_) or replaced or "zero_grad" in own)
+
+
+def _accumulate(tensor: Tensor, grad: Tensor, fresh: bool) -> None:
+    """What autograd does at a leaf."""
+    old = tensor.grad
+    if old is None:
+        tensor.grad = grad if fresh and _lies_as(tensor, grad) else _like(tensor, grad)
+    elif old.layout is torch.strided:
+        old += grad
+    else:
+        tensor.grad = grad + old
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _lies_as(tensor: Tensor, grad: Tensor) -> bool:
+    if grad.stride() == tensor.stride():
+        return tensor.is_contiguous() or _is_dense(tensor)
+    if not _is_dense(tensor):
+        return grad.is_contiguous()
+    return all(a == b for a, b, n in zip(tensor.stride(), grad.stride(), tensor.shape, strict=True) if n != 1)
+
+
+def _like(tensor: Tensor, grad: Tensor) -> Tensor:
+    if _is_dense(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+    return grad.clone(memory_format=torch.contiguous_format)
