@@ -21,7 +21,11 @@ class _Given:
     """In the place of guards, which are Dynamo's: a graph's tensors are its arguments."""
 
     def __init__(self, args: Sequence[Tensor]) -> None:
-        self.held = [Held(f"args[{i}]", t, None) for i, t in enumerate(args)]
+        self._held = [Held(f"args[{i}]", t, None) for i, t in enumerate(args)]
+
+    def take(self) -> list[Held]:
+        held, self._held = self._held, []
+        return held
 
     def fetch(self, call: dict[str, Any]) -> tuple[Tensor, ...]:
         return tuple(call["args"])

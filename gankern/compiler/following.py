@@ -114,6 +114,10 @@ def followed(opaque: dict[str, Any]) -> Iterator[None]:
                 if name == "backward":
                     tx.push(UserFunctionVariable(backward).call_function(tx, [thing, *args], kwargs))
                     return
+                if name == "item":
+                    # The derivation lets nobody compute with it.
+                    tx.push(thing)
+                    return
                 if name == "requires_grad_":
                     _switch(thing, *args, **kwargs)
                     tx.push(thing)

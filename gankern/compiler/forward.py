@@ -56,7 +56,7 @@ class ForwardPlan:
 
     def __init__(self, call: dict[str, Any], strides: tuple[int, ...] | None, guards: Any = None) -> None:
         self._guards = make_guards(**call) if guards is None else guards
-        held, self._guards.held = self._guards.held, []
+        held = self._guards.take()
         self._places = [_place_of(h) for h in held]
         x = call["x"]
         inputs = [x, *(h.tensor for h in held)]

@@ -161,7 +161,9 @@ class Guards:
     Attributes
     ----------
     held : list of Held
-        Tensors that the forward read when the guards were made, the points left out; dropped once the plan is made.
+        Tensors that the forward read when the guards were made, the points left out; until somebody takes them.
+    objects : list
+        What else it read; so long, too.
     """
 
     def __init__(
@@ -181,6 +183,12 @@ class Guards:
         modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
         self._world = _World(list(modules), objects, [h.tensor for h in held])
         self.held = held
+        self.objects = list(objects)
+
+    def take(self) -> list[Held]:
+        """The tensors of `held`, once: plans keep nothing alive."""
+        held, self.held, self.objects = self.held, [], []
+        return held
 
     def fetch(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """The tensors of `held` as they are now; None where the plan is not for this call."""
@@ -259,6 +267,12 @@ def _values(sources: set[str], scope: dict[str, Any]) -> Iterator[Any]:
             yield eval(source, scope)
 
 
+def _where(error: Exception) -> str:
+    """The innermost line of what Dynamo could not follow."""
+    found = re.findall(r'File "([^"]*)", line (\d+), in (\w+)', str(error).partition("from user code:")[2])
+    return f" ({found[-1][0]}:{found[-1][1]}, in {found[-1][2]})" if found else ""
+
+
 def make_guards(
     critic: Any,
     x: Any,
@@ -329,7 +343,7 @@ def make_guards(
     except _NotTraced:
         raise Refused("Dynamo is switched off, or finds no operator of torch in its forward") from None
     except TorchDynamoException as error:
-        raise Refused(f"its forward cannot be guarded: {str(error).splitlines()[0]}") from None
+        raise Refused(f"its forward cannot be guarded: {str(error).splitlines()[0]}{_where(error)}") from None
     else:
         raise Refused("its forward computes nothing that a graph could hold")
     if reasons:

@@ -69,7 +69,7 @@ class PenaltyPlan:
 
     def __init__(self, call: dict[str, Any], wants: bool, wants_points: bool) -> None:
         self._guards = make_guards(**call)
-        held, self._guards.held = self._guards.held, []
+        held = self._guards.take()
         self.sources = [h.source for h in held]
         self._kind = wants, wants_points, backends.requested()
         self._wanted = [i for i, h in enumerate(held) if wants and h.tensor.requires_grad]

@@ -27,6 +27,8 @@ from torch.optim.optimizer import Optimizer
 from torch.utils import _pytree as pytree
 
 from gankern import _stock, backends, compiler
+from gankern._capture import record
+from gankern.arguments import first_line
 from gankern.compiler import attention
 from gankern.compiler.derive import Functions, bilinear_convolutions, derive, in_place_of, leaf_like
 from gankern.compiler.following import OPAQUE, call_step, followed, mark
@@ -47,6 +49,13 @@ _TENSOR: Any = Tensor
 _GRADIENTS = (_TENSOR.grad.__get__, _TENSOR._grad.__get__)
 
 
+class _Number:
+    """What ``.item()`` gives, which is known when the plan runs: it can be returned, and nothing else."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class _Functions(Functions):
     """Also takes the backward passes."""
 
@@ -59,6 +68,8 @@ class _Functions(Functions):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
             return self._backward(*args, **(kwargs or {}))
+        if func is Tensor.item:
+            return _Number(args[0].detach().clone())
         if func in _GRADIENTS:
             raise Refused("it reads .grad, which is known when the plan runs")
         # As stock has it, bit by bit.
@@ -237,6 +248,8 @@ class _Derivation:
                 made.append(("made", self._output(leaf.detach()), leaf.requires_grad))
             elif type(leaf) in _CONSTANTS:
                 made.append(("constant", leaf))
+            elif type(leaf) is _Number:
+                made.append(("number", self._output(leaf.tensor)))
             else:
                 raise Refused(f"it returns a {type(leaf).__name__}")
         return made, spec
@@ -272,8 +285,88 @@ class _Spent(torch.autograd.Function):
 class _Segment:
     """The program between two opaque calls: places of its inputs and outputs among a replay's values."""
 
-    def __init__(self, run: Callable[..., Any], needs: list[int], gives: list[int]) -> None:
-        self.run, self.needs, self.gives = run, needs, gives
+    def __init__(self, run: Callable[..., Any], needs: list[int], gives: list[int], graph: _Graph | None) -> None:
+        self.run, self.needs, self.gives, self.graph = run, needs, gives, graph
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether there are CUDA graphs on a device."""
+    return device.type == "cuda"
+
+
+class _Graph:
+    """A segment as a CUDA graph, of tensors where they lie.
+
+    Parameters
+    ----------
+    run : callable
+        The segment.
+    fixed : sequence of bool
+        Which of its inputs lie where the graph reads them, as parameters and buffers do; others are copied there.
+    """
+
+    # Runs before it is captured, that load kernels and choose algorithms, and how often it is captured in all.
+    _WARMUP, _MOST = 2, 4
+
+    def __init__(self, run: Callable[..., Any], fixed: Sequence[bool]) -> None:
+        self._run, self._fixed = run, fixed
+        self._runs = self._captures = 0
+        self._stream: Any = None
+        self._graph: Any = None
+        self._where: list[int] = []
+        self._inputs: list[Tensor | None] = []
+        self._outputs: list[Tensor] = []
+        self.reason = ""
+
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        """What the segment gives; overwritten by the next call where it is captured."""
+        where = [t.data_ptr() for t, fixed in zip(inputs, self._fixed, strict=True) if fixed]
+        if self._graph is not None and where != self._where:
+            self._graph = None
+        if self._graph is None:
+            if self.reason or self._captures >= self._MOST:
+                return self._run(inputs)
+            if self._runs < self._WARMUP:
+                self._runs += 1
+                return self._aside(inputs)
+            self._capture(inputs)
+            if self._graph is None:
+                return self._run(inputs)
+            self._where = where
+        for kept, given in zip(self._inputs, inputs, strict=True):
+            if kept is not None:
+                kept.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return self._outputs
+
+    def _aside(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The segment on the stream that it is captured on, so that its buffers belong there."""
+        device = inputs[0].device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        here = torch.cuda.current_stream(device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            found: list[Tensor] = self._run([*inputs])
+        here.wait_stream(self._stream)
+        for t in found:
+            if t.is_cuda:
+                t.record_stream(here)
+        return found
+
+    def _capture(self, inputs: list[Tensor]) -> None:
+        self._captures += 1
+        given = [t if fixed else t.clone() for t, fixed in zip(inputs, self._fixed, strict=True)]
+        try:
+            with torch.cuda.device(inputs[0].device):
+                self._graph, self._outputs = record(lambda: self._run([*given]), self._stream)
+        except Exception as error:
+            self._graph, self.reason = None, f"not captured in a CUDA graph: {first_line(error)}"
+        self._inputs = [None if fixed else t for t, fixed in zip(given, self._fixed, strict=True)]
 
 
 class NotFinite(Exception):
@@ -304,10 +397,13 @@ class StepPlan:
         call = {"critic": function, "x": None, "args": args, "kwargs": kwargs}
         opaque: dict[str, Any] = {}
         self._guards = make_guards(**call, run=call_step, followed=followed(opaque))  # type: ignore[arg-type]
-        held, self._guards.held = self._guards.held, []
+        things = list(opaque.values())
+        states = {id(s) for t in things if isinstance(t, Optimizer) for s in (t.state, *t.state.values())}
+        if any(id(value) in states for value in self._guards.objects):
+            raise Refused("it reads the state of an optimizer")
+        held = self._guards.take()
         if not held:
             raise Refused("it reads no tensors")
-        things = list(opaque.values())
         self._types = list(map(type, things))
         for thing in things:
             _check_opaque(thing)
@@ -321,10 +417,10 @@ class StepPlan:
         self._calls, self._returned = derived.calls, derived.returned
         self._switched = derived.switched
         self._models = len(held)
-        self._plan(traced, derived, [h.tensor for h in held])
+        self._plan(traced, derived, held)
         call.clear()
 
-    def _plan(self, traced: fx.GraphModule, derived: _Derivation, tensors: Sequence[Tensor]) -> None:
+    def _plan(self, traced: fx.GraphModule, derived: _Derivation, held: Sequence[Held]) -> None:
         graph = traced.graph
         dead.forget_detach(graph)
         nodes = list(graph.nodes)[:-1]
@@ -349,9 +445,13 @@ class StepPlan:
         (outputs,) = next(iter(reversed(graph.nodes))).args
         outputs = [n.args[0] if n.target is aten.detach.default else n for n in outputs]
         place_of = {node: i for i, node in enumerate(inputs)}
+        fixed = {i for i, h in enumerate(held) if h.module is not None}
+        tensors = [h.tensor for h in held]
+        # A look at whether values are finite waits for a GPU.
+        folds = all(t.device.type == "cpu" for t in tensors)
         self._segments: list[_Segment] = []
         written: set[int] = set()
-        self._last_folded = first
+        self._last_folded = first if folds else None
         # Up to the first update a call can begin anew, by stock.
         for number, part in enumerate(body):
             inside = set(part)
@@ -359,7 +459,7 @@ class StepPlan:
             later.update(outputs)
             gives = [node for node in part if node in later]
             needs = list(dict.fromkeys(used for node in part for used in node.all_input_nodes if used not in inside))
-            run, count, targets = _program(traced, needs, part, gives, fold=number <= first)
+            run, count, targets = _program(traced, needs, part, gives, fold=folds and number <= first)
             after += count
             for node in targets:
                 if node.op != "placeholder":
@@ -369,7 +469,9 @@ class StepPlan:
                 written.add(place_of[node])
             for node in gives:
                 place_of[node] = len(place_of)
-            self._segments.append(_Segment(run, [place_of[n] for n in needs], [place_of[n] for n in gives]))
+            own = [place_of[n] for n in needs]
+            graph_ = _Graph(run, [i in fixed for i in own]) if part and _is_on_gpu(part, needs) else None
+            self._segments.append(_Segment(run, own, [place_of[n] for n in gives], graph_))
         self.size = before, after
         self._count = len(place_of)
         self._writes = sorted(written)
@@ -386,7 +488,7 @@ class StepPlan:
             self._grads[number].append((place, place_of[node], fresh))
         self._checks = [place_of[outputs[c]] for c in derived.checks]
         made = [
-            (kind, place_of[outputs[what]], *rest) if kind == "made" else (kind, what)
+            (kind, place_of[outputs[what]], *rest) if kind in ("made", "number") else (kind, what)
             for kind, what, *rest in derived.returned[0]
         ]
         for kind, what, *_ in derived.returned[0]:
@@ -426,13 +528,16 @@ class StepPlan:
         device = tensors[0].device
         random = random_state(device) if self._draws else None
         values: list[Any] = [*tensors, *[None] * (self._count - len(tensors))]
+        captured = False
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for d in self._casts:
                 stack.enter_context(torch.autocast(d, enabled=False))
             for number, segment in enumerate(self._segments):
                 if segment.gives or segment.needs:
-                    found = segment.run([values[i] for i in segment.needs])
+                    graph = segment.graph
+                    found = (segment.run if graph is None else graph)([values[i] for i in segment.needs])
+                    captured = captured or (graph is not None and graph.is_captured)
                     for i, value in zip(segment.gives, found, strict=True):
                         values[i] = value
                 if number == self._last_folded:
@@ -443,14 +548,21 @@ class StepPlan:
                             if random is not None:
                                 set_random_state(device, random)
                             raise NotFinite
-                for place, i, fresh in self._grads[number]:
-                    _accumulate(tensors[place], values[i], fresh)
+                _accumulate(
+                    [(tensors[place], values[i], fresh and not captured) for place, i, fresh in self._grads[number]]
+                )
                 if number < len(self._calls):
                     opaque = self._calls[number]
                     with torch.set_grad_enabled(opaque.grad_mode):
                         getattr(things[opaque.place], opaque.name)(*opaque.args, **opaque.kwargs)
         for place, on in self._switched:
             tensors[place].requires_grad_(on)
+        if captured:
+            # A replay counts no versions, and overwrites what it gave before.
+            torch.autograd.graph.increment_version([tensors[i] for i in self._writes])
+            for kind, what, *_ in self._returned[0]:
+                if kind == "made":
+                    values[what] = values[what].clone()
         return self._result(tensors, values)
 
     def _result(self, tensors: Sequence[Tensor], values: Sequence[Any]) -> Any:
@@ -460,6 +572,8 @@ class StepPlan:
                 leaves.append(tensors[what])
             elif kind == "constant":
                 leaves.append(what)
+            elif kind == "number":
+                leaves.append(values[what].item())
             elif rest[0]:
                 with torch.enable_grad():
                     leaves.append(_Spent.apply(torch.empty(0, requires_grad=True), [values[what]]))
@@ -533,15 +647,33 @@ def _runs_as_itself(thing: Any) -> bool:
     return not (any(hooks) or any(globals_) or replaced or "zero_grad" in own)
 
 
-def _accumulate(tensor: Tensor, grad: Tensor, fresh: bool) -> None:
-    """What autograd does at a leaf."""
-    old = tensor.grad
-    if old is None:
-        tensor.grad = grad if fresh and _lies_as(tensor, grad) else _like(tensor, grad)
-    elif old.layout is torch.strided:
-        old += grad
-    else:
-        tensor.grad = grad + old
+def _accumulate(found: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
+    """What autograd does at leaves, with a gradient for each that may be kept if it is fresh."""
+    sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+    summed: set[int] = set()
+    for tensor, grad, fresh in found:
+        old = tensor.grad
+        if id(old) in summed:
+            # Another backward pass.
+            torch._foreach_add_(*sums)
+            sums, summed = ([], []), set()
+        if old is None:
+            tensor.grad = grad if fresh and _lies_as(tensor, grad) else _like(tensor, grad)
+        elif old.layout is torch.strided:
+            sums[0].append(old)
+            sums[1].append(grad)
+            summed.add(id(old))
+        else:
+            tensor.grad = grad + old
+    if sums[0]:
+        torch._foreach_add_(*sums)
+
+
+def _is_on_gpu(part: Sequence[fx.Node], needs: Sequence[fx.Node]) -> bool:
+    """Whether a part can be a CUDA graph: nothing in it is done by the host."""
+    found = [v for n in (*part, *needs) for v in pytree.tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
+    devices = {v.device for v in found}
+    return len(devices) == 1 and bool(needs) and can_capture(devices.pop())
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -242,6 +242,7 @@ class World:
         """Copies of all that a run gave and left."""
         found: dict[str, Any] = {}
         for i, leaf in enumerate(pytree.tree_leaves(result)):
+            leaf = torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
             found[f"result {i}"] = leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
         for i, t in enumerate(self._tensors):
             # What rounding leaves of a gradient that is zero becomes a whole step of Adam's.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import gankern
 from gankern.compiler import choice, planning
+from gankern.compiler import step as step_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:the critic has batch norm")
 
@@ -321,3 +324,38 @@ def test_shapes() -> None:
         same(step(planned, x), want)
         same(planned.state(), plain.state())
     assert (step._plans.made, step._plans.hits) == (3, 3)
+
+
+def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph that runs what was captured again, on what lies where it lay then."""
+    captured: list[Any] = []
+
+    def record(work: Callable[[], list[Tensor]], stream: Any) -> Any:
+        with torch.random.fork_rng():
+            outputs = work()
+        captured.append(outputs)
+
+        def replay() -> None:
+            for kept, now in zip(outputs, work(), strict=True):
+                kept.copy_(now)
+
+        return SimpleNamespace(replay=replay), outputs
+
+    monkeypatch.setattr(step_plan, "record", record)
+    monkeypatch.setattr(step_plan, "can_capture", lambda device: True)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (("Stream", lambda device: stream), ("current_stream", lambda device: stream)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+
+    def make() -> Gan:
+        gan = Gan(optimizer=sgd)
+        # Where work runs once more to be recorded, statistics would be written once more.
+        gan.generator.eval()
+        return gan
+
+    step = agree("dcgan", set_lr, grads_of_zero, data_swapped, own_grads, make=make, calls=6)
+    graphs = [s.graph for p in step._plans.plans for s in p._segments if s.graph is not None]
+    assert any(g.is_captured for g in graphs)
+    assert len(captured) > len(step._plans.plans)
