@@ -55,9 +55,10 @@ def plan_pays(points: Tensor) -> bool:
     return points.device.type == "cpu" and (points.numel() < _MANY_VALUES or _everywhere.get())
 
 
-def step_pays(values: int) -> bool:
+def step_pays(values: int, device: torch.device) -> bool:
     """Whether a whole step is faster as a plan, by the values of its largest tensor: kernels run parts of others."""
-    return values < _MANY_VALUES or _everywhere.get()
+    many = _MANY_VALUES if device.type == "cpu" else dispatch.FEW_BYTES // 4
+    return values < many or _everywhere.get()
 
 
 def norm_pays(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ Exact: optimizers and hooks on them run as themselves, with the state and the le
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -85,20 +86,15 @@ class _Opaque:
         self.place, self.name, self.args, self.kwargs = place, name, args, kwargs
         self.grad_mode = torch.is_grad_enabled()
 
-    @property
-    def is_idempotent(self) -> bool:
-        return self.name == "zero_grad"
-
 
 class _Derivation:
     """Runs a step for its graph.
 
     Attributes
     ----------
-    calls : list of _Opaque
-        In the order of their marks in the graph.
-    grads : list of tuple
-        Number of the mark that they come before, place of the tensor, and place among the outputs.
+    effects : list of list
+        What comes after each segment of the graph: opaque calls, and of a backward pass the places of tensors with
+        those of their gradients among the outputs.
     outputs : list of Tensor
         What the traced function returns.
     returned : tuple
@@ -113,8 +109,7 @@ class _Derivation:
         self._call, self._opaque = call, opaque
         self._models = [h.tensor for h in held]
         self._modules = [h.module for h in held if h.module is not None]
-        self.calls: list[_Opaque] = []
-        self.grads: list[tuple[int, int, int]] = []
+        self.effects: list[list[_Opaque | list[tuple[int, int]]]] = [[]]
         self.outputs: list[Tensor] = []
         self.checks: list[int] = []
         self.switched: list[tuple[int, bool]] = []
@@ -183,16 +178,18 @@ class _Derivation:
     def _note(self, place: int, name: str, args: Any, kwargs: Any) -> None:
         if not all(isinstance(a, _CONSTANTS) for a in (*args, *kwargs.values())):
             raise Refused(f"{name} is called with more than constants")
+        self.effects[-1].append(_Opaque(place, name, args, kwargs))
+        if name != "step":
+            # Nothing in the graph reads gradients.
+            return
         with torch.no_grad():
-            mark(self._leaves[0], len(self.calls))
-        self.calls.append(_Opaque(place, name, args, kwargs))
-        thing = self._opaque[place]
-        if name == "step":
-            stepped = {id(p) for group in thing.param_groups for p in group["params"]}
-            # Stock's backward pass raises where it needs values from before.
-            torch.autograd.graph.increment_version(
-                [leaf for leaf, m in zip(self._leaves, self._models, strict=True) if id(m) in stepped]
-            )
+            mark(self._leaves[0], len(self.effects))
+        self.effects.append([])
+        stepped = {id(p) for group in self._opaque[place].param_groups for p in group["params"]}
+        # Stock's backward pass raises where it needs values from before.
+        torch.autograd.graph.increment_version(
+            [leaf for leaf, m in zip(self._leaves, self._models, strict=True) if id(m) in stepped]
+        )
 
     def _output(self, tensor: Tensor) -> int:
         self.outputs.append(tensor)
@@ -215,9 +212,8 @@ class _Derivation:
         with bilinear_convolutions():
             found = torch.autograd.grad(loss, leaves, gradient, retain_graph=bool(retain_graph), allow_unused=True)
         self.checks.append(self._output(loss.detach()))
-        for place, grad in zip(wanted, found, strict=True):
-            if grad is not None:
-                self.grads.append((len(self.calls), place, self._output(grad)))
+        reached = [(place, grad) for place, grad in zip(wanted, found, strict=True) if grad is not None]
+        self.effects[-1].append([(place, self._output(grad)) for place, grad in reached])
 
     def _penalty(
         self, critic: Any, points: Tensor, inputs: Any, kwargs: Any, options: tuple[float, float, bool, bool]
@@ -414,9 +410,8 @@ class StepPlan:
         self._casts = [d for d in self._devices if torch.is_autocast_enabled(d)]
         derived = _Derivation(call, held, things)
         traced = derived.trace()
-        self._calls, self._returned = derived.calls, derived.returned
         self._switched = derived.switched
-        self._models = len(held)
+        self.device = held[0].tensor.device
         self._plan(traced, derived, held)
         call.clear()
 
@@ -431,8 +426,6 @@ class StepPlan:
                 body.append([])
             else:
                 body[-1].append(node)
-        updates = [i for i, c in enumerate(self._calls) if not c.is_idempotent]
-        first = min([*updates, *(number for number, _, _ in derived.grads), len(self._calls)])
         before, after = sum(len(part) for part in body), 0
         number_of = {node: number for number, part in enumerate(body) for node in part}
         for node in number_of:
@@ -448,18 +441,17 @@ class StepPlan:
         fixed = {i for i, h in enumerate(held) if h.module is not None}
         tensors = [h.tensor for h in held]
         # A look at whether values are finite waits for a GPU.
-        folds = all(t.device.type == "cpu" for t in tensors)
+        self._folds = all(t.device.type == "cpu" for t in tensors)
         self._segments: list[_Segment] = []
         written: set[int] = set()
-        self._last_folded = first if folds else None
-        # Up to the first update a call can begin anew, by stock.
+        # Before the first update a call can begin anew, by stock.
         for number, part in enumerate(body):
             inside = set(part)
             later = {used for other in body[number + 1 :] for node in other for used in node.all_input_nodes}
             later.update(outputs)
             gives = [node for node in part if node in later]
             needs = list(dict.fromkeys(used for node in part for used in node.all_input_nodes if used not in inside))
-            run, count, targets = _program(traced, needs, part, gives, fold=folds and number <= first)
+            run, count, computes, targets = _program(traced, needs, part, gives, fold=self._folds and number == 0)
             after += count
             for node in targets:
                 if node.op != "placeholder":
@@ -470,23 +462,29 @@ class StepPlan:
             for node in gives:
                 place_of[node] = len(place_of)
             own = [place_of[n] for n in needs]
-            graph_ = _Graph(run, [i in fixed for i in own]) if part and _is_on_gpu(part, needs) else None
+            graph_ = _Graph(run, [i in fixed for i in own]) if computes and _is_on_gpu(part, needs) else None
             self._segments.append(_Segment(run, own, [place_of[n] for n in gives], graph_))
         self.size = before, after
         self._count = len(place_of)
         self._writes = sorted(written)
         storages = [t.untyped_storage()._cdata for t in tensors]
-        stepped = written | {place for _, place, _ in derived.grads}
+        reached = [pair for list_ in derived.effects for effect in list_ if isinstance(effect, list) for pair in effect]
+        stepped = written | {place for place, _ in reached}
         if any(storages.count(storages[i]) > 1 for i in stepped):
             raise Refused("it changes a tensor that shares memory with another")
         owners = [_owner(node) for node in outputs]
         self._draws = any(map(effects.draws, nodes))
-        self._grads: list[list[tuple[int, int, bool]]] = [[] for _ in body]
-        for number, place, output in derived.grads:
-            node = outputs[output]
-            fresh = owners[output].op != "placeholder" and owners.count(owners[output]) == 1
-            self._grads[number].append((place, place_of[node], fresh))
-        self._checks = [place_of[outputs[c]] for c in derived.checks]
+
+        def is_fresh(output: int) -> bool:
+            return owners[output].op != "placeholder" and owners.count(owners[output]) == 1
+
+        self._effects: list[list[Any]] = [
+            [e if isinstance(e, _Opaque) else [(p, place_of[outputs[o]], is_fresh(o)) for p, o in e] for e in effects_]
+            for effects_ in derived.effects
+        ]
+        self._reached = sorted({place for place, _ in reached})
+        of_first = {place for segment in self._segments[:1] for place in segment.gives}
+        self._checks = [place_of[outputs[c]] for c in derived.checks if place_of[outputs[c]] in of_first]
         made = [
             (kind, place_of[outputs[what]], *rest) if kind in ("made", "number") else (kind, what)
             for kind, what, *rest in derived.returned[0]
@@ -520,8 +518,7 @@ class StepPlan:
         things = self._find(call, self._guards._function.__globals__)
         if list(map(type, things)) != self._types or not all(map(_runs_as_itself, things)):
             return None
-        leaves = all(tensors[place].is_leaf for group in self._grads for place, _, _ in group)
-        return (tensors, things) if leaves else None
+        return (tensors, things) if all(tensors[place].is_leaf for place in self._reached) else None
 
     def _replay(self, tensors: Sequence[Tensor], things: Sequence[Any]) -> Any:
         kept = [(tensors[i], tensors[i].detach().clone()) for i in self._writes]
@@ -540,21 +537,18 @@ class StepPlan:
                     captured = captured or (graph is not None and graph.is_captured)
                     for i, value in zip(segment.gives, found, strict=True):
                         values[i] = value
-                if number == self._last_folded:
-                    for i in self._checks:
-                        if values[i] is not None and not bool(values[i].sum().isfinite()):
-                            for t, before in kept:
-                                t.data.copy_(before)
-                            if random is not None:
-                                set_random_state(device, random)
-                            raise NotFinite
-                _accumulate(
-                    [(tensors[place], values[i], fresh and not captured) for place, i, fresh in self._grads[number]]
-                )
-                if number < len(self._calls):
-                    opaque = self._calls[number]
-                    with torch.set_grad_enabled(opaque.grad_mode):
-                        getattr(things[opaque.place], opaque.name)(*opaque.args, **opaque.kwargs)
+                if number == 0 and self._folds and not all(bool(values[i].sum().isfinite()) for i in self._checks):
+                    for t, before in kept:
+                        t.data.copy_(before)
+                    if random is not None:
+                        set_random_state(device, random)
+                    raise NotFinite
+                for effect in self._effects[number]:
+                    if isinstance(effect, _Opaque):
+                        with torch.set_grad_enabled(effect.grad_mode):
+                            getattr(things[effect.place], effect.name)(*effect.args, **effect.kwargs)
+                    else:
+                        _accumulate([(tensors[p], values[i], fresh and not captured) for p, i, fresh in effect])
         for place, on in self._switched:
             tensors[place].requires_grad_(on)
         if captured:
@@ -584,8 +578,8 @@ class StepPlan:
 
 def _program(
     traced: fx.GraphModule, needs: Sequence[fx.Node], part: Sequence[fx.Node], gives: Sequence[fx.Node], fold: bool
-) -> tuple[Callable[..., Any], int, list[fx.Node]]:
-    """A part of a graph, optimised; how many calls it has, and which of its inputs it changes."""
+) -> tuple[Callable[..., Any], int, bool, list[fx.Node]]:
+    """A part of a graph, optimised; how many calls it has, whether one computes, and which inputs it changes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in needs:
@@ -608,7 +602,10 @@ def _program(
     views.relax(graph)
     in_place.put_back(graph, written)
     graph.lint()
-    return compile_graph(own, packed=True, rooms=False), len(graph.nodes) - len(needs) - 1, result
+    computes = any(
+        n.op == "call_function" and not effects.views(n) and n.target != operator.getitem for n in graph.nodes
+    )
+    return compile_graph(own, packed=True, rooms=False), len(graph.nodes) - len(needs) - 1, computes, result
 
 
 def _owner(node: fx.Node) -> fx.Node:
@@ -617,8 +614,8 @@ def _owner(node: fx.Node) -> fx.Node:
         source = effects.changed_and_returned(node)
         if source is None:
             first = node.args[0] if node.args else None
-            operator_ = node if isinstance(node.target, torch._ops.OpOverload) else first
-            if not isinstance(first, fx.Node) or not isinstance(operator_, fx.Node) or not effects.views(operator_):
+            call = node if isinstance(node.target, torch._ops.OpOverload) else first
+            if not isinstance(first, fx.Node) or not isinstance(call, fx.Node) or not effects.views(call):
                 break
             source = first
         node = source
@@ -650,21 +647,24 @@ def _runs_as_itself(thing: Any) -> bool:
 def _accumulate(found: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
     """What autograd does at leaves, with a gradient for each that may be kept if it is fresh."""
     sums: tuple[list[Tensor], list[Tensor]] = ([], [])
-    summed: set[int] = set()
+    copies: tuple[list[Tensor], list[Tensor]] = ([], [])
     for tensor, grad, fresh in found:
         old = tensor.grad
-        if id(old) in summed:
-            # Another backward pass.
-            torch._foreach_add_(*sums)
-            sums, summed = ([], []), set()
         if old is None:
-            tensor.grad = grad if fresh and _lies_as(tensor, grad) else _like(tensor, grad)
+            if not _lies_as(tensor, grad):
+                tensor.grad = _like(tensor, grad)
+            elif fresh:
+                tensor.grad = grad
+            else:
+                copies[0].append(tensor)
+                copies[1].append(grad)
         elif old.layout is torch.strided:
             sums[0].append(old)
             sums[1].append(grad)
-            summed.add(id(old))
         else:
             tensor.grad = grad + old
+    for tensor, copy in zip(copies[0], torch._foreach_mul(copies[1], 1) if copies[0] else (), strict=True):
+        tensor.grad = copy
     if sums[0]:
         torch._foreach_add_(*sums)
 

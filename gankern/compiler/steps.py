@@ -32,15 +32,18 @@ MOST_PLANS = 16
 _HITS_A_PLAN = 200
 _SLOW = 3.0
 _MOST_KINDS = 64
+_FOR_EVER = float("inf")
+# Calls without a look at them where there is no plan.
+_RESTS = 32
 
 
 @dataclass
 class _Kind:
-    """Calls of one kind: how many ran as they are, until when, and why."""
+    """Calls of one kind: how many ran as they are, why, and when a plan is tried again."""
 
     calls: int = 0
-    wait: int = 0
     reason: str = ""
+    again: float = 0.0
 
 
 class Plans:
@@ -84,9 +87,11 @@ class Plans:
         known = self.kinds.setdefault(kind, _Kind())
         if len(self.kinds) > _MOST_KINDS:
             self.kinds.pop(next(iter(self.kinds)))
-        if known.calls < max(known.wait, choice.calls_first()):
+        if known.calls < choice.calls_first() or (known.reason and time.monotonic() < known.again):
             known.calls += 1
             self.reason = known.reason or "too few calls so far"
+            if known.reason:
+                self._rest()
             return function(*args, **kwargs)
         with self._lock:
             new = self._make(known, function, args, kwargs)
@@ -102,33 +107,37 @@ class Plans:
 
     def _make(self, known: _Kind, function: Callable[..., Any], args: Any, kwargs: Any) -> StepPlan | None:
         if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
-            self._refuse(known, "too few calls for each plan so far: what the step reads changes too often")
+            self._refuse(known, "too few calls for each plan so far: what the step reads changes too often", _SLOW)
             return None
-        begin = time.perf_counter()
+        begin, reason = time.perf_counter(), ""
         try:
             plan = StepPlan(function, args, kwargs)
+            if not choice.step_pays(plan.largest, plan.device):
+                reason = "its tensors are so large that calls from Python do not count"
         except Refused as error:
-            self._refuse(known, str(error))
-            return None
+            reason = str(error)
         except Exception as error:
             # The step's own run says what is wrong with the call, if anything is.
-            self._refuse(known, f"deriving it failed with {first_line(error)}")
-            return None
-        if not choice.step_pays(plan.largest):
-            self._refuse(known, "its tensors are so large that calls from Python do not count")
-            return None
+            reason = f"deriving it failed with {first_line(error)}"
         took = time.perf_counter() - begin
+        if reason:
+            self._refuse(known, reason, took)
+            return None
         log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a step in %.1f s", took)
         return plan
 
-    def _refuse(self, known: _Kind, reason: str) -> None:
-        """Leave calls of a kind as they are, twice as many each time: the world changes."""
+    def _refuse(self, known: _Kind, reason: str, took: float = 0.0) -> None:
+        """Leave calls of a kind as they are for so long that another try costs a hundredth: the world changes."""
         known.reason = self.reason = reason
-        known.calls, known.wait = 0, min(max(2 * known.wait, 16), 1 << 12)
-        if not self._since:
-            self._step.idle = known.wait
-        self._since = 0
+        known.again = time.monotonic() + 100 * took
+        self._rest()
         log.info("no plan for a step: %s", reason)
+
+    def _rest(self) -> None:
+        """Look at no call for a while, where no plan has run one since the last rest."""
+        if not self._since:
+            self._step.idle = _RESTS
+        self._since = 0
 
     def _first(self, plan: StepPlan, known: _Kind, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The step's own result, and state; the plan is kept where it gave the same from the same state."""
@@ -155,10 +164,9 @@ class Plans:
                 failed = "it differed from the step's own run: the random numbers to come"
         if failed:
             log.warning("no plan for a step: %s", failed)
-            self._refuse(known, failed)
+            self._refuse(known, failed, _FOR_EVER)
             return result
         known.reason = self.reason = ""
-        known.wait = 0
         self.plans.insert(0, plan)
         self.made += 1
         while len(self.plans) > MOST_PLANS:

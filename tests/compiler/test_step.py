@@ -67,7 +67,7 @@ class Gan:
         """As people write it."""
         self.critic.zero_grad()
         fake = self.generator(self.latent(real)).detach()
-        alpha = torch.rand(real.size(0), 1, dtype=real.dtype)
+        alpha = torch.rand(real.size(0), 1, dtype=real.dtype, device=real.device)
         x = (alpha * real + (1 - alpha) * fake).requires_grad_(True)
         scores = self.critic(x)
         (grad,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True, retain_graph=True)
@@ -87,7 +87,7 @@ class Gan:
 
     def dcgan(self, real: Tensor) -> tuple[Tensor, Tensor]:
         """Both networks in one step; two backward passes of the critic's."""
-        ones = torch.ones(real.size(0), 1, dtype=real.dtype)
+        ones = torch.ones(real.size(0), 1, dtype=real.dtype, device=real.device)
         self.critic.zero_grad()
         of_real = F.binary_cross_entropy_with_logits(self.critic(real), ones)
         of_real.backward()

@@ -42,7 +42,7 @@ def near(got: Any, want: Any) -> None:
         assert got == want
 
 
-@pytest.mark.parametrize("method", ["wgan_gp", "generate", "dcgan"])
+@pytest.mark.parametrize("method", ["wgan_gp", "own_penalty", "generate", "dcgan"])
 @pytest.mark.parametrize(
     "critic",
     [lambda: mlp(nn.Dropout(0.5)), lambda: conv(nn.BatchNorm2d(4)), lambda: mlp(nn.LayerNorm(8))],
