@@ -221,6 +221,9 @@ def _add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 means autocast")
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=positive_int, default=20, metavar="N", help="steps to time, default %(default)s")
+    how.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="without stock's step compiled whole, to save time"
+    )
     _add_compile_seconds(how)
     how.add_argument("--device", default="cpu", help="torch device, such as cuda; default %(default)s")
     how.add_argument("--threads", type=positive_int, metavar="N", help="torch's threads")

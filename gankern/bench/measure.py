@@ -203,7 +203,7 @@ def checked(
         Where gankern's results are not the reference's.
     """
     want = {name: [t if t is None else t.detach() for t in group] for name, group in sides.reference().items()}
-    error = max(compare(run(), want, sides.tolerance) for run in sides.ours.values())
+    error = max((compare(run(), want, sides.tolerance) for run in sides.ours.values()), default=0.0)
     runs: dict[str, Run] = {}
     compiling: dict[str, float] = {}
     left_out = {**sides.left_out, **(without or {})}

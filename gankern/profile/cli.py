@@ -15,14 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import gankern
 from gankern.arguments import UsageError, find_device, first_line, make_folder
 from gankern.bench import ceilings
+from gankern.bench.measure import Checked
 from gankern.bench.own import Subject, build
 from gankern.bench.results import OURS, STOCK
 from gankern.profile import report as reports
 from gankern.profile.advice import advise
 from gankern.profile.feed import Feed, of_model
 from gankern.profile.measure import Measurement
-from gankern.profile.results import ProfileReport
-from gankern.profile.sides import make_sides
+from gankern.profile.results import ProfileReport, Variant
+from gankern.profile.sides import compiled_step, make_sides
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -50,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     traces = _traces(args)
     interrupted = False
     try:
-        measured = Measurement(make_sides(Feed(subject, args.batch_size)), traces, args.steps)
+        feed = Feed(subject, args.batch_size)
+        with _progress() as progress:
+            progress.add_task("compiling stock's step", total=None, visible=args.compile)
+            compiled = compiled_step(feed, args.compile_seconds) if args.compile else Checked({}, 0.0, {}, {})
+        measured = Measurement(make_sides(feed), traces, args.steps, compiled.runs)
         try:
             with _progress() as progress:
                 task = progress.add_task("steps", total=1.0)
@@ -62,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     # Last: malloc keeps more memory once it has seen large blocks freed, and steps would fault less than elsewhere.
     report.machine["ceilings"] = ceilings.measure(subject.device)
     report.sides, report.overhead = measured.profiles(), measured.overhead()
+    report.variants = measured.variants(compiled.compiling)
+    report.variants |= {name: Variant(left_out=why) for name, why in compiled.left_out.items()}
     report.advice = advise(measured, report.ceilings)
     reports.show(report, console)
     _save(report, args, traces, console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from gankern.bench import timing
 from gankern.bench.results import OURS, STOCK
 from gankern.profile.recorder import critic_steps
-from gankern.profile.results import StepProfile
+from gankern.profile.results import StepProfile, Variant
 from gankern.profile.sides import Side
 
 _PROFILED = " profiled"
@@ -26,6 +26,10 @@ class Measurement:
         As `gankern.profile.sides.make_sides` returns them.
     traces : dict of str to Path
         Where to write the trace of a step, by side.
+    steps : int
+        To time.
+    others : mapping of str to callable
+        Other forms of stock's step, whose phases are not told apart.
 
     Attributes
     ----------
@@ -33,8 +37,15 @@ class Measurement:
         Of each side's steps without the profiler, one entry a round.
     """
 
-    def __init__(self, sides: dict[str, Side], traces: dict[str, Path], steps: int) -> None:
+    def __init__(
+        self,
+        sides: dict[str, Side],
+        traces: dict[str, Path],
+        steps: int,
+        others: Mapping[str, timing.Work] | None = None,
+    ) -> None:
         self.sides, self._steps = sides, steps
+        self._others = others or {}
         self._device = str(sides[STOCK].subject.device)
         self._profilers = {
             name: critic_steps(steps=steps, device=self._device, trace=traces.get(name)) for name in (STOCK, OURS)
@@ -42,6 +53,7 @@ class Measurement:
         off = critic_steps(enabled=False)
         self._work: dict[str, timing.Work] = {name: partial(side.step, off) for name, side in sides.items()}
         self._work |= {name + _PROFILED: partial(sides[name].step, p) for name, p in self._profilers.items()}
+        self._work |= self._others
         self._times: dict[str, list[float]] = {name: [] for name in self._work}
         self._peaks: dict[str, int | None] = {}
 
@@ -77,6 +89,16 @@ class Measurement:
             for name in self._profilers
             if self._times[name]
         }
+
+    def variants(self, compiling: Mapping[str, float]) -> dict[str, Variant]:
+        """Other forms of stock's step, with the seconds that the first two calls of each took."""
+        found = {}
+        for name in self._others:
+            if self._times[name]:
+                seconds = timing.Spread.of(self._times[name])
+                *_, ratio = timing.ratio({name: self._times[name], OURS: self._times[OURS]}, [OURS])
+                found[name] = Variant(seconds, max(0.0, compiling[name] - 2 * seconds.median), ratio)
+        return found
 
     def saving(self, name: str) -> timing.Spread | None:
         """Seconds by which a side's steps are shorter than stock's, round by round; None where nothing was timed."""

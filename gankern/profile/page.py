@@ -55,6 +55,7 @@ def _overview(report: ProfileReport) -> Iterator[Markup]:
         stock, ours = report.sides.values()
         rows = [_cells(row) for row in reports.comparison_rows(stock, ours)]
         yield table(reports.SIDES, rows, caption="Phases of the stock step and of gankern's, side by side")
+    yield from map(paragraph, reports.variant_lines(report))
 
 
 def _cells(row: list[str]) -> list[Cell | str]:

@@ -43,6 +43,8 @@ def show(report: ProfileReport, console: Console) -> None:
                 comparison_rows(report.sides[STOCK], report.sides[OURS]),
             )
         )
+    for line in variant_lines(report):
+        console.print(line, markup=False, highlight=False)
     for name, profile in report.sides.items():
         line = headline(profile, report.overhead.get(name))
         console.print(f"\n{name}: {line}", style="bold", markup=False, highlight=False)
@@ -75,6 +77,21 @@ def headline(profile: StepProfile, overhead: float | None = None) -> str:
         "" if overhead is None else f"profiling adds {max(0.0, overhead):.1%}",
     ]
     return ", ".join(filter(None, parts))
+
+
+def variant_lines(report: ProfileReport) -> list[str]:
+    """Other forms of stock's step, a line each."""
+    lines = []
+    for name, variant in report.variants.items():
+        line = f"stock, {name}: left out: {variant.left_out}"
+        if variant.seconds and variant.ratio:
+            line = (
+                f"stock, {name}: {variant.seconds.median * 1e3:.2f} ms a step, {variant.ratio.median:.2f} times "
+                f"gankern's ({variant.ratio.p20:.2f} to {variant.ratio.p80:.2f}); {variant.compile_seconds:.1f} s to "
+                "compile"
+            )
+        lines.append(line)
+    return lines
 
 
 def comparison_rows(stock: StepProfile, ours: StepProfile) -> list[list[str]]:

@@ -128,6 +128,28 @@ def total(name: str, phases: Sequence[Phase]) -> Phase:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Another form of stock's step.
+
+    Attributes
+    ----------
+    seconds : Spread or None
+        Of a step; None where it was left out.
+    compile_seconds : float or None
+        What torch.compile took for it.
+    ratio : Spread or None
+        Its time / that of gankern's step, over the rounds.
+    left_out : str
+        Why there is no time.
+    """
+
+    seconds: Spread | None = None
+    compile_seconds: float | None = None
+    ratio: Spread | None = None
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
 class Limits:
     """Least seconds of a phase by each of a machine's ceilings; None where nothing was counted.
 
@@ -212,6 +234,8 @@ class ProfileReport:
     overhead : dict of str to float
         By side, the time of steps that are profiled / of steps that are not, less one.
     advice : list of Advice
+    variants : dict of str to Variant
+        Other forms of stock's step, such as the one that is compiled whole.
     """
 
     subject: str
@@ -220,6 +244,7 @@ class ProfileReport:
     sides: dict[str, StepProfile] = field(default_factory=dict)
     overhead: dict[str, float] = field(default_factory=dict)
     advice: list[Advice] = field(default_factory=list)
+    variants: dict[str, Variant] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import gankern
 from gankern.bench import stock
+from gankern.bench.cases.own import own_cases
+from gankern.bench.measure import Checked, checked
 from gankern.bench.own import CLIP, copied
 from gankern.bench.results import OURS, STOCK
 from gankern.ops.gradient_penalty import PenaltyExplanation
@@ -123,3 +125,13 @@ def make_sides(feed: Feed) -> dict[str, Side]:
     if len(possible) > 1:
         sides |= {name: Side(feed, Changes(**{name: True})) for name in possible}
     return sides
+
+
+def compiled_step(feed: Feed, compile_seconds: float) -> Checked:
+    """Stock's step compiled whole, under `stock.COMPILE_STEP`: what runs it, where it is right, and its compile time.
+
+    It is one phase, of one batch. Where it compiles for longer than `compile_seconds` it is left out.
+    """
+    subject = feed.subject
+    sides = own_cases(subject)[0].setup({"batch": feed.batch}, subject.dtype, str(subject.device))
+    return checked(replace(sides, ours={}), [stock.COMPILE_STEP], compile_seconds=compile_seconds)

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from gankern.bench import ceilings, timing
+from gankern.bench import ceilings, stock, timing
 from gankern.cli import main
 
 HERE = Path(__file__).parent
@@ -23,8 +24,8 @@ def beside_the_critics_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-def profile(out: Path, *args: str) -> dict[str, object]:
-    assert main(["profile", *args, "--batch", "4", "--steps", "5", "--out", str(out)]) == 0
+def profile(out: Path, *args: str, compiled: str = "--no-compile") -> dict[str, object]:
+    assert main(["profile", *args, compiled, "--batch", "4", "--steps", "5", "--out", str(out)]) == 0
     return json.loads((out / "profile.json").read_text())
 
 
@@ -58,6 +59,45 @@ def test_phases_add_up_on_any_critic(critic: str, tmp_path: Path, capsys: pytest
     assert report["advice"]
     assert "was measured to" in text
     assert "<svg" in (tmp_path / "profile.html").read_text()
+
+
+def test_stocks_step_compiled_whole_is_timed_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile_(*args, **{"backend": "aot_eager"} | kwargs))
+    arguments = ("--critic", "profiled_critics:points", "--shape", "2")
+    found = profile(tmp_path, *arguments, compiled="--compile-seconds=600")["variants"][stock.COMPILE_STEP]
+    text, page = capsys.readouterr().out, (tmp_path / "profile.html").read_text()
+    missing = stock.without_compile_step()
+    if missing:
+        assert found["left_out"] == missing[stock.COMPILE_STEP]
+    else:
+        assert found["compile_seconds"] > 10 * found["seconds"]["median"] > 0
+        assert found["left_out"] == ""
+    line = next(line for line in text.splitlines() if line.startswith("stock, compile_step: "))
+    assert ("left out: " if missing else f"{found['ratio']['median']:.2f} times gankern's") in line
+    assert "stock, compile_step: " in page
+
+
+def test_a_compiled_step_that_is_wrong_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Halved(stock.CompiledGradients):
+        def __init__(self, *args: object) -> None:
+            self._of = args
+
+        def __call__(self) -> torch.Tensor:
+            loss, params, _ = self._of
+            value = loss()
+            (value / 2).backward(inputs=list(params))
+            return value.detach()
+
+    monkeypatch.setattr(stock, "CompiledGradients", Halved)
+    monkeypatch.setattr(stock, "without_compile_step", dict)
+    found = profile(tmp_path, "--critic", "profiled_critics:points", "--shape", "2", compiled="--compile-seconds=600")
+    assert found["variants"][stock.COMPILE_STEP]["left_out"].startswith("Wrong: gradients: relative error 5")
+    assert found["variants"][stock.COMPILE_STEP]["seconds"] is None
 
 
 def test_a_reference_gan_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +157,17 @@ def test_ctrl_c_leaves_what_was_measured(
         return rounds(*args, **kwargs)
 
     monkeypatch.setattr(timing, "rounds", interrupted)
-    arguments = ("--critic", "profiled_critics:points", "--shape", "2", "--batch", "4", "--out", str(tmp_path))
+    arguments = (
+        "--critic",
+        "profiled_critics:points",
+        "--shape",
+        "2",
+        "--no-compile",
+        "--batch",
+        "4",
+        "--out",
+        str(tmp_path),
+    )
     assert main(["profile", *arguments]) == 130
     captured = capsys.readouterr()
     assert captured.err.endswith("gankern profile: interrupted: what was done so far is kept\n")
