@@ -19,6 +19,9 @@ from gankern.compiler.refusal import Refused
 
 __all__ = ["Refused", "enabled", "planning"]
 
+#: What may run between the kernels of a plan.
+POINTWISE = ("torch", "inductor")
+
 # Values of GANKERN_PLAN.
 _MODES: dict[str, bool | Literal["strict"]] = {"0": False, "1": True, "strict": "strict"}
 
@@ -36,6 +39,13 @@ _mode: ContextVar[bool | Literal["strict"]] = ContextVar("gankern_plans", defaul
 
 #: Computes the penalties of a step that is being derived whole; None outside of one.
 penalty_in_step: ContextVar[Callable[..., Any] | None] = ContextVar("gankern_penalty_in_step", default=None)
+
+
+def check_pointwise(pointwise: str) -> str:
+    """The same value, where it is one of `POINTWISE`."""
+    if pointwise not in POINTWISE:
+        raise ValueError(f"pointwise must be {' or '.join(map(repr, POINTWISE))}; got {pointwise!r}")
+    return pointwise
 
 
 def enabled() -> bool:

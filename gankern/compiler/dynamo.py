@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from gankern import compiler
 from gankern.arguments import first_line
 from gankern.compiler.forward import ForwardPlan
 from gankern.compiler.guards import Held
@@ -31,7 +32,9 @@ class _Given:
         return tuple(call["args"])
 
 
-def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def backend(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, str] | None = None
+) -> Callable[..., Any]:
     """Run a captured graph of one output by a plan of its forward and backward; any other as it is, by torch.
 
     Registered under the name ``gankern`` with ``torch.compile``, which checks what a graph depends on.
@@ -42,11 +45,22 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         Of torch's functions; parameters and buffers are arguments.
     inputs : sequence
         Like those that it will be called with.
+    options : mapping of str to str, optional
+        ``pointwise``, as :func:`gankern.fuse` takes it.
 
     Returns
     -------
     callable
+
+    Raises
+    ------
+    ValueError
+        If there is another option, or another value.
     """
+    for name in options or {}:
+        if name != "pointwise":
+            raise ValueError(f"options may have pointwise; got {name!r}")
+    pointwise = compiler.check_pointwise((options or {}).get("pointwise", "torch"))
     (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
     if len(results) != 1 or not inputs or not all(isinstance(value, Tensor) for value in inputs):
         log.info("no plan: a graph of %d outputs, or of arguments that are no tensors", len(results))
@@ -63,7 +77,7 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if not tried:
             tried = True
             try:
-                plan = ForwardPlan(call, None, _Given(args[1:]))
+                plan = ForwardPlan(call, None, _Given(args[1:]), pointwise)
             except Exception as error:
                 reason = str(error) if isinstance(error, Refused) else f"deriving it failed with {first_line(error)}"
                 log.info("no plan: %s", reason)

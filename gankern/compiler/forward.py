@@ -21,9 +21,10 @@ from gankern.arguments import first_line
 from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.norms import FIRST_ORDER
-from gankern.compiler.passes import effects, optimise_first_order
+from gankern.compiler.passes import effects, in_place, optimise_first_order
 from gankern.compiler.passes.layout import turned
 from gankern.compiler.penalty import random_state, set_random_state
+from gankern.compiler.pointwise import Part, group
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
 
@@ -48,13 +49,22 @@ class ForwardPlan:
         Of the output that stock gave; None where nobody knows.
     guards : object, optional
         Has the tensors that the module reads besides its first argument, as `Guards` has; made where it is left out.
+    pointwise : {"torch", "inductor"}
+        What runs between the kernels.
+
+    Attributes
+    ----------
+    parts : list of Part
+        What Inductor compiles.
 
     Raises
     ------
     Refused
     """
 
-    def __init__(self, call: dict[str, Any], strides: tuple[int, ...] | None, guards: Any = None) -> None:
+    def __init__(
+        self, call: dict[str, Any], strides: tuple[int, ...] | None, guards: Any = None, pointwise: str = "torch"
+    ) -> None:
         self._guards = make_guards(**call) if guards is None else guards
         held = self._guards.take()
         self._places = [_place_of(h) for h in held]
@@ -86,7 +96,8 @@ class ForwardPlan:
             any(node.target is _tangent for node in graph.graph.nodes),
         )
         strides = _check_output(graph.graph, strides, kept)
-        self._forward, self._backward = _cut(graph)
+        self.parts: list[Part] = []
+        self._forward, self._backward = _cut(graph, self.parts if pointwise == "inductor" else None)
         self._strides = strides
         self._proven: bool | None = False
         self.is_backward_proven = False
@@ -326,8 +337,11 @@ def _apart(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 
-def _cut(traced: fx.GraphModule) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """The two programs of a graph: what comes before the gradient of the output, and what comes after it."""
+def _cut(traced: fx.GraphModule, parts: list[Part] | None) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """The two programs of a graph: what comes before the gradient of the output, and what comes after it.
+
+    What Inductor is to compile of them goes into a list of parts, where there is one.
+    """
     nodes = list(traced.graph.nodes)
     (results,) = nodes.pop().args
     marker = next((node for node in nodes if node.target is _tangent), None)
@@ -342,10 +356,16 @@ def _cut(traced: fx.GraphModule) -> tuple[Callable[..., Any], Callable[..., Any]
     def program(inputs: Sequence[fx.Node], body: Sequence[fx.Node], outputs: Sequence[Any]) -> Callable[..., Any]:
         graph = fx.Graph()
         copies = {node: graph.placeholder(node.name) for node in inputs}
+        for node, copy in copies.items():
+            copy.meta.update(node.meta)
         for node in body:
             if node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output([copies[o] if isinstance(o, fx.Node) else o for o in outputs])
+        if parts is not None:
+            written = in_place.forget(graph)
+            parts.extend(group(graph))
+            in_place.put_back(graph, written)
         return compile_graph(fx.GraphModule(traced, graph), packed=True)
 
     forward = program([n for n in first if n.op == "placeholder"], first, [output, *saved])

@@ -18,6 +18,7 @@ from gankern.arguments import first_line
 from gankern.compiler import choice
 from gankern.compiler.forward import ForwardPlan
 from gankern.compiler.guards import is_hooked
+from gankern.compiler.pointwise import pointwise_of
 from gankern.compiler.refusal import Refused
 from gankern.ops.gradient_penalty.choice import watched
 
@@ -146,6 +147,13 @@ class Plans:
         known.strides = strides if known.calls == 0 or known.strides == strides else None
         known.calls += 1
 
+    def pointwise(self) -> str:
+        """What runs between the kernels, where Inductor was asked for: of the plan that ran last."""
+        parts = self.plans[0].parts if self.plans else []
+        if not parts:
+            return "torch: no neighbours to compile" if self.plans else "inductor"
+        return next((f"torch: {part.reason}" for part in parts if part.reason), "inductor")
+
     def _move_up(self, plan: ForwardPlan) -> None:
         with self._lock:
             if plan in self.plans:
@@ -162,13 +170,13 @@ class Plans:
             self._refuse(known, "too few calls for each plan so far: what the forward reads changes too often", kind)
         begin = time.perf_counter()
         try:
-            plan = ForwardPlan(call, known.strides)
+            plan = ForwardPlan(call, known.strides, pointwise=pointwise_of(call["critic"]))
         except Refused as error:
             self._refuse(known, str(error), kind)
         except Exception as error:
             # Stock's own run says what is wrong with the call, if anything is.
             self._refuse(known, f"deriving it failed with {first_line(error)}", kind)
-        if not plan.kernels and not choice.is_everywhere():
+        if not plan.kernels and not plan.parts and not choice.is_everywhere():
             self._refuse(known, _NOTHING, kind)
         took = time.perf_counter() - begin
         log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a module in %.1f s", took)

@@ -100,6 +100,13 @@ class _Names:
         return True
 
 
+def _environment() -> dict[bytes, bytes]:
+    """The environment without what Inductor and Triton leave there when they first compile something."""
+    return {
+        k: v for k, v in _ENVIRONMENT.items() if not k.startswith((b"TORCHINDUCTOR_", b"_TORCHINDUCTOR_", b"TRITON_"))
+    }
+
+
 class _World:
     """What the forward runs, hooks on its modules and tensors, facts about these, and the environment.
 
@@ -121,7 +128,7 @@ class _World:
         classes = {base for found in types_of for base in found.__mro__ if base.__flags__ & _CAN_BE_PATCHED}
         self._namespaces = [_Namespace(owner) for owner in (F, *({Tensor} | classes))]
         self._instances = [_Names(vars(m)) for m in modules]
-        self._environment, self._version = dict(_ENVIRONMENT), dict_version(_ENVIRONMENT)
+        self._environment, self._version = _environment(), dict_version(_ENVIRONMENT)
         self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
         if any(self._hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
@@ -129,13 +136,21 @@ class _World:
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         return (
-            (dict_version(_ENVIRONMENT) == self._version or self._environment == _ENVIRONMENT)
+            self._environment_holds()
             and not any(self._hooks)
             and not any(map(_is_hooked, tensors))
             and list(map(_facts, tensors)) == self._facts
             and all(namespace.holds() for namespace in self._namespaces)
             and all(names.hold() for names in self._instances)
         )
+
+    def _environment_holds(self) -> bool:
+        version = dict_version(_ENVIRONMENT)
+        if version != self._version:
+            if _environment() != self._environment:
+                return False
+            self._version = version
+        return True
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from gankern.compiler.derive import Functions, bilinear_convolutions, derive, in
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.norms import SECOND_ORDER
 from gankern.compiler.passes import effects, optimise
+from gankern.compiler.pointwise import group, pointwise_of
 from gankern.compiler.refusal import Refused
 from gankern.compiler.replay import compile_graph
 
@@ -68,6 +69,7 @@ class PenaltyPlan:
     compared = ""
 
     def __init__(self, call: dict[str, Any], wants: bool, wants_points: bool) -> None:
+        pointwise = pointwise_of(call["critic"])
         self._guards = make_guards(**call)
         held = self._guards.take()
         self.sources = [h.source for h in held]
@@ -83,6 +85,8 @@ class PenaltyPlan:
         self._draws = any(map(effects.draws, self.graph.graph.nodes))
         self._proven: bool | None = False
         optimise(self.graph, backends.select("critic_layers", call["x"]))
+        if pointwise == "inductor":
+            group(self.graph.graph)
         self._run = compile_graph(self.graph)
 
     def _step(self, call: dict[str, Any], held: Sequence[Held]) -> Callable[..., list[Tensor | None]]:

@@ -94,10 +94,18 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm(torch.where(same, 0.0, a - b).nan_to_num(torch.inf)))
 
 
+def _coarsest(values: Iterable[Any]) -> torch.dtype:
+    return max({v.dtype for v in values if _is_number(v)}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def tolerance_of(tensors: Iterable[Tensor]) -> float:
+    """By how much of its norm a result of tensors may differ."""
+    return _TOLERANCES.get(_coarsest([torch.empty(0, dtype=torch.float64), *tensors]), 1.0)
+
+
 def _tolerance(graph: fx.Graph) -> tuple[float, float]:
     """Tolerance and unit in the last place of the coarsest dtype that a graph computes in."""
-    values = (v for node in graph.nodes for v in pytree.tree_leaves(node.meta.get("val")))
-    coarsest = max({v.dtype for v in values if _is_number(v)}, key=lambda dtype: torch.finfo(dtype).eps)
+    coarsest = _coarsest(v for node in graph.nodes for v in pytree.tree_leaves(node.meta.get("val")))
     return _TOLERANCES.get(coarsest, 1.0), torch.finfo(coarsest).eps
 
 

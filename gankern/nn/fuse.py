@@ -34,11 +34,14 @@ class Run:
         Names in it of the convolutions and batch norms that it calls.
     reason : str or None
         Why they stay stock; None where they are fused.
+    pointwise : str
+        What runs between the kernels: "torch" or "inductor"; "torch: " and why where Inductor was asked for.
     """
 
     module: str
     names: tuple[str, ...]
     reason: str | None
+    pointwise: str = "torch"
 
 
 class Fused(nn.Module):
@@ -46,6 +49,8 @@ class Fused(nn.Module):
 
     Its ``forward`` is stock's, for what traces or scripts it.
     """
+
+    _gankern_pointwise = "torch"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not compiler.enabled() or _stock.is_asked():
@@ -75,7 +80,7 @@ class Fused(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         function, args, *rest = reduced
         args = tuple(stock_class(type(self)) if arg is type(self) else arg for arg in args)
-        return (_rebuild, (function, args), *rest)
+        return (_rebuild, (function, args, self._gankern_pointwise), *rest)
 
 
 class FusedSyncBatchNorm(Fused):
@@ -88,7 +93,7 @@ class FusedSyncBatchNorm(Fused):
         return block.run_fused(input, None, self, "none", 0.0)  # type: ignore[arg-type]
 
 
-def fuse(module: M) -> M:
+def fuse(module: M, *, pointwise: str = "torch") -> M:
     """Let a model run by plans, in place: its forward and backward passes as flat programs of gankern's kernels.
 
     From the third call of a kind on, a call replays the graph that autograd derives of the model's own ``forward``:
@@ -106,6 +111,13 @@ def fuse(module: M) -> M:
     Parameters
     ----------
     module : nn.Module
+    pointwise : {"torch", "inductor"}, optional
+        What runs between the kernels, of the penalty's plan, too, where the module is its critic: torch's own operators
+        or, compiled by Inductor, several neighbours in one go. Inductor takes seconds to some tens of seconds at the
+        first call of each kind and a C++ compiler (on a GPU, Triton), and its results are torch's to rounding only.
+        Random numbers are drawn by torch's operators, and buffers written by them, as ever: masks stay stock's. Where
+        compiling fails, or leaves something else, torch's operators run, and :func:`fusion_report` says why. A module
+        that is fused already is fused anew where it was fused with another choice.
 
     Returns
     -------
@@ -116,6 +128,8 @@ def fuse(module: M) -> M:
     ------
     TypeError
         If module is not an ``nn.Module``.
+    ValueError
+        If pointwise is something else.
 
     Notes
     -----
@@ -126,9 +140,10 @@ def fuse(module: M) -> M:
     A model that is saved whole, by ``torch.save(model)`` or ``pickle``, needs gankern where it is loaded; one whose
     ``state_dict`` is saved, exported or undone by :func:`unfuse` does not.
     """
+    compiler.check_pointwise(pointwise)
     for child in _modules(module):
-        if _is_fusable(child) and not isinstance(child, Fused) and cannot_extend(type(child)) is None:
-            child.__class__ = _fused_class(type(child))
+        if _is_fusable(child) and cannot_extend(stock_class(type(child))) is None:
+            child.__class__ = _fused_class(stock_class(type(child)), pointwise)
     return module
 
 
@@ -165,9 +180,9 @@ def _is_fusable(module: nn.Module) -> bool:
     )
 
 
-def _rebuild(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _rebuild(function: Callable[..., Any], args: tuple[Any, ...], pointwise: str = "torch") -> Any:
     module = function(*args)
-    module.__class__ = _fused_class(type(module))
+    module.__class__ = _fused_class(type(module), pointwise)
     return module
 
 
@@ -176,14 +191,15 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     return kind.__dict__.get("_gankern_stock", kind)
 
 
-def _fused_class(kind: Any) -> Any:
+def _fused_class(kind: Any, pointwise: str = "torch") -> Any:
     """The class of a fused module, under the same name."""
-    return _made_class(kind)
+    return _made_class(kind, pointwise)
 
 
 @functools.cache
-def _made_class(kind: Any) -> Any:
+def _made_class(kind: Any, pointwise: str) -> Any:
     names = {n: getattr(kind, n) for n in ("__module__", "__qualname__", "__doc__")} | {"_gankern_stock": kind}
+    names["_gankern_pointwise"] = pointwise
     base = FusedSyncBatchNorm if kind is nn.SyncBatchNorm else Fused
     made = types.new_class(kind.__name__, (base, kind), {}, lambda namespace: namespace.update(names))
     if kind is nn.Sequential:
@@ -240,7 +256,7 @@ def _report(module: nn.Module, name: str) -> Iterator[Run]:
         return
     reason = _reason(module)
     if reason is None or not any(_is_fusable(child) for child in module.children()):
-        yield Run(name, tuple(leaves), reason)
+        yield Run(name, tuple(leaves), reason, _pointwise(module))
         return
     own = [n for n, child in module.named_children() if isinstance(child, FUSABLE)]
     if own:
@@ -248,6 +264,16 @@ def _report(module: nn.Module, name: str) -> Iterator[Run]:
     for child_name, child in module.named_children():
         if not isinstance(child, FUSABLE):
             yield from _report(child, f"{name}.{child_name}".lstrip("."))
+
+
+def _pointwise(module: nn.Module) -> str:
+    """What runs between the kernels of a module's plans."""
+    if not isinstance(module, Fused) or module._gankern_pointwise == "torch":
+        return "torch"
+    from gankern.compiler.fused import known_plans
+
+    plans = known_plans(module)
+    return module._gankern_pointwise if plans is None else plans.pointwise()
 
 
 def _reason(module: nn.Module) -> str | None:

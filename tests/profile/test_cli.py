@@ -157,18 +157,8 @@ def test_ctrl_c_leaves_what_was_measured(
         return rounds(*args, **kwargs)
 
     monkeypatch.setattr(timing, "rounds", interrupted)
-    arguments = (
-        "--critic",
-        "profiled_critics:points",
-        "--shape",
-        "2",
-        "--no-compile",
-        "--batch",
-        "4",
-        "--out",
-        str(tmp_path),
-    )
-    assert main(["profile", *arguments]) == 130
+    arguments = ("--critic", "profiled_critics:points", "--shape", "2", "--batch", "4", "--no-compile")
+    assert main(["profile", *arguments, "--out", str(tmp_path)]) == 130
     captured = capsys.readouterr()
     assert captured.err.endswith("gankern profile: interrupted: what was done so far is kept\n")
     sides = json.loads((tmp_path / "profile.json").read_text())["sides"]
