@@ -24,6 +24,10 @@ _MANY_VALUES = 1 << 17
 # Bytes from which on malloc may give memory back to the system, which then maps it page by page.
 _LARGE = 1 << 17
 
+# Elements of all images that convolutions leave, from which on kernels win more than a plan's guards cost (AMD Zen 5, 2
+# cores).
+_MANY_IMAGES = 1 << 17
+
 # Channels from which on convolutions' kernels are faster on a CPU (AMD Zen 5, 2 cores).
 _CHANNELS = 16
 
@@ -66,6 +70,11 @@ def norm_pays(x: Tensor) -> bool:
     if _everywhere.get():
         return True
     return x.numel() >= _MANY if x.device.type == "cpu" else not dispatch.is_small(x)
+
+
+def images_pay(elements: int) -> bool:
+    """Whether convolutions that leave so many elements are worth a plan; a graph without any may be for its norms."""
+    return not 0 < elements < _MANY_IMAGES or _everywhere.get()
 
 
 def order_pays(images: Tensor) -> bool:

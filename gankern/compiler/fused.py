@@ -191,7 +191,9 @@ class Plans:
     def _refuse(self, known: _Kind, reason: str, kind: Any) -> NoReturn:
         """Leave calls of a kind to stock, twice as many each time: the world changes."""
         self.reason = known.reason = reason
-        known.calls, known.wait = 0, min(max(2 * known.wait, 16), 1 << 12)
+        # Where nothing changes, to look again costs as much as thousands of calls.
+        factor, most = (8, 1 << 20) if reason == _NOTHING else (2, 1 << 12)
+        known.calls, known.wait = 0, min(max(factor * known.wait, 16), most)
         if reason == _NOTHING and not self.plans:
             self.idle = known.wait
         log.info("no plan: %s", reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from gankern.compiler import choice
@@ -26,10 +27,12 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
 
 
 def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any, differentiated: bool) -> int:
-    """Apply those that serve a graph of the first order, in place; how many calls became kernels of gankern's.
+    """Apply those that serve a graph of the first order, in place; how many calls got faster, 0 if it does not pay.
 
     `differentiated`, the graph has a backward pass in it.
     """
+    forwards = [node for node in traced.graph.nodes if node.target is torch.ops.aten.convolution.default]
+    images = sum(node.meta["val"].numel() for node in forwards)
     dead.forget_detach(traced.graph)
     written = in_place.forget(traced.graph)
     common.share(traced.graph)
@@ -40,8 +43,8 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     if hasattr(adapter, "takes_conv"):
         kernels = batch_norms.fuse(traced.graph, norm_adapter)
         kernels += 0 if differentiated else batch_norms.fold(traced.graph)
-        convolutions.lower(traced.graph, adapter, choice.convolution_pays)
+        kernels += convolutions.lower(traced.graph, adapter, choice.convolution_pays)
         kernels += layout.settle(traced.graph, convolutions=True)
     in_place.put_back(traced.graph, written)
     traced.graph.lint()
-    return kernels
+    return kernels if choice.images_pay(images) else 0

@@ -30,20 +30,24 @@ aten = torch.ops.aten
 Pays = Callable[[str, Tensor, Tensor, bool], bool]
 
 
-def lower(graph: fx.Graph, adapter: Any, pays: Pays = lambda *_: True) -> None:
+def lower(graph: fx.Graph, adapter: Any, pays: Pays = lambda *_: True) -> int:
     """Put an adapter's functions in the place of the convolutions that it takes, fused where nobody else reads.
 
-    `pays` tells of "forward", "input" and "weight" whether the kernel of that pass is to run, by images and weight.
+    `pays` tells of "forward", "input" and "weight" whether the kernel of that pass is to run, by images and weight;
+    returns how many forward passes do.
     """
+    count = 0
     for node in list(graph.nodes):
         args = arguments(node)
         if node.target is aten.convolution.default and _takes(adapter, args[0], args[1], args[3:9]):
             if pays("forward", _value(args[0]), _value(args[1]), args[6]):
                 _lower_forward(graph, node, adapter)
+                count += 1
         elif node.target is aten.convolution_backward.default and _takes(adapter, args[1], args[2], args[4:10]):
             _lower_backward(graph, node, adapter, pays)
     _fuse_forward(graph, adapter)
     _fuse_backward(graph, adapter)
+    return count
 
 
 def _value(node: Any) -> Tensor:

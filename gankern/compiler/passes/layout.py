@@ -56,7 +56,8 @@ def turned(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 def settle(graph: fx.Graph, convolutions: bool = False) -> int:
     """Turn what nodes marked with an ``order`` leave in another order than their readers can take.
 
-    `convolutions`, those of torch get images in channels_last, too; returns how many run in it that did not.
+    `convolutions`, those of torch get images in channels_last, too; returns how many run in it that did not, less those
+    that images are turned back for.
     """
     count = 0
     changed = effects.last_writes(graph)
@@ -127,7 +128,7 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
                 if changed.get(source, -1) < place_of[node]:
                     turned_of[source] = copy
             node.replace_input_with(source, copy)
-    return count
+    return count - len(turned_of)
 
 
 def _in_channels_last(value: Any) -> Any:
