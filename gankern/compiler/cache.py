@@ -1,4 +1,4 @@
-"""Plans that were made, found again by the calls that they are for."""
+"""Plans that were made, found again by the calls that they are for: those of fused modules, and of penalties."""
 
 from __future__ import annotations
 
@@ -10,57 +10,215 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from gankern import compiler
 from gankern.arguments import first_line
+from gankern.compiler import strict
 from gankern.compiler.guards import is_hooked
 from gankern.compiler.penalty import PenaltyPlan, Result, is_capturing
 from gankern.compiler.refusal import Refused
-from gankern.compiler.strict import first_call
 
 log = logging.getLogger("gankern.compiler")
 
-#: Plans that a critic keeps, the last used first.
+#: Plans that a module or critic keeps, the last used first.
 MOST_PLANS = 16
 # Calls that plans must have run for each one more than these: to make one takes as long as hundreds of stock's calls.
 _HITS_A_PLAN = 200
-# Calls of a kind whose plan was wrong that get no other.
-_FOR_EVER = sys.maxsize
+# Calls of a kind that got no plan, or lost it, until the next try: twice as many each time, since the world changes.
+_FIRST_WAIT, _LAST_WAIT, _FOR_EVER = 16, 1 << 12, sys.maxsize
+#: Why no plan pays. Where nothing changes, to look again costs as much as thousands of calls.
+NOTHING = "stock is as fast"
 # A first call that takes longer is announced.
 _SLOW = 3.0
 
 
 @dataclass
-class _Refusal:
-    """A kind of call that got no plan; tried again after twice as many calls each time, since the world changes."""
-
-    reason: str
-    wait: int = 1
-    calls: int = 0
-
-
-@dataclass
-class Plans:
-    """The plans of one critic.
+class Kind:
+    """What is known of calls of one kind, as far as no plan ran them.
 
     Attributes
     ----------
-    plans : list of PenaltyPlan
+    calls : int
+        How often stock ran them since a plan was tried.
+    wait : int
+        Calls until the next try; 0 before the first.
+    reason : str
+        Why there is no plan; empty where none was tried.
+    strides : tuple of int or None
+        Of stock's output; None where that was no tensor, or another in each call.
+    """
+
+    calls: int = 0
+    wait: int = 0
+    reason: str = ""
+    strides: tuple[int, ...] | None = None
+
+    def note(self, output: Any) -> None:
+        """Learn from what stock returned."""
+        strides = output.stride() if type(output) is Tensor else None
+        self.strides = strides if self.calls == 0 or self.strides == strides else None
+        self.calls += 1
+
+
+@dataclass
+class Cache:
+    """The plans of one owner: a bounded number, for the last used kinds of calls.
+
+    A plan is a callable of a call, a dict, and of what else there is to say about it: its result is None where it is
+    for other calls. It has `given_up`, a reason from when it may not run any more, and `compared`, which says how it
+    did beside stock.
+
+    Attributes
+    ----------
+    plans : list
         The last used first.
-    refused : dict
-        Reasons by the kind of call.
+    kinds : dict
+        What is known of each kind of call.
     hits, made, evicted : int
     """
 
-    plans: list[PenaltyPlan] = field(default_factory=list)
-    refused: dict[Any, _Refusal] = field(default_factory=dict)
+    plans: list[Any] = field(default_factory=list)
+    kinds: dict[Any, Kind] = field(default_factory=dict)
     hits: int = 0
     made: int = 0
     evicted: int = 0
     _lock: Any = field(default_factory=threading.RLock)
+
+    #: How messages call what is planned.
+    what: ClassVar[str]
+    #: The result of a plan whose first call it is, and in words how that differs from stock's.
+    beside_stock: ClassVar[Callable[..., tuple[Any, str]]]
+
+    def kind_of(self, call: dict[str, Any], *how: Any) -> Any:
+        """What plans are refused by: calls that are alike."""
+        raise NotImplementedError
+
+    def plan_for(self, known: Kind, call: dict[str, Any], *how: Any) -> Any:
+        """A new plan.
+
+        Raises
+        ------
+        Refused
+        """
+        raise NotImplementedError
+
+    def ask(self, strictly: bool, call: dict[str, Any], *how: Any) -> Any:
+        """The result of the plan for a call; None where there is none.
+
+        Raises
+        ------
+        Refused
+            Where the plan for it cannot run it.
+        """
+        for place, plan in enumerate(self.plans):
+            result = self._compare(plan, call, *how) if strictly and not plan.compared else plan(call, *how)
+            if result is not None:
+                self.hits += 1
+                if place:
+                    self._move_up(plan)
+                return result
+        return None
+
+    def known(self, call: dict[str, Any], *how: Any) -> Kind:
+        """What is known of the kind of a call."""
+        known = self.kinds.setdefault(self.kind_of(call, *how), Kind())
+        if len(self.kinds) > 4 * MOST_PLANS:
+            self.kinds.pop(next(iter(self.kinds)), None)
+        return known
+
+    def first(self, known: Kind, strictly: bool, call: dict[str, Any], *how: Any) -> Any:
+        """The result of a plan that is made for a call.
+
+        Raises
+        ------
+        Refused
+            Where there can be none; the reason is kept.
+        """
+        with self._lock:
+            plan = self._make(known, call, *how)
+        try:
+            result = self._compare(plan, call, *how) if strictly else plan(call, *how)
+        except Refused:
+            if plan.given_up:
+                self._drop(plan, call, plan.given_up)
+            raise
+        if result is None:
+            self._drop(plan, call, "its guards do not hold for the call that they were made for")
+            raise Refused(known.reason)
+        return result
+
+    def __str__(self) -> str:
+        counts = f"{self.made} made, {self.hits} hits, {self.evicted} evicted"
+        reasons = [f"; none for some calls: {known.reason}" for known in self.kinds.values() if known.reason]
+        return counts + "".join(dict.fromkeys(reasons))
+
+    def _compare(self, plan: Any, call: dict[str, Any], *how: Any) -> Any:
+        """The result of a plan that is not compared yet; refused, and the plan dropped, where that is not stock's."""
+        result, apart = self.beside_stock(plan, call, *how)
+        if apart:
+            log.error("the plan of %s differs from stock: %s; stock runs", name_of(call["critic"]), apart)
+            self._drop(plan, call, f"it differed from stock: {apart}", _FOR_EVER)
+            raise Refused(plan.known.reason)
+        return result
+
+    def _drop(self, plan: Any, call: dict[str, Any], reason: str, wait: int = 0) -> None:
+        with self._lock:
+            if plan in self.plans:
+                self.plans.remove(plan)
+            self._note(plan.known, call, reason, wait)
+
+    def _move_up(self, plan: Any) -> None:
+        with self._lock:
+            if plan in self.plans:
+                self.plans.remove(plan)
+                self.plans.insert(0, plan)
+
+    def _make(self, known: Kind, call: dict[str, Any], *how: Any) -> Any:
+        for plan in [plan for plan in self.plans if plan.given_up]:
+            self._drop(plan, call, plan.given_up, _FOR_EVER if plan.compared == strict.DIFFERS else 0)
+        if known.calls < known.wait:
+            raise Refused(known.reason)
+        begin = time.perf_counter()
+        try:
+            if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
+                raise Refused("too few calls for each plan so far: what the forward reads changes too often")
+            plan = self.plan_for(known, call, *how)
+        except Exception as error:
+            # Stock's own run says what is wrong with the call, if anything is.
+            told = str(error) if isinstance(error, Refused) else f"deriving it failed with {first_line(error)}"
+            self._note(known, call, told)
+            raise Refused(told) from None
+        took, name = time.perf_counter() - begin, name_of(call["critic"])
+        log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned %s of %s in %.1f s", self.what, name, took)
+        known.reason, plan.known = "", known
+        self.plans.insert(0, plan)
+        self.made += 1
+        while len(self.plans) > MOST_PLANS:
+            self.plans.pop()
+            self.evicted += 1
+            log.info("evicted the plan of %s that was used least recently: it keeps %d", name, MOST_PLANS)
+        return plan
+
+    def _note(self, known: Kind, call: dict[str, Any], reason: str, wait: int = 0) -> None:
+        known.reason, known.calls = reason, 0
+        factor, most = (8, 1 << 20) if reason == NOTHING else (2, _LAST_WAIT)
+        known.wait = wait or min(max(factor * known.wait, _FIRST_WAIT), most)
+        log.info("no plan for %s of %s: %s", self.what, name_of(call["critic"]), reason)
+
+
+def name_of(critic: Any) -> str:
+    """How messages call a critic."""
+    return str(critic.__qualname__ if isinstance(critic, types.FunctionType) else type(critic).__qualname__)
+
+
+class Plans(Cache):
+    """The plans of a critic's penalties; a call goes with whether gradients are wanted, and one of the points."""
+
+    what = "a penalty"
+    beside_stock = staticmethod(strict.penalty)
 
     def run(
         self, call: dict[str, Any], wants: bool, wants_points: bool, options: tuple[float, float, bool, bool]
@@ -70,111 +228,28 @@ class Plans:
         Raises
         ------
         Refused
-            Where there can be none.
+            Where there can be none, or it differs from stock.
         """
+        strictly = compiler.is_strict() and not is_capturing(call["x"].device)
+        result: Result | None = self.ask(strictly, call, wants, wants_points, options)
+        if result is not None:
+            return result
         if is_hooked():
             raise Refused("a hook on all modules")
-        strict = compiler.is_strict() and not is_capturing(call["x"].device)
-        for place, plan in enumerate(self.plans):
-            ask = self._compare if strict and not plan.compared else PenaltyPlan.__call__
-            result = ask(plan, call, wants, wants_points, options)
-            if result is not None:
-                self.hits += 1
-                if place:
-                    self._move_up(plan)
-                return result
-        with self._lock:
-            plan = self._make(call, wants, wants_points)
-        try:
-            ask = self._compare if strict else PenaltyPlan.__call__
-            result = ask(plan, call, wants, wants_points, options)
-        except Refused as error:
-            if plan.failed:
-                self._drop(plan, call, wants, wants_points, str(error))
-            raise
-        if result is None:
-            raise Refused("its guards do not hold for the call that they were made for")
+        known = self.known(call, wants, wants_points)
+        if known.calls < known.wait:
+            known.calls += 1
+            raise Refused(known.reason)
+        result = self.first(known, strictly, call, wants, wants_points, options)
+        assert result is not None
         return result
 
-    def _compare(
-        self, plan: PenaltyPlan, call: dict[str, Any], wants: bool, wants_points: bool, options: Any
-    ) -> Result | None:
-        """The result of a plan's first call; where that is not stock's, stock's, and the plan is dropped."""
-        result, apart = first_call(plan, call, wants, wants_points, options)
-        if apart:
-            log.error("the plan of %s differs from stock: %s; stock runs", _name_of(call["critic"]), apart)
-            self._drop(plan, call, wants, wants_points, f"it differed from stock: {apart}", wait=_FOR_EVER)
-        return result
+    def kind_of(self, call: dict[str, Any], *how: Any) -> Any:
+        x = call["x"]
+        return x.shape, x.stride(), x.dtype, x.device, *how[:2]
 
-    def _drop(
-        self, plan: PenaltyPlan, call: dict[str, Any], wants: bool, wants_points: bool, reason: str, wait: int = 0
-    ) -> None:
-        with self._lock:
-            if plan in self.plans:
-                self.plans.remove(plan)
-            self._note(call, wants, wants_points, reason, wait)
-
-    def __str__(self) -> str:
-        counts = f"{self.made} made, {self.hits} hits, {self.evicted} evicted"
-        reasons = [f"; none for some calls: {r.reason}" for r in self.refused.values()]
-        return counts + "".join(dict.fromkeys(reasons))
-
-    def _move_up(self, plan: PenaltyPlan) -> None:
-        with self._lock:
-            if plan in self.plans:
-                self.plans.remove(plan)
-                self.plans.insert(0, plan)
-
-    def _make(self, call: dict[str, Any], wants: bool, wants_points: bool) -> PenaltyPlan:
-        key = _kind_of(call, wants, wants_points)
-        refusal = self.refused.get(key)
-        if refusal is not None:
-            refusal.calls += 1
-            if refusal.calls < refusal.wait:
-                raise Refused(refusal.reason)
-        if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
-            reason = "too few calls for each plan so far: what the forward reads changes too often"
-            self._note(call, wants, wants_points, reason)
-            raise Refused(reason)
-        begin = time.perf_counter()
-        try:
-            plan = PenaltyPlan(call, wants, wants_points)
-        except Refused as error:
-            self._note(call, wants, wants_points, str(error))
-            raise
-        except Exception as error:
-            # Stock's own run says what is wrong with the call, if anything is.
-            reason = f"deriving it failed with {first_line(error)}"
-            self._note(call, wants, wants_points, reason)
-            raise Refused(reason) from None
-        took = time.perf_counter() - begin
-        name = _name_of(call["critic"])
-        log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a penalty of %s in %.1f s", name, took)
-        self.refused.pop(key, None)
-        self.plans.insert(0, plan)
-        self.made += 1
-        while len(self.plans) > MOST_PLANS:
-            self.plans.pop()
-            self.evicted += 1
-            log.info("evicted the plan of %s that was used least recently: it keeps %d", name, MOST_PLANS)
-        return plan
-
-    def _note(self, call: dict[str, Any], wants: bool, wants_points: bool, reason: str, wait: int = 0) -> None:
-        refusal = self.refused.setdefault(_kind_of(call, wants, wants_points), _Refusal(reason))
-        refusal.reason, refusal.calls, refusal.wait = reason, 0, wait or min(2 * refusal.wait, 1 << 12)
-        if len(self.refused) > MOST_PLANS:
-            self.refused.pop(next(iter(self.refused)))
-        log.info("no plan for a penalty of %s: %s", _name_of(call["critic"]), reason)
-
-
-def _name_of(critic: Any) -> str:
-    """How messages call a critic."""
-    return str(critic.__qualname__ if isinstance(critic, types.FunctionType) else type(critic).__qualname__)
-
-
-def _kind_of(call: dict[str, Any], wants: bool, wants_points: bool) -> Any:
-    x = call["x"]
-    return x.shape, x.stride(), x.dtype, x.device, wants, wants_points
+    def plan_for(self, known: Kind, call: dict[str, Any], *how: Any) -> PenaltyPlan:
+        return PenaltyPlan(call, *how[:2])
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module | types.CodeType, Plans] = weakref.WeakKeyDictionary()

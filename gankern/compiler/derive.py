@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from gankern.compiler import attention
 from gankern.compiler.norms import SUBSTITUTES
@@ -152,6 +153,13 @@ def derive(
             node.replace_all_uses_with(places[place])
             traced.graph.erase_node(node)
     return traced
+
+
+def coarsest(graph: fx.Graph) -> torch.dtype:
+    """The dtype of the fewest digits that a graph computes in."""
+    values = (value for node in graph.nodes for value in pytree.tree_leaves(node.meta.get("val")))
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
 
 
 class Functions(TorchFunctionMode):

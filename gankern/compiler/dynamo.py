@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from gankern import compiler
 from gankern.arguments import first_line
+from gankern.compiler import strict
 from gankern.compiler.forward import ForwardPlan
 from gankern.compiler.guards import Held
 from gankern.compiler.refusal import Refused
@@ -78,7 +79,15 @@ def backend(
             tried = True
             try:
                 plan = ForwardPlan(call, None, _Given(args[1:]), pointwise)
+                if compiler.is_strict():
+                    output, apart = strict.forward(plan, call)
+                    if apart:
+                        plan = None
+                        log.error("the plan of a graph differs from stock: %s; stock runs", apart)
+                    elif output is not None:
+                        return (output,)
             except Exception as error:
+                plan = None
                 reason = str(error) if isinstance(error, Refused) else f"deriving it failed with {first_line(error)}"
                 log.info("no plan: %s", reason)
         if plan is not None:

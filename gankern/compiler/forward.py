@@ -6,6 +6,7 @@ gradient of the output comes in. A derivative of the second order is stock autog
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends, dispatch
 from gankern.arguments import first_line
-from gankern.compiler.derive import Functions, derive, in_place_of, leaf_like
+from gankern.compiler.derive import Functions, coarsest, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.norms import FIRST_ORDER
 from gankern.compiler.passes import effects, in_place, optimise_first_order
@@ -56,24 +57,36 @@ class ForwardPlan:
     ----------
     parts : list of Part
         What Inductor compiles.
+    sources : list of str
+        Expressions for these tensors.
+    given_up : str
+        Why stock runs from then on: a first replay failed or was not stock's, or somebody differentiated its gradient.
+    compared : str
+        How the first call, and the first backward pass, compared with stock's, in strict mode.
 
     Raises
     ------
     Refused
     """
 
+    given_up = compared = ""
+
     def __init__(
         self, call: dict[str, Any], strides: tuple[int, ...] | None, guards: Any = None, pointwise: str = "torch"
     ) -> None:
         self._guards = make_guards(**call) if guards is None else guards
         held = self._guards.take()
+        self.sources = [h.source for h in held]
         self._places = [_place_of(h) for h in held]
         x = call["x"]
         inputs = [x, *(h.tensor for h in held)]
         self._kind = torch.is_grad_enabled(), backends.requested(), dispatch.goes_by_size(x.device)
-        self._casts = x.device.type if torch.is_autocast_enabled(x.device.type) else None
-        self._wanted = [i for i, t in enumerate(inputs) if self._kind[0] and t.requires_grad]
+        #: The device whose autocast was on.
+        self.casts = x.device.type if torch.is_autocast_enabled(x.device.type) else None
+        #: Places of the inputs that get a gradient.
+        self.wanted = [i for i, t in enumerate(inputs) if self._kind[0] and t.requires_grad]
         graph = derive(self._step(call, held), [x.detach()], [t.detach() for t in inputs[1:]])
+        self.coarsest = coarsest(graph.graph)
         changed = effects.written(graph.graph)
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self._writes = [i for i, node in enumerate(places) if node in changed]
@@ -99,10 +112,7 @@ class ForwardPlan:
         self.parts: list[Part] = []
         self._forward, self._backward = _cut(graph, self.parts if pointwise == "inductor" else None)
         self._strides = strides
-        self._proven: bool | None = False
-        self.is_backward_proven = False
-        #: Whether somebody differentiated a gradient, so that stock runs from then on.
-        self.differentiated = False
+        self._proven = self.is_backward_proven = False
 
     def _step(self, call: dict[str, Any], held: Sequence[Held]) -> Callable[..., list[Tensor | None]]:
         module, args, kwargs = call["critic"], call["args"], call["kwargs"]
@@ -121,7 +131,7 @@ class ForwardPlan:
                     output = module(points, *a, **k)
                 if not isinstance(output, Tensor):
                     raise Refused(f"its output is a {type(output).__name__}")
-                wanted = [(points, *leaves)[i] for i in self._wanted]
+                wanted = [(points, *leaves)[i] for i in self.wanted]
                 result = output.detach()
                 if not (wanted and output.requires_grad):
                     return [result]
@@ -133,7 +143,7 @@ class ForwardPlan:
     def __call__(self, call: dict[str, Any]) -> Tensor | None:
         """The output, which autograd follows where the stock one would be; None where the plan is not for this call."""
         kind = torch.is_grad_enabled(), backends.requested(), dispatch.goes_by_size(call["x"].device)
-        if self._proven is None or self.differentiated or kind != self._kind:
+        if self.given_up or kind != self._kind:
             return None
         tensors = self._guards.fetch(call)
         if tensors is None:
@@ -143,6 +153,11 @@ class ForwardPlan:
             return self.run_forward(inputs)[0]
         output: Tensor = _Planned.apply(self, call, *inputs)
         return output
+
+    def tensors(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
+        """What the module reads besides its first argument, as it is now; None where the plan is not for this call."""
+        tensors: tuple[Tensor, ...] | None = self._guards.fetch(call)
+        return tensors
 
     def run_forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The output, and what the backward pass needs."""
@@ -159,9 +174,9 @@ class ForwardPlan:
             try:
                 found = self._forward([*inputs])
             except Exception as error:
-                self._proven = None
                 _restore(kept)
-                raise Refused(f"its replay failed with {first_line(error)}") from None
+                self.given_up = f"its replay failed with {first_line(error)}"
+                raise Refused(self.given_up) from None
             self._proven = True
             return found
 
@@ -173,7 +188,7 @@ class ForwardPlan:
 
     def _plain(self) -> Any:
         # Casts of autocast are in the graph already.
-        return nullcontext() if self._casts is None else torch.autocast(self._casts, enabled=False)
+        return nullcontext() if self.casts is None else torch.autocast(self.casts, enabled=False)
 
     def state(self, inputs: Sequence[Tensor], places: Sequence[int]) -> State:
         """Inputs at places, and random numbers to come where it draws any, as they are now."""
@@ -259,27 +274,33 @@ class _Planned(torch.autograd.Function):
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.maybe_clear_saved_tensors()
             grads = _first_order(plan, ctx, grad, saved)
-        for place, value in zip(plan._wanted, grads, strict=True):
+        for place, value in zip(plan.wanted, grads, strict=True):
             found[2 + place] = value
         return tuple(found)
 
 
 def _first_order(plan: ForwardPlan, ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Gradients by the plan; by stock, and the plan is given up, where its first backward pass fails."""
+    if plan.is_backward_proven:
+        return plan.run_backward(grad, saved)
+    # Stock's run of the forward, in strict mode.
+    beside = getattr(ctx, "beside", None)
     try:
-        grads = plan.run_backward(grad, saved)
+        run = functools.partial(plan.run_backward, grad, saved)
+        grads: Sequence[Tensor | None] = run() if beside is None else beside.gradients(grad, run)
     except Exception as error:
-        if plan.is_backward_proven:
-            raise
-        log.warning("no plan: its backward pass failed with %s; stock runs", first_line(error))
-        return [None if g is None else g.detach() for g in _second_order(plan, ctx, grad)]
+        reason = f"its backward pass failed with {first_line(error)}"
+        log.warning("no plan: %s; stock runs", reason)
+        return [None if g is None else g.detach() for g in _second_order(plan, ctx, grad, reason)]
     plan.is_backward_proven = True
     return grads
 
 
-def _second_order(plan: ForwardPlan, ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
-    """Gradients that can be differentiated, of stock's own forward run again."""
-    plan.differentiated = True
+def _second_order(
+    plan: ForwardPlan, ctx: Any, grad: Tensor, reason: str = "somebody differentiated its gradient"
+) -> Sequence[Tensor | None]:
+    """Gradients that can be differentiated, of stock's own forward run again; the plan is given up."""
+    plan.given_up = reason
     call, inputs = ctx.call, ctx.inputs
     with plan.again(inputs, ctx.before), plan.put_back(inputs), _stock.forwards(), torch.enable_grad():
         if plan._guards.fetch(call) is None:
@@ -288,7 +309,7 @@ def _second_order(plan: ForwardPlan, ctx: Any, grad: Tensor) -> Sequence[Tensor 
                 "forward again: call gankern.unfuse on it"
             )
         output = call["critic"](call["x"], *call["args"], **call["kwargs"])
-    wanted = [inputs[i] for i in plan._wanted]
+    wanted = [inputs[i] for i in plan.wanted]
     return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
 
 

@@ -129,7 +129,7 @@ class _World:
         self._namespaces = [_Namespace(owner) for owner in (F, *({Tensor} | classes))]
         self._instances = [_Names(vars(m)) for m in modules]
         self._environment, self._version = _environment(), dict_version(_ENVIRONMENT)
-        self._hooks = [vars(m)[name] for m in modules for name in _MODULE_HOOKS]
+        self._hooks = [*_GLOBAL_HOOKS, *(vars(m)[name] for m in modules for name in _MODULE_HOOKS)]
         if any(self._hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
         self._facts = list(map(_facts, tensors))

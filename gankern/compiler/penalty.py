@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends
 from gankern.arguments import first_line
-from gankern.compiler.derive import Functions, bilinear_convolutions, derive, in_place_of, leaf_like
+from gankern.compiler.derive import Functions, bilinear_convolutions, coarsest, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.norms import SECOND_ORDER
 from gankern.compiler.passes import effects, optimise
@@ -58,6 +58,8 @@ class PenaltyPlan:
     ----------
     sources : list of str
         Expressions for what the forward reads.
+    given_up : str
+        Why it never runs again: its first replay failed.
     compared : str
         How the first call compared with stock's, in strict mode.
 
@@ -66,7 +68,7 @@ class PenaltyPlan:
     Refused
     """
 
-    compared = ""
+    given_up = compared = ""
 
     def __init__(self, call: dict[str, Any], wants: bool, wants_points: bool) -> None:
         pointwise = pointwise_of(call["critic"])
@@ -77,13 +79,14 @@ class PenaltyPlan:
         self._wanted = [i for i, h in enumerate(held) if wants and h.tensor.requires_grad]
         state = [h.tensor.detach() for h in held]
         self.graph = derive(self._step(call, held), [call["x"].detach()], state)
+        self.coarsest = coarsest(self.graph.graph)
         _open_options(self.graph.graph)
         changed = effects.written(self.graph.graph)
         inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         self._writes = [node in changed for node in inputs[: len(held) + 1]]
         _refuse_aliases([call["x"], *(h.tensor for h in held)], self._writes)
         self._draws = any(map(effects.draws, self.graph.graph.nodes))
-        self._proven: bool | None = False
+        self._proven = False
         optimise(self.graph, backends.select("critic_layers", call["x"]))
         if pointwise == "inductor":
             group(self.graph.graph)
@@ -135,14 +138,9 @@ class PenaltyPlan:
 
     def tensors(self, call: dict[str, Any], wants: bool, wants_points: bool) -> tuple[Tensor, ...] | None:
         """What the forward reads, as it is now; None where the plan is not for this call."""
-        if self.failed or (wants, wants_points, backends.requested()) != self._kind:
+        if self.given_up or (wants, wants_points, backends.requested()) != self._kind:
             return None
         return self._guards.fetch(call)
-
-    @property
-    def failed(self) -> bool:
-        """Whether its first replay failed, so that it never runs."""
-        return self._proven is None
 
     def _attempt(self, x: Tensor, *rest: Any) -> list[Any]:
         """A replay; where it cannot be right, the state is as before, and stock runs."""
@@ -158,8 +156,7 @@ class PenaltyPlan:
         except Exception as error:
             if self._proven:
                 raise
-            failed = f"its replay failed with {first_line(error)}"
-            self._proven = None
+            failed = self.given_up = f"its replay failed with {first_line(error)}"
         if failed is not None:
             for t, before in zip(tensors, kept, strict=True):
                 # Autograd is not told: a graph that holds it saw the value that comes back.

@@ -241,7 +241,7 @@ def penalty(tokens):
 torch.set_num_threads(1)
 critic = Critic()
 before = penalty(256)
-print(penalty(4096) - before, *(plan.failed for plan in known_plans(critic).plans))
+print(penalty(4096) - before, *(bool(plan.given_up) for plan in known_plans(critic).plans))
 """
 
 

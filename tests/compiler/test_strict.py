@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import gankern
 from gankern import compiler, penalties
-from gankern.compiler import penalty, planning, strict
+from gankern.compiler import forward, fused, penalty, planning, strict
 from gankern.compiler.cache import MOST_PLANS, Plans, known_plans
 from gankern.compiler.passes import effects
+from tests.compiler.test_fused_plan import NETWORKS, same, step
 from tests.compiler.test_penalty_plan import GP, R1, Alpha, Attention, Residual, agrees, conv_critic, images, planned
 
 aten = torch.ops.aten
@@ -38,15 +40,16 @@ def noisy() -> nn.Sequential:
 Pass = Callable[[fx.Graph], None]
 
 
-def _wrong(change: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
+def _wrong(change: Pass, monkeypatch: pytest.MonkeyPatch, where: Any = penalty, name: str = "optimise") -> None:
     """Plant a pass that changes more than it may."""
 
-    def optimise(traced: fx.GraphModule, adapter: Any) -> None:
-        right(traced, adapter)
+    def optimise(traced: fx.GraphModule, *args: Any) -> Any:
+        result = right(traced, *args)
         change(traced.graph)
+        return result
 
-    right = penalty.optimise
-    monkeypatch.setattr(penalty, "optimise", optimise)
+    right = getattr(where, name)
+    monkeypatch.setattr(where, name, optimise)
 
 
 def scale_a_gradient(graph: fx.Graph) -> None:
@@ -92,21 +95,35 @@ WRONG: dict[str, tuple[Pass, str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the critic has batch norm")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_pass_is_told_and_stock_runs(
     wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, text = WRONG[wrong]
     _wrong(change, monkeypatch)
-    critic, plans = noisy(), Plans()
-    agrees(critic, images(), plans=plans)
+    critic, x = noisy(), images()
+    other = copy.deepcopy(critic)
+    torch.manual_seed(3)
+    penalties.r1(critic, x).backward()
+    after = torch.get_rng_state()
     (error,) = errors(caplog)
     assert re.search(f"the plan of Sequential differs from stock: .*{text}.*; stock runs", error), error
+    plans = known_plans(critic)
     assert not plans.plans and "differed from stock" in str(plans)
-    # No other is made for such calls: stock runs them.
+    # No other is made for such calls: stock runs them, as it ran the first.
     monkeypatch.undo()
     with pytest.raises(compiler.Refused, match="differed from stock"):
-        planned(plans, critic, images(), (), list(critic.parameters()), GP)
+        planned(plans, critic, x, (), list(critic.parameters()), R1)
+    torch.manual_seed(3)
+    with planning(False):
+        penalties.r1(other, x).backward()
+    assert torch.equal(after, torch.get_rng_state())
+    for (name, p), q in zip(critic.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    for (name, p), q in zip(critic.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
 
 
 @pytest.mark.parametrize("options", [GP, R1, (3.0, 0.5, True, False)], ids=["gp", "r1", "one-sided"])
@@ -200,6 +217,101 @@ def test_what_rounding_explains_is_not_told(
     plans, critic = Plans(), make().double()
     planned(plans, critic, torch.randn(3, 2, dtype=torch.float64), (), list(critic.parameters()), GP)
     assert [plan.compared for plan in plans.plans] == ["as stock"] and not errors(caplog)
+
+
+def scale_the_output(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    given = output.args[0][0]  # type: ignore[index]
+    given = given.args[0] if given.target is aten.detach.default else given
+    with graph.inserting_after(given):
+        scaled = graph.call_function(aten.mul.Tensor, (given, 1 + 1e-6))
+    scaled.meta["val"] = given.meta["val"]
+    given.replace_all_uses_with(scaled, lambda user: user is not scaled)
+
+
+def scale_a_first_gradient(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    last = output.args[0][-1]  # type: ignore[index]
+    with graph.inserting_before(output):
+        scaled = graph.call_function(aten.mul.Tensor, (last, 1 + 1e-6))
+    output.args = ([*output.args[0][:-1], scaled],)  # type: ignore[index]
+
+
+def drop_a_first_gradient(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    output.args = ([*output.args[0][:-1], None],)  # type: ignore[index]
+
+
+def forget_a_statistic(graph: fx.Graph) -> None:
+    # Of the batches that were counted.
+    count = next(node for node in graph.nodes if node.target is aten.add_.Tensor)
+    with graph.inserting_before(count):
+        count.replace_input_with(count.args[0], graph.call_function(aten.clone.default, (count.args[0],)))
+
+
+WRONG_FORWARDS: dict[str, tuple[Pass, str]] = {
+    "output": (scale_the_output, r"of Sequential differs from stock: the output by \d"),
+    "gradient": (scale_a_first_gradient, r"in its backward pass: the gradient of 9\.bias by \d"),
+    "no gradient": (drop_a_first_gradient, r"in its backward pass: the gradient of 9\.bias by inf"),
+    "statistics": (forget_a_statistic, r"3\.num_batches_tracked afterwards by"),
+    "random numbers": (draw_once_more, "random numbers"),
+    "written parameter": (write_a_parameter, r"in its backward pass: 0\.weight afterwards by"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FORWARDS)
+def test_a_wrong_pass_of_a_forward_is_told_and_stock_runs(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, text = WRONG_FORWARDS[wrong]
+    _wrong(change, monkeypatch, forward, "optimise_first_order")
+    make, shape = NETWORKS["critic"]
+    net = make().double()
+    ours, x = gankern.fuse(copy.deepcopy(net)), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        same(step(ours, x, torch.ones(3, 1)), step(net, x, torch.ones(3, 1)))
+    (error,) = errors(caplog)
+    assert re.search(text, error), error
+    plans = fused.known_plans(ours)
+    assert plans is not None and plans.made == 1 and not plans.plans and "differed from stock" in str(plans)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_right_plan_of_a_forward_stays(
+    name: str, training: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two forwards before one backward pass, too; afterwards stock runs no more."""
+    make, shape = NETWORKS[name]
+    net = make().double().train(training)
+    ours, x = gankern.fuse(copy.deepcopy(net)), torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn_like(copy.deepcopy(net)(x))
+
+    def both(net: nn.Module) -> list[Tensor]:
+        torch.manual_seed(1)
+        before = net(x)
+        (net(x) * weight + before).sum().backward()
+        found = [before.detach(), *(p.grad for p in net.parameters() if p.grad is not None), *net.buffers()]
+        return [t.clone() for t in found] + [torch.get_rng_state()]
+
+    for got, want in zip(both(ours), both(net), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    plans = fused.known_plans(ours)
+    assert plans is not None and [plan.compared for plan in plans.plans] == ["as stock"] and not errors(caplog)
+    monkeypatch.setattr(strict, "State", None)
+    same(step(ours, x, weight), step(net, x, weight))
+    with torch.no_grad(), pytest.raises(TypeError):
+        ours(x)
+
+
+def test_a_wrong_plan_of_a_graph_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    _wrong(scale_the_output, monkeypatch, forward, "optimise_first_order")
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()).double()
+    compiled, x = torch.compile(net, backend="gankern"), images()
+    for _ in range(2):
+        got, want = (torch.autograd.grad(f(x).square().sum(), net.parameters()) for f in (compiled, net))
+        same(dict(enumerate(got)), dict(enumerate(want)))  # type: ignore[arg-type]
+    assert len(errors(caplog)) == 1
 
 
 def test_differences_are_of_the_norm() -> None:
