@@ -312,7 +312,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     ----------
     op : str or callable
         A public op or its name, e.g. ``gankern.ops.batch_norm_act`` or ``"batch_norm_act"``; or a
-        :func:`gankern.step`, of whose calls so far it tells what ran them.
+        :func:`gankern.step`, of whose calls so far it tells what ran them; or ``gankern.fuse``, with a fused module,
+        for :func:`gankern.fusion_report` as text.
     *args, **kwargs
         Arguments of the call; its tensors decide.
 
@@ -334,10 +335,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     _open_rooms()
     kernels = _borrowed.get(name, name)
+    if kernels not in _adapters and name in _explainers:
+        return _explainers[name](Explanation(name, None), *args, **kwargs)
     if kernels not in _adapters:
-        known = ", ".join(sorted(_adapters.keys() | _borrowed.keys()))
-        hint = ". gankern.fusion_report tells of fuse" if name == "fuse" else ""
-        raise ValueError(f"op must be one of {known}; got {name!r}{hint}")
+        known = ", ".join(sorted(_adapters.keys() | _borrowed.keys() | _explainers.keys()))
+        raise ValueError(f"op must be one of {known}; got {name!r}")
     found = explain_call(kernels, *(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
     explainer = _explainers.get(name)
     return found if explainer is None else explainer(found, *args, **kwargs)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gankern import compiler
 from gankern.arguments import first_line
-from gankern.compiler import strict
+from gankern.compiler import origins, strict
 from gankern.compiler.guards import is_hooked
 from gankern.compiler.penalty import PenaltyPlan, Result, is_capturing
 from gankern.compiler.refusal import Refused
+from gankern.compiler.report import Call, calls_of
 
 log = logging.getLogger("gankern.compiler")
 
@@ -63,7 +64,11 @@ class Kind:
         self.calls += 1
 
 
-@dataclass
+#: Those that are in use.
+CACHES: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
 class Cache:
     """The plans of one owner: a bounded number, for the last used kinds of calls.
 
@@ -86,6 +91,9 @@ class Cache:
     made: int = 0
     evicted: int = 0
     _lock: Any = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        CACHES.add(self)
 
     #: How messages call what is planned.
     what: ClassVar[str]
@@ -150,6 +158,11 @@ class Cache:
             raise Refused(known.reason)
         return result
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What the plan that ran last calls."""
+        return tuple(calls_of(self.plans[0])) if self.plans else ()
+
     def __str__(self) -> str:
         counts = f"{self.made} made, {self.hits} hits, {self.evicted} evicted"
         reasons = [f"; none for some calls: {known.reason}" for known in self.kinds.values() if known.reason]
@@ -189,6 +202,7 @@ class Cache:
         except Exception as error:
             # Stock's own run says what is wrong with the call, if anything is.
             told = str(error) if isinstance(error, Refused) else f"deriving it failed with {first_line(error)}"
+            told += origins.at(error)
             self._note(known, call, told)
             raise Refused(told) from None
         took, name = time.perf_counter() - begin, name_of(call["critic"])

@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gankern.compiler import attention
+from gankern.compiler import attention, origins
 from gankern.compiler.norms import SUBSTITUTES
 from gankern.compiler.refusal import Refused
 
@@ -98,11 +98,16 @@ def bilinear_convolutions() -> Iterator[None]:
 
 
 def derive(
-    function: Callable[..., Any], inputs: Sequence[Tensor], state: Sequence[Tensor], known: Sequence[Any] = ()
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    state: Sequence[Tensor],
+    modules: Mapping[str, nn.Module] | None = None,
+    known: Sequence[Any] = (),
 ) -> fx.GraphModule:
     """Trace a function of tensors, inputs first and state after them.
 
-    Of those that it reads from elsewhere, `known` has what each place of inputs and state stands for.
+    Nodes know the user's line that they come from, and which of the modules. Of tensors that it reads from elsewhere,
+    `known` has what each place of inputs and state stands for.
 
     Returns
     -------
@@ -118,14 +123,20 @@ def derive(
     # make_fx calls modules by those that torch came with.
     if (nn.Module.__call__, nn.Module.__getattr__) != (_symbolic_trace._orig_module_call, _MODULE_GETATTR):
         raise Refused("nn.Module's way of calling was replaced")
+    names = {id(module): name for name, module in (modules or {}).items()}
+
+    def located(*tensors: Tensor) -> Any:
+        with origins.noted(names):
+            return function(*tensors)
+
     rng, others = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy.random")
     numpys = pickle.dumps(numpy.get_state()) if numpy else None
     try:
         with _lock:
-            traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+            traced = make_fx(located, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise Refused(f"values decide what it computes: {error}") from None
+        raise Refused(f"values decide what it computes: {error}{origins.at(error)}") from None
     finally:
         if not torch.equal(torch.get_rng_state(), rng):
             torch.set_rng_state(rng)
@@ -139,17 +150,19 @@ def derive(
         raise Refused("it draws random numbers of Python's or of numpy's")
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node in list(traced.graph.nodes):
+        line = getattr(node.meta.get("origin"), "line", "")
+        where = f", at {line}" if line else ""
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise Refused(f"it calls {node.target}")
+            raise Refused(f"it calls {node.target}{where}")
         # Strides of fake tensors are not always those of real ones, which it goes by.
         if node.target in (aten.as_strided.default, aten.as_strided_.default):
-            raise Refused("it goes by strides (as_strided)")
+            raise Refused(f"it goes by strides (as_strided){where}")
         literal = all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in node.users)
         if node.op == "get_attr" and not literal:
             tensor = getattr(traced, node.target)
             place = next((i for i, t in enumerate(known) if t is tensor and not t.requires_grad), None)
             if place is None:
-                raise Refused("it reads a tensor that no guard knows")
+                raise Refused(f"it reads a tensor that no guard knows{where}")
             node.replace_all_uses_with(places[place])
             traced.graph.erase_node(node)
     return traced

@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends, dispatch
 from gankern.arguments import first_line
+from gankern.compiler import origins
 from gankern.compiler.derive import Functions, coarsest, derive, in_place_of, leaf_like
-from gankern.compiler.guards import Held, make_guards
+from gankern.compiler.guards import Held, make_guards, modules_of
 from gankern.compiler.norms import FIRST_ORDER
 from gankern.compiler.passes import effects, in_place, optimise_first_order
 from gankern.compiler.passes.layout import turned
@@ -70,6 +71,7 @@ class ForwardPlan:
     """
 
     given_up = compared = ""
+    PROGRAMS = ("_forward", "_backward")
 
     def __init__(
         self, call: dict[str, Any], strides: tuple[int, ...] | None, guards: Any = None, pointwise: str = "torch"
@@ -85,7 +87,12 @@ class ForwardPlan:
         self.casts = x.device.type if torch.is_autocast_enabled(x.device.type) else None
         #: Places of the inputs that get a gradient.
         self.wanted = [i for i, t in enumerate(inputs) if self._kind[0] and t.requires_grad]
-        graph = derive(self._step(call, held), [x.detach()], [t.detach() for t in inputs[1:]])
+        graph = derive(
+            self._step(call, held),
+            [x.detach()],
+            [t.detach() for t in inputs[1:]],
+            modules_of(call["critic"], held),
+        )
         self.coarsest = coarsest(graph.graph)
         changed = effects.written(graph.graph)
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -345,6 +352,7 @@ def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None, kept: bool) 
         with graph.inserting_after(output):
             copy = graph.call_function(torch.clone, (output,))
         copy.meta["val"] = output.meta["val"]
+        origins.absorb(copy, output)
         output = copy
     returned.args = ([output, *returned.args[0][1:]],)
     if detached is not None:

@@ -37,7 +37,7 @@ class Unplanned(Exception):
         self.whole, self.known = whole, known
 
 
-@dataclass
+@dataclass(eq=False)
 class Plans(Cache):
     """The plans of one fused module.
 

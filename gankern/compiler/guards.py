@@ -14,7 +14,7 @@ import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as module_hooks
 from torch.nn.parameter import is_lazy
 
+from gankern.compiler import origins
 from gankern.compiler.refusal import Refused
 
 _GLOBAL_HOOKS = [
@@ -170,6 +171,13 @@ class Held(NamedTuple):
     module: nn.Module | None
 
 
+def modules_of(critic: Any, held: Sequence[Held]) -> dict[str, nn.Module]:
+    """Modules by the names that reports have for them: in the critic, or of a function's those that have tensors."""
+    if isinstance(critic, nn.Module):
+        return dict(critic.named_modules())
+    return {_IN_MODULE.sub(r"\1", h.source): h.module for h in held if h.module is not None}
+
+
 class Guards:
     """When a plan may run, and where its tensors are.
 
@@ -227,8 +235,8 @@ class _Traced(Exception):
 _number = itertools.count()
 
 
-def _lasting_change() -> str | None:
-    """What the forward that Dynamo is tracing changes besides tensors: a replay would not."""
+def _lasting_change(classes: Iterable[type]) -> str | None:
+    """What the forward of classes that Dynamo is tracing changes besides tensors: a replay would not."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 
@@ -243,8 +251,9 @@ def _lasting_change() -> str | None:
             continue
         # The derivation sees whether a module's buffers are others afterwards.
         if getattr(changed.source, "member", None) not in ("_buffers", "_parameters"):
-            names = ", ".join(effects.store_attr_mutations.get(changed, {}))
-            return f"the forward changes {names or 'a value'} of something that outlives it"
+            names = effects.store_attr_mutations.get(changed, {})
+            where = origins.at_store(classes, names)
+            return f"the forward changes {', '.join(names) or 'a value'} of something that outlives it{where}"
     return None
 
 
@@ -327,7 +336,7 @@ def make_guards(
     reasons: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        reason = _lasting_change()
+        reason = _lasting_change(map(type, critic.modules()) if isinstance(critic, nn.Module) else ())
         if reason is not None:
             reasons.append(reason)
         names.update(_guarded())
@@ -358,7 +367,8 @@ def make_guards(
     except _NotTraced:
         raise Refused("Dynamo is switched off, or finds no operator of torch in its forward") from None
     except TorchDynamoException as error:
-        raise Refused(f"its forward cannot be guarded: {str(error).splitlines()[0]}{_where(error)}") from None
+        told = f"its forward cannot be guarded: {str(error).splitlines()[0]}"
+        raise Refused(told + origins.at(error)) from None
     else:
         raise Refused("its forward computes nothing that a graph could hold")
     if reasons:

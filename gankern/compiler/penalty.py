@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from gankern import _library, _stock, backends
 from gankern.arguments import first_line
 from gankern.compiler.derive import Functions, bilinear_convolutions, coarsest, derive, in_place_of, leaf_like
-from gankern.compiler.guards import Held, make_guards
+from gankern.compiler.guards import Held, make_guards, modules_of
 from gankern.compiler.norms import SECOND_ORDER
 from gankern.compiler.passes import effects, optimise
 from gankern.compiler.pointwise import group, pointwise_of
@@ -69,6 +69,7 @@ class PenaltyPlan:
     """
 
     given_up = compared = ""
+    PROGRAMS = ("_run",)
 
     def __init__(self, call: dict[str, Any], wants: bool, wants_points: bool) -> None:
         pointwise = pointwise_of(call["critic"])
@@ -78,7 +79,7 @@ class PenaltyPlan:
         self._kind = wants, wants_points, backends.requested()
         self._wanted = [i for i, h in enumerate(held) if wants and h.tensor.requires_grad]
         state = [h.tensor.detach() for h in held]
-        self.graph = derive(self._step(call, held), [call["x"].detach()], state)
+        self.graph = derive(self._step(call, held), [call["x"].detach()], state, modules_of(call["critic"], held))
         self.coarsest = coarsest(self.graph.graph)
         _open_options(self.graph.graph)
         changed = effects.written(self.graph.graph)

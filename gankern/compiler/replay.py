@@ -7,7 +7,8 @@ freshly allocated costs a page fault every 4 KiB.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ from torch._ops import OpOverload
 from gankern import workspace
 from gankern.compiler import choice
 from gankern.compiler.passes.layout import turned
+from gankern.compiler.report import Call, call_of
+
+#: Called with each call of a program when it has returned, and with None when the program begins.
+Tick = Callable[[Call | None], None]
 
 aten = torch.ops.aten
 
@@ -90,22 +95,38 @@ _BY_COPY = {
 }
 
 
-def compile_graph(traced: fx.GraphModule, packed: bool = False, rooms: bool = True) -> Callable[..., Any]:
+def compile_graph(traced: fx.GraphModule, packed: bool = False, rooms: bool = True) -> Program:
     """The function of a graph's placeholders that its nodes compute.
 
     `packed`, it takes them in one list, which it empties: nobody else then keeps them. Its first run lets torch find a
     place for each result, and later ones put large ones into the workspace, as they lay then; without `rooms` none.
     """
-    return _Program(traced, packed, rooms)
+    return Program(traced, packed, rooms)
 
 
-class _Program:
+@contextmanager
+def timed(plans: Iterable[Any], tick: Tick) -> Iterator[None]:
+    """Let plans tell of each call inside a ``with`` block; elsewhere their programs have nothing of it."""
+    given = [getattr(plan, name) for plan in plans for name in plan.PROGRAMS]
+    programs = [program for program in given if program is not None]
+    try:
+        for program in programs:
+            program.tell(tick)
+        yield
+    finally:
+        for program in programs:
+            program.tell(None)
+
+
+class Program:
     """What `compile_graph` gives.
 
     Attributes
     ----------
     source : str
         The code that the next run is of.
+    calls : list of Call
+        What it runs, in order.
     """
 
     def __init__(self, traced: fx.GraphModule, packed: bool, rooms: bool) -> None:
@@ -120,6 +141,15 @@ class _Program:
             if rooms and node.op == "call_function" and node is not given_out and _may_have_room(node)
         }
         self._seen = not self._rooms
+        found = ((node, call_of(node)) for node in traced.graph.nodes)
+        self._calls = {node: call for node, call in found if call is not None}
+        self.calls = list(self._calls.values())
+        self._tick: Tick | None = None
+        self._compile()
+
+    def tell(self, tick: Tick | None) -> None:
+        """Run another program from now on, that tells of each call; None for the one that does not."""
+        self._tick = tick
         self._compile()
 
     def _see(self, node: fx.Node, found: Tensor) -> None:
@@ -190,12 +220,16 @@ class _Program:
                 lines.append(f"{node.name} = {name_of(target)}({', '.join(arguments)})")
                 if not self._seen and node in self._rooms:
                     lines.append(f"{name_of(self._rooms[node])}({node.name})")
+            if self._tick is not None and node in self._calls:
+                lines.append(f"{name_of(self._tick)}({name_of(self._calls[node])})")
             dead = [n.name for n in dies.get(node, ())] + ([node.name] if not node.users else [])
             if dead:
                 lines.append(f"del {', '.join(dead)}")
         if self._packed:
             lines[:0] = [f"{', '.join(parameters)}, = given", "given.clear()"] if parameters else []
             parameters = ["given"]
+        if self._tick is not None:
+            lines.insert(0, f"{name_of(self._tick)}(None)")
         source = f"def replay({', '.join(parameters)}):\n    " + "\n    ".join(lines) + "\n"
         exec(compile(source, "<gankern plan>", "exec"), scope)
         self.source = source

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gankern import _stock, compiler
+from gankern import _stock, backends, compiler
+from gankern.backends import Explanation
 from gankern.nn import block
 from gankern.ops.critic_layers.chain import add_sequential
 
@@ -33,15 +36,37 @@ class Run:
     names : tuple of str
         Names in it of the convolutions and batch norms that it calls.
     reason : str or None
-        Why they stay stock; None where they are fused.
+        Why they stay stock, with the line of code where it is one's; None where they are fused.
     pointwise : str
         What runs between the kernels: "torch" or "inductor"; "torch: " and why where Inductor was asked for.
+    plans : str
+        How many plans of the module were made, used and evicted, and why others were not made; empty before a call.
+    calls : tuple of Call
+        What the plan that ran last calls: each kernel with the backend, the line of code and the module.
     """
 
     module: str
     names: tuple[str, ...]
     reason: str | None
     pointwise: str = "torch"
+    plans: str = field(default="", compare=False)
+    calls: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+
+    def __str__(self) -> str:
+        from gankern.compiler.report import as_lines
+
+        lines = [f"{self.module or 'the module'}: {self.reason or 'fused'}"]
+        lines += textwrap.wrap(f"of it: {', '.join(self.names)}", 78, initial_indent="  ", subsequent_indent="  ")
+        lines += [f"  between the kernels: {self.pointwise}"] if self.pointwise != "torch" else []
+        lines += [f"  plans: {self.plans}"] if self.plans else []
+        return "\n".join([*lines, *as_lines(self.calls)] if self.calls else lines)
+
+
+class FusionReport(list[Run]):
+    """What :func:`fusion_report` lists; printed, with the kernels that run each line of code."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "nothing to fuse"
 
 
 class Fused(nn.Module):
@@ -225,10 +250,11 @@ def _modules(module: nn.Module) -> list[nn.Module]:
     return list(module.modules())
 
 
-def fusion_report(module: nn.Module) -> list[Run]:
+def fusion_report(module: nn.Module) -> FusionReport:
     """List the convolutions and batch norms of a model by the modules whose calls are planned, and why others are not.
 
-    Reported as in its last call; a module that was not called, or not often enough for a plan, as fused.
+    Reported as in its last call; a module that was not called, or not often enough for a plan, as fused. Printed, it
+    tells of the plan that ran last which kernel runs which line of code, and why torch's runs the rest.
 
     Parameters
     ----------
@@ -236,7 +262,8 @@ def fusion_report(module: nn.Module) -> list[Run]:
 
     Returns
     -------
-    list of Run
+    FusionReport
+        A list of `Run`.
 
     Raises
     ------
@@ -244,7 +271,7 @@ def fusion_report(module: nn.Module) -> list[Run]:
         If module is not an ``nn.Module``.
     """
     _modules(module)
-    return list(_report(module, ""))
+    return FusionReport(_report(module, ""))
 
 
 def _report(module: nn.Module, name: str) -> Iterator[Run]:
@@ -256,11 +283,11 @@ def _report(module: nn.Module, name: str) -> Iterator[Run]:
         return
     reason = _reason(module)
     if reason is None or not any(_is_fusable(child) for child in module.children()):
-        yield Run(name, tuple(leaves), reason, _pointwise(module))
+        yield Run(name, tuple(leaves), reason, _pointwise(module), *_plans(module))
         return
     own = [n for n, child in module.named_children() if isinstance(child, FUSABLE)]
     if own:
-        yield Run(name, tuple(own), reason)
+        yield Run(name, tuple(own), reason, "torch", *_plans(module))
     for child_name, child in module.named_children():
         if not isinstance(child, FUSABLE):
             yield from _report(child, f"{name}.{child_name}".lstrip("."))
@@ -270,10 +297,8 @@ def _pointwise(module: nn.Module) -> str:
     """What runs between the kernels of a module's plans."""
     if not isinstance(module, Fused) or module._gankern_pointwise == "torch":
         return "torch"
-    from gankern.compiler.fused import known_plans
-
-    plans = known_plans(module)
-    return module._gankern_pointwise if plans is None else plans.pointwise()
+    plans = _known(module)
+    return str(module._gankern_pointwise) if plans is None else str(plans.pointwise())
 
 
 def _reason(module: nn.Module) -> str | None:
@@ -282,7 +307,26 @@ def _reason(module: nn.Module) -> str | None:
         return "it has no forward"
     if not isinstance(module, Fused):
         return cannot_extend(type(module)) or "not fused: call gankern.fuse"
-    from gankern.compiler.fused import known_plans
-
-    plans = known_plans(module)
+    plans = _known(module)
     return None if plans is None else plans.reason
+
+
+def _known(module: nn.Module) -> Any:
+    """The plans of a module that was called, without bringing Dynamo in."""
+    found = sys.modules.get(f"{compiler.__name__}.fused")
+    return None if found is None else found.known_plans(module)
+
+
+def _plans(module: nn.Module) -> tuple[str, tuple[Any, ...]]:
+    plans = _known(module)
+    return ("", ()) if plans is None else (str(plans), plans.calls)
+
+
+def explain_fused(found: Explanation, module: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """What :func:`gankern.explain` tells of :func:`fuse`: its report."""
+    report = fusion_report(module)
+    chosen = "plans" if any(run.reason is None for run in report) else None
+    return Explanation(found.op, chosen, notes=tuple(str(report).splitlines()))
+
+
+backends.register_explainer("fuse", explain_fused)

@@ -31,7 +31,7 @@ def _sections(report: ProfileReport) -> Iterator[Section]:
         yield Section("What to do about it", [paragraph(advice.text) for advice in report.advice])
     for name, profile in report.sides.items():
         line = reports.headline(profile, report.overhead.get(name))
-        captions = (line, f"What the {name} step does in each phase")
+        captions = (line, f"What the {name} step does in each phase", f"What plans call in the {name} step")
         tables = [
             table(columns, list(map(_cells, rows)), caption=caption)
             for (columns, rows), caption in zip(reports.detail_tables(profile, report.ceilings), captions, strict=False)

@@ -20,13 +20,14 @@ from gankern.bench import ceilings
 from gankern.bench.timing import Spread
 from gankern.profile import trace as traces
 from gankern.profile.meters import OTHER, CpuClock, CudaClock, Marks
+from gankern.profile.plans import CallTimes
 from gankern.profile.results import Phase, ProfileReport, StepProfile
 from gankern.profile.work import Work, WorkCounter, counting, traced
 
 _OFF: AbstractContextManager[Any] = nullcontext()
 #: Steps under torch's profiler: a single one may be disturbed.
 TRACED_STEPS = 3
-WARM_UP, COUNTED, TRACED, TIMED, DONE = "warm-up", "counted", "traced", "timed", "done"
+WARM_UP, COUNTED, TRACED, REPLAYED, TIMED, DONE = "warm-up", "counted", "traced", "replayed", "timed", "done"
 
 
 class _Span:
@@ -65,8 +66,9 @@ class CriticSteps:
         if device is not None and torch.device(device).type not in ("cpu", "cuda"):
             raise ValueError(f"device must be a CPU or a CUDA device; got {str(device)!r}")
         self._enabled, self._trace = enabled, None if trace is None else Path(trace)
-        # The step after those under torch's own tools finds its memory and caches as they were.
-        self._schedule = [WARM_UP] * warm_up + [COUNTED] + [TRACED] * TRACED_STEPS + [WARM_UP] + [TIMED] * steps
+        # The step after those under torch's own tools finds its memory and caches as they were: it is not timed as a
+        # whole, but the calls of plans in it are.
+        self._schedule = [WARM_UP] * warm_up + [COUNTED] + [TRACED] * TRACED_STEPS + [REPLAYED] + [TIMED] * steps
         self._device = None if device is None else torch.device(device)
         self._done = 0
         self._stack: list[_Span] = []
@@ -78,6 +80,7 @@ class CriticSteps:
         self._counter: WorkCounter | None = None
         self._work: dict[str, Work] = {}
         self._traced: list[dict[str, traces.Traced]] = []
+        self._calls: CallTimes | None = None
         self._clock: CpuClock | CudaClock = CpuClock()
 
     def __enter__(self) -> CriticSteps:
@@ -165,6 +168,10 @@ class CriticSteps:
         if self._mode == COUNTED:
             self._counter = self._tools.enter_context(counting())
             self._marks = Marks(self._counter)
+        elif self._mode == REPLAYED:
+            self._marks = Marks(self._clock)
+            self._calls = CallTimes(self._clock, lambda: self._stack[-1].name if self._stack else OTHER)
+            self._tools.enter_context(self._calls.on())
         else:
             self._tools.enter_context(self._profiler())
             self._tools.enter_context(traced())
@@ -260,6 +267,7 @@ class CriticSteps:
             Spread.of(whole),
             sum(seconds for seconds, _ in means.values()),
             tuple(self._phase(name, *mean) for name, mean in means.items()),
+            plan_calls=self._calls.calls() if self._calls is not None else (),
         )
 
     def report(self, subject: str = "") -> ProfileReport:
@@ -340,8 +348,8 @@ def critic_steps(
     """Profile the critic steps of a loop, as it stands.
 
     The first `warm_up` steps run as they are, one is counted by torch's FlopCounterMode, three are traced by torch's
-    profiler, one runs as it is; the following are timed by a clock alone, up to `steps`, and all after those run as if
-    there were no profiler. The parts of `gankern.gradient_penalty` mark themselves.
+    profiler, in one each call of gankern's plans is timed; the following are timed by a clock alone, up to `steps`, and
+    all after those run as if there were no profiler. The parts of `gankern.gradient_penalty` mark themselves.
 
     Parameters
     ----------

@@ -17,14 +17,17 @@ from gankern.profile.results import Limits, Phase, ProfileReport, StepProfile
 SIDES = ("phase", "stock, ms", "of step", "gankern, ms", "of step", "saved, ms")
 TIME = ("phase", "ms", "of step", "Python, ms", "worth, ms", "bound by", "calls")
 WORK = ("phase", "GFLOP", "GFLOP/s", "MB", "GB/s", "new MB")
+PLANS = ("plan", "ms", "of step", "calls")
 #: What the columns mean, in the order of the tables.
 LEGEND = (
     "Python: when no operator ran, the median share over steps under torch's profiler. Worth: the time above what "
     "arithmetic and memory need at least. Bound by: which of arithmetic, memory and the calls themselves would take "
     "the longest alone. GFLOP: products and convolutions, as torch counts them. GFLOP/s and GB/s: with the share of "
     "the ceiling measured here; data that lies in a cache may pass the copy's. New MB: tensors made outside of "
-    "gankern's workspace."
+    "gankern's workspace. Calls of plans: in one step, with the line of code that each stands for."
 )
+# Calls of plans that are shown of a phase.
+_MOST_CALLS = 12
 # Characters of a line where the output goes to no terminal.
 _WIDTH = 140
 
@@ -122,7 +125,7 @@ def _compared(name: str, phases: Sequence[Phase | None], steps: Sequence[float])
 
 
 def detail_tables(profile: StepProfile, ceilings: dict[str, float]) -> list[tuple[Sequence[str], Rows]]:
-    """Columns and rows of the tables of one side: its phases' time, and their work."""
+    """Columns and rows of the tables of one side: its phases' time, their work, and what plans call in them."""
     on_gpu = profile.device != "cpu"
     grouped = profile.grouped() | {"step": profile.whole}
     times, work = [], []
@@ -153,7 +156,23 @@ def detail_tables(profile: StepProfile, ceilings: dict[str, float]) -> list[tupl
             ]
         )
     found: list[tuple[Sequence[str], Rows]] = [((*TIME, "kernels, ms" if on_gpu else "page faults"), times)]
-    return [*found, (WORK, work)] if any(any(row[1:]) for row in work) else found
+    found += [(WORK, work)] if any(any(row[1:]) for row in work) else []
+    return [*found, (PLANS, plan_rows(profile))] if profile.plan_calls else found
+
+
+def plan_rows(profile: StepProfile) -> Rows:
+    """Cells under `PLANS`: phases in which plans ran, and what they called for which line of code."""
+    rows = []
+    for phase in dict.fromkeys(call.phase for call in profile.plan_calls):
+        calls = [call for call in profile.plan_calls if call.phase == phase]
+        rest = calls[_MOST_CALLS:]
+        shown = [(f"· {call}", [call]) for call in calls[:_MOST_CALLS]]
+        shown += [(f"· {len(rest)} others", rest)] if rest else []
+        for name, made in [(phase, calls), *shown]:
+            seconds = sum(call.seconds for call in made)
+            share = f"{seconds / profile.mean_seconds:.1%}"
+            rows.append([name, f"{seconds * 1e3:.3f}", share, str(sum(call.calls for call in made))])
+    return rows
 
 
 def _amount(value: float | None, unit: float, form: str) -> str:

@@ -62,6 +62,38 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class PlanCall:
+    """Calls of one kernel by gankern's plans, for one line of code and in one phase of a step.
+
+    Attributes
+    ----------
+    phase : str
+    kernel, by : str
+        What runs, and the backend, or "torch".
+    lines, module : str
+        The user's code that it stands for, file and line, and the module that this is in.
+    order : int
+        Of the derivative that it is in; 0 in the forward.
+    seconds : float
+        Of one step, all calls together.
+    calls : int
+    """
+
+    phase: str
+    kernel: str
+    by: str
+    lines: str
+    module: str
+    order: int
+    seconds: float
+    calls: int
+
+    def __str__(self) -> str:
+        order = "second order" if self.order > 1 else ""
+        return ", ".join(filter(None, (f"{self.kernel} ({self.by})", self.lines, self.module, order)))
+
+
+@dataclass(frozen=True)
 class StepProfile:
     """Where the time of one side's steps goes.
 
@@ -79,6 +111,8 @@ class StepProfile:
         In the order in which they first ran.
     peak_bytes : int or None
         That a step needs at its peak above what was held before it.
+    plan_calls : tuple of PlanCall
+        What plans run in it, in one step, the longest first.
     """
 
     device: str
@@ -88,6 +122,7 @@ class StepProfile:
     mean_seconds: float
     phases: tuple[Phase, ...]
     peak_bytes: int | None = None
+    plan_calls: tuple[PlanCall, ...] = ()
 
     @property
     def whole(self) -> Phase:

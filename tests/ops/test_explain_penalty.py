@@ -133,8 +133,9 @@ def test_the_family() -> None:
         found = gankern.explain(function, plain(), *points, weight=3.0)
         assert found.taken == {"Conv2d": 3, "LeakyReLU": 2}
         assert gankern.explain(function.__name__, Residual(), *points).reason
-    with pytest.raises(ValueError, match="fusion_report"):
-        gankern.explain(gankern.fuse, plain())
+    assert "not fused: call gankern.fuse" in str(gankern.explain(gankern.fuse, plain()))
+    with pytest.raises(ValueError, match=r"op must be one of .*, fuse, .*got 'unfuse'"):
+        gankern.explain(gankern.unfuse, plain())
 
 
 def test_frozen_critic_one_sample_of_two_dtypes_and_no_grad() -> None:

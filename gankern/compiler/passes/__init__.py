@@ -7,22 +7,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from gankern.compiler import choice
+from gankern.compiler import choice, origins
 from gankern.compiler.passes import batch_norms, common, convolutions, dead, direct, in_place, layout, views, zeros
 
 
 def optimise(traced: fx.GraphModule, adapter: Any) -> None:
     """Apply all passes, in place; kernels are an adapter's of the critic layers."""
-    dead.forget_detach(traced.graph)
-    common.share(traced.graph)
-    zeros.fold(traced.graph)
-    dead.drop(traced.graph)
-    dead.narrow_masks(traced.graph)
-    views.relax(traced.graph)
-    if hasattr(adapter, "takes_conv"):
-        convolutions.lower(traced.graph, adapter)
-        layout.settle(traced.graph)
-        direct.bind(traced.graph, adapter)
+    with origins.inherited(traced.graph):
+        dead.forget_detach(traced.graph)
+        common.share(traced.graph)
+        zeros.fold(traced.graph)
+        dead.drop(traced.graph)
+        dead.narrow_masks(traced.graph)
+        views.relax(traced.graph)
+        if hasattr(adapter, "takes_conv"):
+            convolutions.lower(traced.graph, adapter)
+            layout.settle(traced.graph)
+            direct.bind(traced.graph, adapter)
     traced.graph.lint()
 
 
@@ -33,18 +34,19 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     """
     forwards = [node for node in traced.graph.nodes if node.target is torch.ops.aten.convolution.default]
     images = sum(node.meta["val"].numel() for node in forwards)
-    dead.forget_detach(traced.graph)
-    written = in_place.forget(traced.graph)
-    common.share(traced.graph)
-    dead.drop(traced.graph)
-    dead.narrow_masks(traced.graph)
-    views.relax(traced.graph)
-    kernels = 0
-    if hasattr(adapter, "takes_conv"):
-        kernels = batch_norms.fuse(traced.graph, norm_adapter)
-        kernels += 0 if differentiated else batch_norms.fold(traced.graph)
-        kernels += convolutions.lower(traced.graph, adapter, choice.convolution_pays)
-        kernels += layout.settle(traced.graph, convolutions=True)
-    in_place.put_back(traced.graph, written)
+    with origins.inherited(traced.graph):
+        dead.forget_detach(traced.graph)
+        written = in_place.forget(traced.graph)
+        common.share(traced.graph)
+        dead.drop(traced.graph)
+        dead.narrow_masks(traced.graph)
+        views.relax(traced.graph)
+        kernels = 0
+        if hasattr(adapter, "takes_conv"):
+            kernels = batch_norms.fuse(traced.graph, norm_adapter)
+            kernels += 0 if differentiated else batch_norms.fold(traced.graph)
+            kernels += convolutions.lower(traced.graph, adapter, choice.convolution_pays)
+            kernels += layout.settle(traced.graph, convolutions=True)
+        in_place.put_back(traced.graph, written)
     traced.graph.lint()
     return kernels if choice.images_pay(images) else 0

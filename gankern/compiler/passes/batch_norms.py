@@ -19,9 +19,9 @@ import torch
 from torch import fx
 
 from gankern._layout import dense
-from gankern.compiler import choice
+from gankern.compiler import choice, origins
 from gankern.compiler.passes import effects
-from gankern.compiler.passes.convolutions import activation, derivative
+from gankern.compiler.passes.convolutions import FASTER, activation, derivative
 from gankern.ops.conv_transpose_bn_act import reference
 
 aten = torch.ops.aten
@@ -81,8 +81,12 @@ def _takes(node: fx.Node, adapter: Any) -> bool:
         return False
     x = effects.arguments(node)[0].meta["val"]
     given = [a.meta["val"] for a in effects.arguments(node)[1:5] if isinstance(a, fx.Node)]
+    pays = choice.norm_pays(x)
+    node.meta["why"] = (
+        (adapter.refuse(x) or "its tensors or readers are of kinds that ours has not") if pays else FASTER
+    )
     return bool(
-        choice.norm_pays(x)
+        pays
         and (effects.arguments(node)[3] is None) == (effects.arguments(node)[4] is None)
         and all(t.dtype == x.dtype and t.is_contiguous() for t in given)
         and adapter.refuse(x) is None
@@ -124,6 +128,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
             update = getattr(adapter, "update_running", reference.update_running)
             graph.call_function(update, arguments).meta["val"] = None
     if fused is not None:
+        origins.absorb(made, fused[0])
         fused[0].replace_all_uses_with(parts[0])
     output.replace_all_uses_with(parts[0])
     for backward in backwards:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gankern.compiler import origins
 from gankern.compiler.passes import effects
 from gankern.compiler.passes.effects import arguments
 from gankern.ops.conv_act.reference import ConvOptions
@@ -39,12 +40,17 @@ def lower(graph: fx.Graph, adapter: Any, pays: Pays = lambda *_: True) -> int:
     count = 0
     for node in list(graph.nodes):
         args = arguments(node)
-        if node.target is aten.convolution.default and _takes(adapter, args[0], args[1], args[3:9]):
-            if pays("forward", _value(args[0]), _value(args[1]), args[6]):
-                _lower_forward(graph, node, adapter)
-                count += 1
-        elif node.target is aten.convolution_backward.default and _takes(adapter, args[1], args[2], args[4:10]):
-            _lower_backward(graph, node, adapter, pays)
+        if node.target is aten.convolution.default:
+            node.meta["why"] = _refusal(adapter, args[0], args[1], args[3:9])
+            if not node.meta["why"]:
+                node.meta["why"] = FASTER
+                if pays("forward", _value(args[0]), _value(args[1]), args[6]):
+                    _lower_forward(graph, node, adapter)
+                    count += 1
+        elif node.target is aten.convolution_backward.default:
+            node.meta["why"] = _refusal(adapter, args[1], args[2], args[4:10])
+            if not node.meta["why"]:
+                _lower_backward(graph, node, adapter, pays)
     _fuse_forward(graph, adapter)
     _fuse_backward(graph, adapter)
     return count
@@ -60,11 +66,17 @@ def _options(geometry: Any) -> ConvOptions:
     return ConvOptions(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
 
 
-def _takes(adapter: Any, input: Any, weight: Any, geometry: Any) -> bool:
+def _refusal(adapter: Any, input: Any, weight: Any, geometry: Any) -> str:
+    """Why an adapter does not run a convolution; empty if it does."""
     x, w = _value(input), _value(weight)
-    if x.dim() != 4 or adapter.refuse(x, w) is not None:
-        return False
-    return bool(adapter.takes_conv(x, w, _options(geometry)))
+    if x.dim() != 4:
+        return f"no kernel for {x.dim() - 2} dimensions"
+    refused: str | None = adapter.refuse(x, w)
+    return refused or ("" if adapter.takes_conv(x, w, _options(geometry)) else "no kernel for its sizes or groups")
+
+
+#: Why torch's kernel stays where an adapter has one.
+FASTER = "torch's is faster at these sizes"
 
 
 def _insert(
@@ -106,6 +118,7 @@ def _lower_backward(graph: fx.Graph, node: fx.Node, adapter: Any, pays: Pays) ->
         reader.replace_all_uses_with(made)
         graph.erase_node(reader)
     if node.users:
+        node.meta["why"] = FASTER
         left = [needed and not ours for needed, ours in zip(mask, wanted, strict=True)]
         node.args = (grad, input, weight, biases, *geometry, left)
     else:
@@ -150,6 +163,7 @@ def _fuse_forward(graph: fx.Graph, adapter: Any) -> None:
             if next(iter(conv.users)) is not node or any(user.op == "output" for user in conv.users):
                 continue
             conv.args = (*conv.args[:4], *act)
+            origins.absorb(conv, node)
             node.replace_all_uses_with(conv)
             graph.erase_node(node)
             continue
@@ -158,6 +172,7 @@ def _fuse_forward(graph: fx.Graph, adapter: Any) -> None:
             conv.args = (*conv.args[:4], *act)
             for user in others:
                 user.args = (user.args[0], conv, user.args[2], True)
+            origins.absorb(conv, node)
             node.replace_all_uses_with(conv)
             graph.erase_node(node)
 
@@ -180,5 +195,6 @@ def _fuse_backward(graph: fx.Graph, adapter: Any) -> None:
         # The activation's input tells the same as its output: the signs are equal.
         if len(grad.users) == 1 and grad.args[4] == "none" and place[told_by] < place[grad]:
             grad.args = (*grad.args[:2], told_by, grad.args[3], act, slope)
+            origins.absorb(grad, node)
             node.replace_all_uses_with(grad)
             graph.erase_node(node)

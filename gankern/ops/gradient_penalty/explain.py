@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class PenaltyExplanation(Explanation):
     plan : str or None
         What became of the calls so far that a plan could run in their place: how many plans were made and used, and why
         stock autograd ran the others; or why such a call gets none. None where there was no such call.
+    calls : tuple of gankern.compiler.report.Call
+        What the plan that ran last calls: each kernel with the backend, the line of the critic's code and the module.
     taken : dict of str to int
         Modules of the critic by class that gankern's layers run.
     stock : dict of str to int
@@ -50,11 +52,12 @@ class PenaltyExplanation(Explanation):
     taken: dict[str, int] = field(default_factory=dict)
     stock: dict[str, int] = field(default_factory=dict)
     linear: dict[str, int] = field(default_factory=dict)
+    calls: tuple[Any, ...] = field(default=(), kw_only=True, repr=False)
 
     def __str__(self) -> str:
         if self.reason is not None:
-            plan = f"plans: {self.plan or 'no call yet'}"
-            return f"{super().__str__()}\ncritic, by a plan or stock autograd: {self.reason}\n{plan}"
+            told = f"critic, by a plan or stock autograd: {self.reason}", f"plans: {self.plan or 'no call yet'}"
+            return "\n".join([super().__str__(), *told, *_table(self.calls)])
         lines = [super().__str__()]
         for what, calls in (
             ("by gankern's layers", self.taken),
@@ -86,9 +89,8 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     given = trainable(critic, call.get("params"))
     plain_call = not any(call.get(name) for name in ("inputs", "critic_kwargs", "create_graph"))
     if not isinstance(critic, nn.Module) or call.get("params") is not None or not plain_call:
-        return PenaltyExplanation(
-            found.op, found.chosen, found.refused, PLAIN_CALL, told_of_plans(critic, call, points[0])
-        )
+        plan, calls_made = told_of_plans(critic, call, points[0])
+        return PenaltyExplanation(found.op, found.chosen, found.refused, PLAIN_CALL, plan, calls=calls_made)
     made = points[0].detach()
     made = made if len(points) == 1 else made.to(torch.promote_types(made.dtype, points[1].dtype))
     chain = choose(critic, made)
@@ -100,7 +102,8 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     if dispatch.is_small(made):
         chain = dispatch.SMALL
     if isinstance(chain, str):
-        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, told_of_plans(critic, call, made))
+        plan, calls_made = told_of_plans(critic, call, made)
+        return PenaltyExplanation(found.op, found.chosen, found.refused, chain, plan, calls=calls_made)
     calls: dict[str, Counter[str]] = {"taken": Counter(), "stock": Counter(), "linear": Counter()}
     for step in chain.steps:
         how = "taken" if step.kind.run is not None else "stock" if step.kind.bends else "linear"
@@ -108,16 +111,27 @@ def explain_penalty(function: Callable[..., Any], found: Explanation, *args: Any
     return PenaltyExplanation(found.op, found.chosen, found.refused, None, None, *map(dict, calls.values()))
 
 
-def told_of_plans(critic: Any, call: Mapping[str, Any], points: Tensor) -> str | None:
-    """Why a call gets no plan; else what became of the critic's calls so far, without bringing Dynamo in."""
+def told_of_plans(critic: Any, call: Mapping[str, Any], points: Tensor) -> tuple[str | None, tuple[Any, ...]]:
+    """Why a call gets no plan; else what became of the critic's calls so far, without bringing Dynamo in.
+
+    With it come the calls of the plan that ran last.
+    """
     if call.get("create_graph"):
-        return "none with create_graph"
+        return "none with create_graph", ()
     if backends.requested() == "reference":
-        return "none on the backend 'reference'"
+        return "none on the backend 'reference'", ()
     if dispatch.is_small(points, captured=True):
-        return f"none: {dispatch.SMALL}"
+        return f"none: {dispatch.SMALL}", ()
     if not compiler.enabled():
-        return "switched off"
+        return "switched off", ()
     cache = sys.modules.get(f"{compiler.__name__}.cache")
     found = None if cache is None else cache.known_plans(critic)
-    return None if found is None else str(found)
+    return (None, ()) if found is None else (str(found), found.calls)
+
+
+def _table(calls: Sequence[Any]) -> Iterable[str]:
+    if not calls:
+        return ()
+    from gankern.compiler.report import as_lines
+
+    return as_lines(calls)
