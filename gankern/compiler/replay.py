@@ -57,6 +57,8 @@ def _may_have_room(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout is not torch.strided:
         return False
+    if workspace.kernels is None:
+        return False
     if not choice.workspace_pays(value.numel() * value.element_size()):
         return False
     return node.target in _BY_COPY or (isinstance(node.target, OpOverload) and _into(node.target) is not None)
