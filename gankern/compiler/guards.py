@@ -291,12 +291,6 @@ def _values(sources: set[str], scope: dict[str, Any]) -> Iterator[Any]:
             yield eval(source, scope)
 
 
-def _where(error: Exception) -> str:
-    """The innermost line of what Dynamo could not follow."""
-    found = re.findall(r'File "([^"]*)", line (\d+), in (\w+)', str(error).partition("from user code:")[2])
-    return f" ({found[-1][0]}:{found[-1][1]}, in {found[-1][2]})" if found else ""
-
-
 def make_guards(
     critic: Any,
     x: Any,
