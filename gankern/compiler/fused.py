@@ -112,7 +112,6 @@ class Plans(Cache):
             raise Refused(NOTHING)
         return plan
 
-
     def pointwise(self) -> str:
         """What runs between the kernels, where Inductor was asked for: of the plan that ran last."""
         parts = self.plans[0].parts if self.plans else []

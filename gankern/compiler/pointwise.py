@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gankern.arguments import first_line
+from gankern.compiler import origins
 from gankern.compiler.passes import effects
 from gankern.compiler.passes.layout import turned
 from gankern.compiler.replay import compile_graph
@@ -242,6 +243,8 @@ def _join(graph: fx.Graph, run: list[fx.Node]) -> Part | None:
             after = graph.call_function(operator.getitem, (call, i))
         after.meta.update(node.meta)
         node.replace_all_uses_with(after, lambda user: user not in inside)
+    for node in inside:
+        origins.absorb(call, node)
     for node in reversed(inside):
         graph.erase_node(node)
     return part

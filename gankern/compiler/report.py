@@ -19,7 +19,12 @@ from gankern.compiler.passes import effects
 #: Orders of derivatives.
 PASSES = ("forward", "gradient", "second")
 # Of functions whose own names do not say it.
-_NAMES = {"forward_train": "batch_norm", "backward": "batch_norm_backward", "turned": "memory order"}
+_NAMES = {
+    "forward_train": "batch_norm",
+    "backward": "batch_norm_backward",
+    "turned": "memory order",
+    "part": "inductor",
+}
 
 
 class Call(NamedTuple):

@@ -91,7 +91,7 @@ def test_kernels_are_named_with_who_runs_them() -> None:
 def test_new_nodes_of_passes_know_where_they_are_from(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
     cut = forward._cut
-    monkeypatch.setattr(forward, "_cut", lambda traced: graphs.append(traced.graph) or cut(traced))
+    monkeypatch.setattr(forward, "_cut", lambda traced, *rest: graphs.append(traced.graph) or cut(traced, *rest))
     make, shape = NETWORKS[name]
     net, x = gankern.fuse(make()), torch.randn(shape)
     net(x).sum().backward()
