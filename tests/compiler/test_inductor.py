@@ -89,7 +89,7 @@ def test_inductors_code_computes_stocks_values_with_its_masks_and_buffers() -> N
     net, ours = made(Small())
     agree(net, ours, torch.randn(3, 2, 6, 6, requires_grad=True))
     parts = parts_of(ours)
-    assert 2 <= len(parts) <= 3
+    assert 1 <= len(parts) <= 3
     assert all(part._compiled is not None for part in parts), [part.reason for part in parts]
     assert gankern.fusion_report(ours)[0].pointwise == "inductor"
 
@@ -121,7 +121,7 @@ def test_no_part_draws_or_writes_or_multiplies_matrices(monkeypatch: pytest.Monk
     nodes = [node for part in parts_of(ours) for node in part.graph.nodes if node.op == "call_function"]
     assert len(nodes) > 15
     assert not [node for node in nodes if effects.draws(node) or effects.writes(node)]
-    names = {str(node.target).split(".")[1] for node in nodes}
+    names = {node.target._schema.name.partition("::")[2] for node in nodes if hasattr(node.target, "_schema")}
     assert not names & {"convolution", "convolution_backward", "native_batch_norm", "bernoulli_", "rand_like"}
     assert {"softplus", "sigmoid", "softplus_backward", "tanh_backward"} <= names
 
