@@ -137,6 +137,8 @@ class _Derivation:
                 result = self._call["critic"](*args, **kwargs)
         finally:
             compiler.penalty_in_step.reset(token)
+        if any(leaf.grad is not None for leaf in self._leaves):
+            raise Refused("a backward pass that is not a tensor's backward()")
         self.returned = self._describe(result)
         self.switched = [
             (i, leaf.requires_grad)
@@ -444,10 +446,12 @@ class StepPlan:
         self._folds = all(t.device.type == "cpu" for t in tensors)
         self._segments: list[_Segment] = []
         written: set[int] = set()
+        crossing: set[fx.Node] = set()
         # Before the first update a call can begin anew, by stock.
         for number, part in enumerate(body):
             inside = set(part)
             later = {used for other in body[number + 1 :] for node in other for used in node.all_input_nodes}
+            crossing |= later
             later.update(outputs)
             gives = [node for node in part if node in later]
             needs = list(dict.fromkeys(used for node in part for used in node.all_input_nodes if used not in inside))
@@ -476,7 +480,11 @@ class StepPlan:
         self._draws = any(map(effects.draws, nodes))
 
         def is_fresh(output: int) -> bool:
-            return owners[output].op != "placeholder" and owners.count(owners[output]) == 1
+            # Nobody else's memory, before or after.
+            owner = owners[output]
+            return owner.op != "placeholder" and owners.count(owner) == 1 and owner not in crossing_owners
+
+        crossing_owners = set(map(_owner, crossing))
 
         self._effects: list[list[Any]] = [
             [e if isinstance(e, _Opaque) else [(p, place_of[outputs[o]], is_fresh(o)) for p, o in e] for e in effects_]
@@ -636,7 +644,8 @@ def _runs_as_itself(thing: Any) -> bool:
     """Whether nobody else's code runs in an opaque call."""
     own = vars(thing)
     if isinstance(thing, nn.Module):
-        return "zero_grad" not in own and not isinstance(thing, DistributedDataParallel)
+        as_torch = "zero_grad" not in own and type(thing).zero_grad is nn.Module.zero_grad
+        return as_torch and not isinstance(thing, DistributedDataParallel)
     hooks = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
     globals_ = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
     step = own.get("step")

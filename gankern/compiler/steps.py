@@ -28,11 +28,12 @@ log = logging.getLogger("gankern.compiler")
 
 #: Plans that a step keeps, the last used first.
 MOST_PLANS = 16
-# Calls that plans must have run for each one more than these: to make one takes as long as hundreds of calls.
-_HITS_A_PLAN = 200
+# Seconds that plans may take to make, and one part in so many of the time since.
+_FREE, _PART = 10.0, 50
 _SLOW = 3.0
 _MOST_KINDS = 64
 _FOR_EVER = float("inf")
+_NOT_FINITE = "values that are not finite"
 # Calls without a look at them where there is no plan.
 _RESTS = 32
 
@@ -60,6 +61,9 @@ class Plans:
         self.plans: list[StepPlan] = []
         self.kinds: dict[Any, _Kind] = {}
         self.hits = self.made = self.evicted = self._since = 0
+        #: Seconds that plans took to make.
+        self.spent = 0.0
+        self._born = time.monotonic()
         #: Why the last call ran as it is; empty where a plan ran it.
         self.reason = ""
         self._lock = threading.RLock()
@@ -81,7 +85,7 @@ class Plans:
                         self._move_up(plan)
                     return result
         except NotFinite:
-            self.reason = "values that are not finite"
+            self.reason = _NOT_FINITE
             return function(*args, **kwargs)
         kind = _kind_of(args, kwargs)
         known = self.kinds.setdefault(kind, _Kind())
@@ -106,7 +110,7 @@ class Plans:
                 self.plans.insert(0, plan)
 
     def _make(self, known: _Kind, function: Callable[..., Any], args: Any, kwargs: Any) -> StepPlan | None:
-        if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
+        if self.spent > _FREE + (time.monotonic() - self._born) / _PART and not choice.is_everywhere():
             self._refuse(known, "too few calls for each plan so far: what the step reads changes too often", _SLOW)
             return None
         begin, reason = time.perf_counter(), ""
@@ -120,6 +124,7 @@ class Plans:
             # The step's own run says what is wrong with the call, if anything is.
             reason = f"deriving it failed with {first_line(error)}"
         took = time.perf_counter() - begin
+        self.spent += took
         if reason:
             self._refuse(known, reason, took)
             return None
@@ -152,7 +157,7 @@ class Plans:
             _, result = plan(function, args, kwargs)
             ours = world.named(result)
         except NotFinite:
-            failed = "values that are not finite"
+            failed = _NOT_FINITE
         except Exception as error:
             failed = f"its replay failed with {first_line(error)}"
         random = random_state(world.device)
@@ -164,7 +169,7 @@ class Plans:
                 failed = "it differed from the step's own run: the random numbers to come"
         if failed:
             log.warning("no plan for a step: %s", failed)
-            self._refuse(known, failed, _FOR_EVER)
+            self._refuse(known, failed, 0.1 if failed == _NOT_FINITE else _FOR_EVER)
             return result
         known.reason = self.reason = ""
         self.plans.insert(0, plan)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -359,3 +363,293 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = [s.graph for p in step._plans.plans for s in p._segments if s.graph is not None]
     assert any(g.is_captured for g in graphs)
     assert len(captured) > len(step._plans.plans)
+
+
+def prints(gan: Gan, real: Tensor) -> Tensor:
+    print("a step")
+    return gan.wgan_gp(real)
+
+
+def goes_by_values(gan: Gan, real: Tensor) -> Tensor:
+    loss = gan.wgan_gp(real)
+    return loss if loss > 0 else -loss
+
+
+def counts(gan: Gan, real: Tensor) -> Tensor:
+    gan.count += 1
+    return gan.wgan_gp(real)
+
+
+def reads_gradients(gan: Gan, real: Tensor) -> Tensor:
+    gan.wgan_gp(real)
+    return gan.critic[0].weight.grad.square().sum()
+
+
+def clips_gradients(gan: Gan, real: Tensor) -> Tensor:
+    gan.critic_optimizer.zero_grad()
+    loss = gan.critic(real).mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(gan.critic.parameters(), 0.1)
+    gan.critic_optimizer.step()
+    return loss.detach()
+
+
+def reads_state(gan: Gan, real: Tensor) -> Tensor:
+    return gan.wgan_gp(real) * len(gan.critic_optimizer.state)
+
+
+def returns_a_graph(gan: Gan, real: Tensor) -> Tensor:
+    return gan.critic(real).mean()
+
+
+def returns_a_view(gan: Gan, real: Tensor) -> Tensor:
+    gan.wgan_gp(real)
+    return real[0]
+
+
+def seeds(gan: Gan, real: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return gan.wgan_gp(real)
+
+
+def backward_function(gan: Gan, real: Tensor) -> Tensor:
+    gan.critic_optimizer.zero_grad()
+    loss = gan.critic(real).mean()
+    torch.autograd.backward(loss)
+    gan.critic_optimizer.step()
+    return loss.detach()
+
+
+def not_finite(gan: Gan, real: Tensor) -> Tensor:
+    return gan.wgan_gp(real / 0)
+
+
+class Own(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def own_optimizer(gan: Gan, real: Tensor) -> Tensor:
+    if type(gan.critic_optimizer) is not Own:
+        raise TypeError
+    return gan.wgan_gp(real)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (prints, r"test_step\.py:\d+, in prints"),
+        (goes_by_values, r"test_step\.py:\d+, in goes_by_values"),
+        (counts, "changes count of something"),
+        (reads_gradients, "cannot be guarded|reads .grad"),
+        (clips_gradients, "reads .grad"),
+        (reads_state, "the state of an optimizer|cannot be guarded"),
+        (returns_a_graph, "detach it"),
+        (returns_a_view, "a view"),
+        (seeds, "in seeds"),
+        (backward_function, "in backward_function"),
+        (not_finite, "not finite"),
+        (own_optimizer, "neither torch nor gankern"),
+    ],
+)
+def test_refused(function: Callable[[Gan, Tensor], Tensor], reason: str) -> None:
+    """The function runs as it is, once a call, and the reason says where."""
+    plain, planned = (Gan(optimizer=Own if function is own_optimizer else sgd) for _ in range(2))
+    step = gankern.step(function)
+    for call in range(3):
+        torch.manual_seed(call)
+        x = real()
+        state = torch.get_rng_state()
+        with planning(False):
+            want = function(plain, x)
+        torch.set_rng_state(state)
+        same(step(planned, x), want)
+        same(planned.state(), plain.state())
+        assert planned.count == plain.count
+    found = gankern.explain(step)
+    assert found.chosen == "python"
+    assert re.search(reason, found.refused["plan"]), found
+
+
+def test_values_that_are_not_finite_later() -> None:
+    """A plan has folded zeros that are none then: the function itself runs, from the state before."""
+    plain, planned, step = (*(Gan(lambda: mlp(nn.BatchNorm1d(8)), sgd) for _ in range(2)), gankern.step(Gan.wgan_gp))
+    for call, factor in enumerate((1.0, 1.0, float("inf"), 1.0)):
+        torch.manual_seed(call)
+        x = real() * factor
+        state = torch.get_rng_state()
+        with planning(False):
+            want = plain.wgan_gp(x)
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        same(step(planned, x), want)
+        assert torch.equal(torch.get_rng_state(), after)
+        same(planned.state(), plain.state())
+    assert step._plans.hits == 1
+
+
+def test_errors_are_the_functions_own() -> None:
+    gan, step = Gan(), gankern.step(Gan.wgan_gp)
+    step(gan, real()), step(gan, real())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        step(gan, real()[:, :3])
+    gan.critic_optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(TypeError):
+        step(gan, real())
+
+
+def test_numbers_and_results() -> None:
+    @gankern.step
+    def step(gan: Gan, real: Tensor) -> Any:
+        loss = gan.wgan_gp(real)
+        return {"loss": loss.item(), "size": len(real), "all": [real, (loss, None, f"{real.dtype}")]}
+
+    gan = Gan(optimizer=sgd)
+    for _ in range(3):
+        x = real()
+        found = step(gan, x)
+        assert type(found["loss"]) is float and found["size"] == 6 and found["all"][0] is x
+        assert found["loss"] == found["all"][1][0].item() and found["all"][1][1:] == (None, "torch.float64")
+    runs_by_plan(step)
+
+
+def test_a_loss_that_has_been_differentiated() -> None:
+    gan, step = Gan(optimizer=sgd), gankern.step(Gan.generate)
+    for _ in range(3):
+        loss = step(gan, real())
+        assert loss.requires_grad and not loss.is_leaf
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+    runs_by_plan(step)
+
+
+def test_closures_and_what_they_hold() -> None:
+    """A number, a tensor and an optimizer of a closure's are what they are at each call."""
+
+    def make() -> Any:
+        gan, weight, shift = Gan(optimizer=sgd), 1.0, torch.ones(4, dtype=torch.float64)
+        optimizer = gan.critic_optimizer
+
+        def step(real: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = gan.critic(real + shift).mean() * weight
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        def change(number: int) -> None:
+            nonlocal weight, optimizer, shift
+            if number == 2:
+                weight = 3.0
+            elif number == 4:
+                shift = shift * 2
+            elif number == 6:
+                optimizer = torch.optim.Adam(gan.critic.parameters())
+            elif number == 8:
+                shift.add_(1)
+
+        return gan, step, change
+
+    plain, function, change = make()
+    planned, other, also = make()
+    step = gankern.step(other)
+    for number in range(10):
+        change(number), also(number)
+        x = real()
+        same(step(x), function(x))
+        same(planned.state(), plain.state())
+    runs_by_plan(step)
+
+
+def test_gradients_switched_in_the_step() -> None:
+    def generate(gan: Gan, real: Tensor) -> Tensor:
+        gan.critic.requires_grad_(False)
+        loss = gan.generate(real).detach()
+        gan.critic.requires_grad_(True)
+        return loss
+
+    plain, planned, step = Gan(optimizer=sgd), Gan(optimizer=sgd), gankern.step(generate)
+    for call in range(4):
+        torch.manual_seed(call)
+        x = real()
+        state = torch.get_rng_state()
+        want = generate(plain, x)
+        torch.set_rng_state(state)
+        same(step(planned, x), want)
+        same(planned.state(), plain.state())
+    assert all(p.grad is None for p in planned.critic.parameters())
+    runs_by_plan(step)
+
+
+def test_a_step_is_as_a_function() -> None:
+    class Trainer(Gan):
+        @gankern.step
+        def critic_step(self, real: Tensor) -> Tensor:
+            """Its own words."""
+            return self.wgan_gp(real)
+
+    trainer, other = Trainer(optimizer=sgd), Trainer(optimizer=sgd)
+    for _ in range(3):
+        torch.manual_seed(1)
+        got = trainer.critic_step(real())
+        torch.manual_seed(1)
+        same(got, other.wgan_gp(real()))
+    copied = copy.deepcopy(trainer)
+    torch.manual_seed(2)
+    want = other.wgan_gp(real())
+    for gan in (copied, trainer):
+        torch.manual_seed(2)
+        same(gan.critic_step(real()), want)
+        same(gan.state(), other.state())
+    assert Trainer.critic_step.__doc__ == "Its own words." and Trainer.critic_step.__name__ == "critic_step"
+    assert pickle.loads(pickle.dumps(module_step)) is module_step and copy.deepcopy(module_step) is module_step
+    with pytest.raises(TypeError, match="callable"):
+        gankern.step(3)  # type: ignore[arg-type]
+
+
+@gankern.step
+def module_step(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def test_threads() -> None:
+    """Each with networks of its own, by one step."""
+    step = gankern.step(Gan.generate)
+    gans = [Gan(optimizer=sgd) for _ in range(3)]
+    for gan in gans:
+        gan.generator.eval()
+    data = [torch.randn(6, 2, dtype=torch.float64) for _ in range(8)]
+    for gan in gans:
+        gan.latent = lambda real: real  # type: ignore[method-assign]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda gan: [step(gan, x).detach() for x in data], gans))
+    for other in found[1:]:
+        same(other, found[0])
+
+
+def test_when_plans_are_off_or_somebody_looks_on() -> None:
+    gan, step = Gan(optimizer=sgd), gankern.step(Gan.generate)
+    step(gan, real()), step(gan, real())
+    hits = step._plans.hits
+    with planning(False):
+        step(gan, real())
+        assert gankern.explain(step).refused == {"plan": "switched off"}
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly(check_nan=False):
+        step(gan, real())
+    assert step._plans.hits == hits and "anomaly" in str(gankern.explain(step))
+    step(gan, real())
+    assert step._plans.hits == hits + 1
+
+
+def test_large_tensors_and_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is planned for a call or two, nor where arithmetic counts; and then no call is looked at for a while."""
+    choice._everywhere.set(False)
+    step, gan = gankern.step(Gan.generate), Gan(optimizer=sgd)
+    for _ in range(2):
+        step(gan, real())
+    assert step._plans.made == 0
+    monkeypatch.setattr(choice, "_MANY_VALUES", 1)
+    step(gan, real())
+    assert "large" in str(step.explain()) and step.idle > 0
+    monkeypatch.setattr(step._plans, "run", None)
+    step(gan, real())
