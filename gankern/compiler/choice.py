@@ -59,10 +59,16 @@ def plan_pays(points: Tensor) -> bool:
     return points.device.type == "cpu" and (points.numel() < _MANY_VALUES or _everywhere.get())
 
 
-def step_pays(values: int, device: torch.device) -> bool:
-    """Whether a whole step is faster as a plan, by the values of its largest tensor: kernels run parts of others."""
-    many = _MANY_VALUES if device.type == "cpu" else dispatch.FEW_BYTES // 4
-    return values < many or _everywhere.get()
+def step_pays(values: int, device: torch.device, second_order: bool) -> bool:
+    """Whether a whole step is faster as a plan, by the values of its largest tensor and whether it has a penalty.
+
+    On a CPU autograd's own calls, of the first order, take no longer than a plan's. On a GPU a plan is a graph.
+    """
+    if _everywhere.get():
+        return True
+    if device.type == "cpu":
+        return second_order and values < _MANY_VALUES
+    return values < dispatch.FEW_BYTES // 4
 
 
 def norm_pays(x: Tensor) -> bool:

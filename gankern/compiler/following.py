@@ -92,8 +92,12 @@ def _switch(tensor: Any, requires_grad: Any = None) -> None:
 
 
 @contextmanager
-def followed(opaque: dict[str, Any]) -> Iterator[None]:
-    """Dynamo follows steps inside; optimizers and modules with opaque calls are noted, by their expressions."""
+def followed(opaque: dict[str, Any], derivatives: list[Any]) -> Iterator[None]:
+    """Dynamo follows steps inside.
+
+    Noted are optimizers and modules with opaque calls, by their expressions, and functions that took derivatives
+    besides backward passes.
+    """
     from torch._dynamo.convert_frame import compile_lock
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
     from torch._dynamo.variables import ConstantVariable, UserFunctionVariable
@@ -133,6 +137,7 @@ def followed(opaque: dict[str, Any]) -> Iterator[None]:
         value = getattr(fn, "fn", getattr(fn, "value", None))
         stand_in = stand_ins.get(value) if callable(value) and getattr(value, "__hash__", None) else None
         if stand_in is not None:
+            derivatives.append(value)
             for given in (*args, *kwargs.values()):
                 given.realize()
             tx.push(UserFunctionVariable(stand_in).call_function(tx, args, kwargs))

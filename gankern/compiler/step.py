@@ -394,7 +394,8 @@ class StepPlan:
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         call = {"critic": function, "x": None, "args": args, "kwargs": kwargs}
         opaque: dict[str, Any] = {}
-        self._guards = make_guards(**call, run=call_step, followed=followed(opaque))  # type: ignore[arg-type]
+        derivatives: list[Any] = []
+        self._guards = make_guards(**call, run=call_step, followed=followed(opaque, derivatives))  # type: ignore[arg-type]
         things = list(opaque.values())
         states = {id(s) for t in things if isinstance(t, Optimizer) for s in (t.state, *t.state.values())}
         if any(id(value) in states for value in self._guards.objects):
@@ -414,6 +415,8 @@ class StepPlan:
         traced = derived.trace()
         self._switched = derived.switched
         self.device = held[0].tensor.device
+        #: Whether derivatives are differentiated, as a penalty's are.
+        self.is_second_order = bool(derivatives)
         self._plan(traced, derived, held)
         call.clear()
 

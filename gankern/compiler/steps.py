@@ -116,8 +116,8 @@ class Plans:
         begin, reason = time.perf_counter(), ""
         try:
             plan = StepPlan(function, args, kwargs)
-            if not choice.step_pays(plan.largest, plan.device):
-                reason = "its tensors are so large that calls from Python do not count"
+            if not choice.step_pays(plan.largest, plan.device, plan.is_second_order):
+                reason = "stock is as fast: its tensors are large, or it takes no penalty"
         except Refused as error:
             reason = str(error)
         except Exception as error:

@@ -644,12 +644,15 @@ def test_when_plans_are_off_or_somebody_looks_on() -> None:
 def test_large_tensors_and_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is planned for a call or two, nor where arithmetic counts; and then no call is looked at for a while."""
     choice._everywhere.set(False)
-    step, gan = gankern.step(Gan.generate), Gan(optimizer=sgd)
-    for _ in range(2):
+    gan = Gan(optimizer=sgd)
+    for method, many, pays in (("wgan_gp", 1 << 17, True), ("wgan_gp", 1, False), ("generate", 1 << 17, False)):
+        monkeypatch.setattr(choice, "_MANY_VALUES", many)
+        step = gankern.step(getattr(Gan, method))
+        for _ in range(2):
+            step(gan, real())
+        assert step._plans.made == 0
         step(gan, real())
-    assert step._plans.made == 0
-    monkeypatch.setattr(choice, "_MANY_VALUES", 1)
-    step(gan, real())
-    assert "large" in str(step.explain()) and step.idle > 0
+        assert step._plans.made == pays
+    assert "as fast" in str(step.explain()) and step.idle > 0
     monkeypatch.setattr(step._plans, "run", None)
     step(gan, real())
