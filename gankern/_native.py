@@ -18,6 +18,8 @@ except ImportError as error:
     import_error = f"the compiled kernels do not import: {error}"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+# A kernel reads them in 10 microseconds; threads take as long to start.
+_FEW_ELEMENTS = 1 << 15
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "tanh": 3}
 
 
@@ -36,6 +38,11 @@ def refuse(*tensors: Tensor) -> str | None:
 def span(name: str) -> AbstractContextManager[Any]:
     """Shows a kernel in torch's profiler, where one is on."""
     return torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+def threads(elements: int) -> int:
+    """Threads for a kernel that reads so many elements: one where it is done before others have started."""
+    return torch.get_num_threads() if elements >= _FEW_ELEMENTS else 1
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

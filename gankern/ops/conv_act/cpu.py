@@ -5,6 +5,7 @@ Images and their gradients are channels_last; results are, too, and lie in the w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -122,7 +123,10 @@ def _shape(
 
 
 def _shape_of(geometry: _Geometry, weight: Tensor, sum_block: int = 0) -> Any:
-    return _shape(geometry, weight.shape, weight.stride(), sum_block, torch.get_num_threads())
+    n, _, *size = geometry.narrow
+    # A vector of products in the time of an element.
+    work = n * math.prod(size) * weight.numel() >> 4
+    return _shape(geometry, weight.shape, weight.stride(), sum_block, _native.threads(work))
 
 
 class Finish(NamedTuple):

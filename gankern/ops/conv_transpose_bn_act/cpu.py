@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gankern import workspace
 from gankern._layout import like_layout, memory_format
-from gankern._native import ACTIVATIONS, DTYPES, acc_dtype, address, kernels, refuse
+from gankern._native import ACTIVATIONS, DTYPES, acc_dtype, address, kernels, refuse, threads
 from gankern.ops.conv_transpose_bn_act import reference
 
 __all__ = ["backward", "forward_eval", "forward_train", "forward_train_from_sums", "refuse", "statistics"]
@@ -28,7 +28,7 @@ def _shape(input: Tensor, activation: str, negative_slope: float) -> Any:
         channels_last,
         ACTIVATIONS[activation],
         negative_slope,
-        torch.get_num_threads(),
+        threads(input.numel()),
     )
 
 

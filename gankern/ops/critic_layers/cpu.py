@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gankern import workspace
 from gankern._layout import memory_format
-from gankern._native import DTYPES, acc_dtype, address, kernels, refuse
+from gankern._native import DTYPES, acc_dtype, address, kernels, refuse, threads
 from gankern.ops.conv_act.cpu import (
     activate_backward,
     channels_last,
@@ -56,7 +56,7 @@ TURNS = True
 
 
 def _shape(input: Tensor) -> Any:
-    return kernels.LayerNormShape(DTYPES[input.dtype], *input.shape, torch.get_num_threads())
+    return kernels.LayerNormShape(DTYPES[input.dtype], *input.shape, threads(input.numel()))
 
 
 def _scratch(input: Tensor, sums: int) -> Tensor:
@@ -164,7 +164,7 @@ def _group_shape(input: Tensor, mean: Tensor) -> Any:
     groups = mean.size(1)
     last = not input.is_contiguous()
     return kernels.GroupNormShape(
-        DTYPES[input.dtype], samples, groups, channels // groups, inner, last, torch.get_num_threads()
+        DTYPES[input.dtype], samples, groups, channels // groups, inner, last, threads(input.numel())
     )
 
 
@@ -248,7 +248,7 @@ def group_norm_double_backward(
 def _batch_shape(input: Tensor) -> Any:
     n, channels = input.shape[:2]
     inner, last = input.numel() // (n * channels), not input.is_contiguous()
-    return kernels.BatchNormShape(DTYPES[input.dtype], n, channels, inner, last, torch.get_num_threads())
+    return kernels.BatchNormShape(DTYPES[input.dtype], n, channels, inner, last, threads(input.numel()))
 
 
 def batch_norm_forward(
@@ -335,7 +335,7 @@ def avg_pool2d(input: Tensor, kernel: list[int]) -> Tensor:
         *kernel,
         input.data_ptr(),
         output.data_ptr(),
-        torch.get_num_threads(),
+        threads(input.numel()),
     )
     return output
 
@@ -352,6 +352,6 @@ def avg_pool2d_backward(grad_output: Tensor, shape: torch.Size, kernel: list[int
         *kernel,
         grad_output.data_ptr(),
         grad_input.data_ptr(),
-        torch.get_num_threads(),
+        threads(grad_input.numel()),
     )
     return grad_input

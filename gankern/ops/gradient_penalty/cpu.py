@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gankern._layout import dense, like_layout, memory_format
-from gankern._native import DTYPES, acc_dtype, kernels, refuse
+from gankern._native import DTYPES, acc_dtype, kernels, refuse, threads
 
 __all__ = ["interpolate", "refuse", "tail"]
 
@@ -25,7 +25,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
         fake.data_ptr(),
         alpha.data_ptr(),
         points.data_ptr(),
-        torch.get_num_threads(),
+        threads(real.numel()),
     )
     return points
 
@@ -48,6 +48,6 @@ def tail(grad: Tensor, weight: float, target: float, one_sided: bool, squared: b
         target,
         one_sided,
         squared,
-        torch.get_num_threads(),
+        threads(grad.numel()),
     )
     return loss, cotangent

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gankern._native import DTYPES, kernels, refuse
+from gankern._native import DTYPES, kernels, refuse, threads
 
 __all__ = [
     "distance",
@@ -24,7 +24,7 @@ _LINE = 8  # doubles in a line of scratch
 
 def _shape(m: Tensor) -> Any:
     n, b, c = m.shape
-    return kernels.MinibatchShape(DTYPES[m.dtype], n, b, c, torch.get_num_threads())
+    return kernels.MinibatchShape(DTYPES[m.dtype], n, b, c, threads(n * m.numel()))
 
 
 def _scratch(lines: int) -> Tensor:
