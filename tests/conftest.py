@@ -22,7 +22,7 @@ from browser import chromium  # noqa: F401 a fixture
 from cuda_on_cpu.launcher import Launcher
 from triton_interpreter import mend
 
-from gankern import _cuda, backend, dispatch, workspace
+from gankern import _cuda, _native, backend, dispatch, workspace
 from gankern.compiler import planning
 from gankern.compiler.choice import everywhere
 from gankern.ops.conv_act import cpu as conv_cpu
@@ -75,8 +75,9 @@ def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if {"ops", "nn", "optim"} & set(request.path.parts):
         for name in ("empty", "empty_like"):
             monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-        monkeypatch.setattr(workspace, "_empty", _poisoned(workspace._empty))
         monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    if {"ops", "nn", "optim", "compiler"} & set(request.path.parts):
+        monkeypatch.setattr(workspace, "_empty", _poisoned(workspace._empty))
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +86,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("by_size") is None:
         monkeypatch.setattr(small, "is_small", lambda *args: False)
         monkeypatch.setattr(autograd, "_FEW_VALUES", 0)
+        monkeypatch.setattr(_native, "_FEW_ELEMENTS", 0)
         monkeypatch.setattr(few_pairs, "_FEW_DIFFERENCES", 0)
         monkeypatch.setattr(conv_cpu, "_LEAVES_THIN", False)
         monkeypatch.setattr(dispatch, "goes_by_size", lambda device, captured=False: False)

@@ -243,3 +243,8 @@ def test_what_is_handed_on_keeps_its_references(monkeypatch: pytest.MonkeyPatch)
     held = sys.getrefcount(given)
     backends.hand_on("gankern_test", given)  # type: ignore[arg-type]
     assert sys.getrefcount(given) == held + 1
+
+
+@pytest.mark.by_size
+def test_few_elements_are_one_threads() -> None:
+    assert _native.threads(100) == 1 and _native.threads(1 << 20) == torch.get_num_threads()
