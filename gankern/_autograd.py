@@ -26,6 +26,14 @@ _TRACERS = (
 _VMAP = torch._C._dispatch_key_parse("VmapMode")
 
 
+#: The derivatives of stock's activations that read the output, which others hold: they may have a hook on it, to which
+#: a second derivative comes, or have written to it.
+BY_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, output: torch.ops.aten.threshold_backward(grad, output, 0),
+    "tanh": torch.ops.aten.tanh_backward,
+}
+
+
 def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
 

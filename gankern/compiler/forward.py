@@ -23,7 +23,8 @@ from gankern.compiler import origins
 from gankern.compiler.derive import Functions, coarsest, derive, in_place_of, leaf_like
 from gankern.compiler.guards import Held, make_guards, modules_of
 from gankern.compiler.norms import FIRST_ORDER
-from gankern.compiler.passes import effects, in_place, optimise_first_order
+from gankern.compiler.passes import dead, effects, in_place, optimise_first_order
+from gankern.compiler.passes.effects import returned
 from gankern.compiler.passes.layout import turned
 from gankern.compiler.penalty import random_state, set_random_state
 from gankern.compiler.pointwise import Part, group
@@ -108,16 +109,16 @@ class ForwardPlan:
         #: Those of them whose values from before a forward that runs again needs.
         self.feeds_back = [i for i in self._writes if _feeds_back(places[i])]
         self._draws = any(map(effects.draws, graph.graph.nodes))
-        kept = _is_kept(graph.graph)
+        _read_returned(graph.graph)
         self.kernels = optimise_first_order(
             graph,
             backends.select("critic_layers", x),
             backends.select("batch_norm_act", x),
             any(node.target is _tangent for node in graph.graph.nodes),
         )
-        strides = _check_output(graph.graph, strides, kept)
+        strides = _check_output(graph.graph, strides)
         self.parts: list[Part] = []
-        self._forward, self._backward = _cut(graph, self.parts if pointwise == "inductor" else None)
+        self._forward, self._backward, self.reads_output = _cut(graph, self.parts if pointwise == "inductor" else None)
         self._strides = strides
         self._proven = self.is_backward_proven = False
 
@@ -265,7 +266,7 @@ class _Planned(torch.autograd.Function):
         ctx.before = plan.state(inputs, plan.feeds_back)
         output, *saved = plan.run_forward(inputs)
         ctx.plan, ctx.call, ctx.inputs = plan, call, inputs
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*saved, *([output] if plan.reads_output else []))
         return output
 
     @staticmethod
@@ -308,54 +309,138 @@ def _second_order(
 ) -> Sequence[Tensor | None]:
     """Gradients that can be differentiated, of stock's own forward run again; the plan is given up."""
     plan.given_up = reason
+    by_output = plan.reads_output and torch.is_grad_enabled()
     call, inputs = ctx.call, ctx.inputs
-    with plan.again(inputs, ctx.before), plan.put_back(inputs), _stock.forwards(), torch.enable_grad():
-        if plan._guards.fetch(call) is None:
-            raise RuntimeError(
-                "a fused module has changed between its forward and a backward with create_graph=True, which runs the "
-                "forward again: call gankern.unfuse on it"
+    with plan.again(inputs, ctx.before), _stock.forwards(), torch.enable_grad():
+        with plan.put_back(inputs):
+            if plan._guards.fetch(call) is None:
+                raise RuntimeError(
+                    "a fused module has changed between its forward and a backward with create_graph=True, which runs "
+                    "the forward again: call gankern.unfuse on it"
+                )
+        # Each input by itself: one may have been computed from another.
+        places = [t.view_as(t) if i in plan.wanted else t for i, t in enumerate(inputs)]
+        known = {id(t): place for t, place in zip(inputs, places, strict=True)}
+        x, args, kwargs = pytree.tree_map(lambda t: known.get(id(t), t), (call["x"], call["args"], call["kwargs"]))
+        with plan.put_back(places):
+            output = call["critic"](x, *args, **kwargs)
+        wanted = [places[i] for i in plan.wanted]
+        if not by_output:
+            return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
+        # Its derivatives go by the output, as stock's do, which others hold and watch.
+        own = grad.view_as(grad)
+        grads = torch.autograd.grad(output, wanted, own, create_graph=True, allow_unused=True)
+    return _ByOutput.apply((output, own, wanted, grads), grad, ctx.saved_tensors[-1], *(inputs[i] for i in plan.wanted))
+
+
+class _ByOutput(torch.autograd.Function):
+    """Gradients of a forward that ran again; what their derivatives say of its output is said of the one before."""
+
+    @staticmethod
+    def forward(ctx: Any, again: Any, grad: Tensor, output: Tensor, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.again = again
+        return tuple(None if g is None else g.detach() for g in again[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        output, grad, inputs, grads = ctx.again
+        places = [grad, *inputs]
+        pairs = [(g, gg) for g, gg in zip(grads, grad_grads, strict=True) if gg is not None and g.requires_grad]
+        if not pairs:
+            return (None,) * (3 + len(inputs))
+        found: list[Tensor] = []
+
+        def take(share: Tensor) -> Tensor:
+            found.append(share)
+            return torch.zeros_like(share)
+
+        hook = output.register_hook(take)
+        try:
+            gradients = iter(
+                torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    [t for t in places if t.requires_grad],
+                    [gg for _, gg in pairs],
+                    retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
+                    create_graph=torch.is_grad_enabled(),
+                    allow_unused=True,
+                )
             )
-        output = call["critic"](call["x"], *call["args"], **call["kwargs"])
-    wanted = [inputs[i] for i in plan.wanted]
-    return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
+        finally:
+            hook.remove()
+        first, *others = [next(gradients) if t.requires_grad else None for t in places]
+        return None, first, found[0] if found else None, *others
 
 
-def _is_kept(graph: fx.Graph) -> bool:
-    """Whether the backward pass reads the output itself."""
+def _read_returned(graph: fx.Graph) -> None:
+    """Let the backward pass read the output that others hold, and may write to, where stock's reads that memory."""
+    dead.forget_detach(graph)
     nodes = list(graph.nodes)
-    output = nodes[-1].args[0][0]
-    if output.target is aten.detach.default:
-        output = output.args[0]
-    marker = next((i for i, node in enumerate(nodes) if node.target is _tangent), len(nodes))
-    return any(output in node.all_input_nodes for node in nodes[marker + 1 : -1])
+    marker = next((node for node in nodes if node.target is _tangent), None)
+    if marker is None:
+        return
+    first, later = nodes[: nodes.index(marker)], {*nodes[nodes.index(marker) + 1 : -1]}
+    output: Any = _undetached(nodes[-1].args[0][0])
+    base = output
+    while _shares(base):
+        base = base.args[0]
+    names = [base]
+    for node in first:
+        if _shares(node) and node.args[0] in names:
+            names.append(node)
+    kept, found = output.meta["val"], None
+    for node in names:
+        if later.isdisjoint(node.users):
+            continue
+        value = node.meta["val"]
+        with graph.inserting_before(marker):
+            found = graph.call_function(returned, (output,)) if found is None else found
+        found.meta["val"], same = kept, found
+        if (value.shape, value.stride()) != (kept.shape, kept.stride()):
+            if not (value.is_contiguous() and kept.is_contiguous() and value.numel() == kept.numel()):
+                raise Refused("its backward pass reads memory that its output is a part of")
+            with graph.inserting_after(marker):
+                same = graph.call_function(aten.view.default, (found, list(value.shape)))
+            same.meta["val"] = value
+        node.replace_all_uses_with(same, later.__contains__)
 
 
-def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None, kept: bool) -> tuple[int, ...]:
+def _shares(node: fx.Node) -> bool:
+    """Whether what a node returns has its first argument's memory."""
+    return effects.views(node) or node.args[:1] == tuple(effects.written_by(node))[:1] != ()
+
+
+def _undetached(node: fx.Node) -> fx.Node:
+    found: Any = node.args[0] if node.target is aten.detach.default else node
+    return found
+
+
+def _check_output(graph: fx.Graph, strides: tuple[int, ...] | None) -> tuple[int, ...]:
     """The strides of the output; refuse one that shares memory with an input, or that lies otherwise than stock's.
 
-    The output is a tensor of its own, which others may change in place: what is saved tells by its version. `kept`,
-    stock's backward pass reads it, too.
+    The output is a tensor of its own, which others may change in place: what is saved tells by its version.
     """
-    returned = next(node for node in graph.nodes if node.op == "output")
-    output = node = returned.args[0][0]
+    nodes = list(graph.nodes)
+    output = node = nodes[-1].args[0][0]
     found: tuple[int, ...] = node.meta["val"].stride()
     shape = node.meta["val"].shape
     if strides is not None and _apart(shape, found) != _apart(shape, strides):
         raise Refused("its output lies in memory otherwise than stock's")
-    while effects.views(node) or node.args[:1] == tuple(effects.written_by(node)):
+    while _shares(node):
         node = node.args[0]
     if node.op == "placeholder":
         raise Refused("its output is a view of what it was given")
-    detached = output if output.target is aten.detach.default else None
-    output = output if detached is None else detached.args[0]
-    if effects.views(output) or (not kept and _is_kept(graph)):
+    detached, output = output, _undetached(output)
+    marker = next((i for i, node in enumerate(nodes) if node.target is _tangent), len(nodes))
+    if effects.views(output) or any(output in node.all_input_nodes for node in nodes[marker + 1 : -1]):
         with graph.inserting_after(output):
             copy = graph.call_function(torch.clone, (output,))
         copy.meta["val"] = output.meta["val"]
         origins.absorb(copy, output)
         output = copy
-    returned.args = ([output, *returned.args[0][1:]],)
-    if detached is not None:
+    nodes[-1].args = ([output, *nodes[-1].args[0][1:]],)
+    if detached.target is aten.detach.default:
         detached.replace_all_uses_with(output)
         graph.erase_node(detached)
     return found if strides is None else strides
@@ -366,17 +451,21 @@ def _apart(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     return [stride for size, stride in zip(shape, strides, strict=True) if size != 1]
 
 
-def _cut(traced: fx.GraphModule, parts: list[Part] | None) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+def _cut(
+    traced: fx.GraphModule, parts: list[Part] | None
+) -> tuple[Callable[..., Any], Callable[..., Any] | None, bool]:
     """The two programs of a graph: what comes before the gradient of the output, and what comes after it.
 
-    What Inductor is to compile of them goes into a list of parts, where there is one.
+    And whether the second reads the output, which is then its last argument. What Inductor is to compile of them goes
+    into a list of parts, where there is one.
     """
     nodes = list(traced.graph.nodes)
     (results,) = nodes.pop().args
     marker = next((node for node in nodes if node.target is _tangent), None)
     split = len(nodes) if marker is None else nodes.index(marker)
     output, grads = results[0], results[1:]
-    first, later = nodes[:split], nodes[split + 1 :]
+    first, later = [node for node in nodes[:split] if node.target is not returned], nodes[split + 1 :]
+    kept = [node for node in nodes if node.target is returned]
     read = {used for node in later for used in node.all_input_nodes} | {g for g in grads if isinstance(g, fx.Node)}
     saved = [node for node in first if node in read]
     if any(not isinstance(node.meta.get("val"), Tensor) for node in saved):
@@ -399,5 +488,5 @@ def _cut(traced: fx.GraphModule, parts: list[Part] | None) -> tuple[Callable[...
 
     forward = program([n for n in first if n.op == "placeholder"], first, [output, *saved])
     if marker is None:
-        return forward, None
-    return forward, program([marker, *saved], later, grads)
+        return forward, None, False
+    return forward, program([marker, *saved, *kept], later, grads), bool(kept)

@@ -108,6 +108,8 @@ def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
         return False
     fused = _activation_of(output, backwards)
     act: tuple[str, float] = ("none", 0.0) if fused is None else fused[1]
+    # What others hold tells the derivative of the last activation.
+    is_told = fused is not None and any(user.target is effects.returned for user in fused[0].users)
     value = x.meta["val"]
     with graph.inserting_before(node):
         # The backward pass reads it, which stock's does not: its changes are nobody's error.
@@ -132,7 +134,8 @@ def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
         fused[0].replace_all_uses_with(parts[0])
     output.replace_all_uses_with(parts[0])
     for backward in backwards:
-        _fuse_backward(graph, backward, (x, weight, kept, parts[1], parts[2]), act, parts[0], adapter)
+        saved = (x, weight, kept, parts[1], parts[2])
+        _fuse_backward(graph, backward, saved, ("none", 0.0) if is_told else act, adapter)
     for old in (fused[0] if fused is not None else None, *results.values(), node):
         if old is not None:
             graph.erase_node(old)
@@ -145,6 +148,8 @@ def _activation_of(output: fx.Node, backwards: set[fx.Node]) -> tuple[fx.Node, t
     if len(found) != 1:
         return None
     node, act = found[0]
+    if any(user.target is effects.returned for user in node.users):
+        return (node, act) if len(output.users) == 1 else None
     for user in output.users:
         if user is not node and not (_is_derivative(user, act, output) and set(user.users) <= backwards):
             return None
@@ -166,7 +171,7 @@ def _is_derivative(user: fx.Node, act: tuple[str, float], told_by: fx.Node) -> b
 
 
 def _fuse_backward(
-    graph: fx.Graph, node: fx.Node, saved: tuple[Any, ...], act: tuple[str, float], output: fx.Node, adapter: Any
+    graph: fx.Graph, node: fx.Node, saved: tuple[Any, ...], act: tuple[str, float], adapter: Any
 ) -> None:
     grad = effects.arguments(node)[0]
     step = None

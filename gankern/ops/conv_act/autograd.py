@@ -181,6 +181,9 @@ class _ConvActs(torch.autograd.Function):
         tensors, outputs = saved[:count], saved[count:]
         want_input, _, *want = ctx.needs_input_grad
         if torch.is_grad_enabled() or _autograd.is_transformed():
+            if activations[-1] in _autograd.BY_OUTPUT:
+                grad_output = _autograd.BY_OUTPUT[activations[-1]](grad_output, outputs[-1])
+                activations = [*activations[:-1], "none"]
 
             def again(input: Tensor, *tensors: Any) -> Tensor:
                 # Under autocast the parameters are wider than the images.

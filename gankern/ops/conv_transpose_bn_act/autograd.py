@@ -5,6 +5,7 @@ The convolutions in front are torch's own; what is fused is all that follows the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,18 @@ _backward_op = _library.define_direct(
 )
 
 
+def by_output(
+    grad_output: Tensor, output: Sequence[Tensor], activation: str, negative_slope: float
+) -> tuple[Tensor, str, float]:
+    """The gradient before the activation where that is told by the output, and the activation that is left.
+
+    First derivatives are by the kernel of ReLU, and where the output is rounded to half its digits.
+    """
+    if output and (_is_differentiated() or (activation == "tanh" and grad_output.element_size() >= 4)):
+        return _autograd.BY_OUTPUT[activation](grad_output, output[0]), "none", 0.0
+    return grad_output, activation, negative_slope
+
+
 # What is saved are the tensors that the caller has, of any layout and type: changed in place, they raise as in stock.
 # The bias, which stock does not need, is a copy.
 
@@ -113,15 +126,18 @@ class _Train(torch.autograd.Function):
             output, mean, invstd, var = _train_op(dense(input), *arguments)
         else:
             output, mean, invstd, var = _train_from_sums_op(dense(input), sums, *arguments)
-        ctx.save_for_backward(input, weight, bias, mean, invstd)
+        ctx.save_for_backward(
+            input, weight, bias, mean, invstd, *([output] if activation in _autograd.BY_OUTPUT else [])
+        )
         ctx.mark_non_differentiable(mean, var)
         ctx.args = eps, activation, negative_slope
         return output, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mean, invstd = ctx.saved_tensors
-        eps, activation, negative_slope = ctx.args
+        input, weight, bias, mean, invstd, *output = ctx.saved_tensors
+        eps, *act = ctx.args
+        grad_output, activation, negative_slope = by_output(grad_output, output, *act)
         input, weight = dense(input), _acc(weight, input)
         if _is_differentiated():
             # Someone differentiates this gradient: plain torch, with the statistics as functions of the input.
@@ -146,14 +162,17 @@ class _Eval(torch.autograd.Function):
         negative_slope: float,
     ) -> Tensor:
         mean, invstd = _constants(input, running_mean, running_var, eps)
-        ctx.save_for_backward(input, weight, bias, running_mean, running_var, mean, invstd)
+        output = _eval_op(dense(input), _acc(weight, input), bias, mean, invstd, activation, negative_slope)
+        kept = [output] if activation in _autograd.BY_OUTPUT else []
+        ctx.save_for_backward(input, weight, bias, running_mean, running_var, mean, invstd, *kept)
         ctx.args = eps, activation, negative_slope
-        return _eval_op(dense(input), _acc(weight, input), bias, mean, invstd, activation, negative_slope)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, running_mean, running_var, mean, invstd = ctx.saved_tensors
+        input, weight, bias, running_mean, running_var, mean, invstd, *output = ctx.saved_tensors
         eps, *act = ctx.args
+        grad_output, *act = by_output(grad_output, output, *act)
         input, weight = dense(input), _acc(weight, input)
         run = reference.backward if _is_differentiated() else _backward_op
         if not torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gankern import _native, backends
+from gankern import _autograd, _native, backends
 from gankern._layout import dense
 from gankern.ops.conv_transpose_bn_act import autograd, reference
 
@@ -81,16 +81,19 @@ class _Normalise(torch.autograd.Function):
         activation: str,
         negative_slope: float,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight, bias, mean, invstd)
-        ctx.args = eps, count, group, activation, negative_slope
-        return autograd._eval_op(
+        output: Tensor = autograd._eval_op(
             dense(input), autograd._acc(weight, input), bias, mean, invstd, activation, negative_slope
         )
+        kept = [output] if activation in _autograd.BY_OUTPUT else []
+        ctx.save_for_backward(input, weight, bias, mean, invstd, *kept)
+        ctx.args = eps, count, group, activation, negative_slope
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, mean, invstd = ctx.saved_tensors
-        eps, count, group, activation, negative_slope = ctx.args
+        input, weight, bias, mean, invstd, *output = ctx.saved_tensors
+        eps, count, group, *act = ctx.args
+        grad_output, activation, negative_slope = autograd.by_output(grad_output, output, *act)
         input, weight = dense(input), autograd._acc(weight, input)
         again = torch.is_grad_enabled()
         if again and ctx.needs_input_grad[0]:
