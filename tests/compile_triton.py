@@ -57,10 +57,17 @@ def compiled() -> list[_triton.Compiled]:
 def rows(number: int) -> list[dict[str, Any]]:
     """What one specialisation takes of each architecture."""
     wanted = compiled()[number]
+    # Architectures differ in what their matrix units take, and hardly in anything else.
+    alike = [w for w in compiled()[:number] if kind(w) == kind(wanted)]
     return [
         {"kernel": wanted.label, "arch": arch, **resources(_triton.compile_kernel(wanted, target), arch)}
         for arch, target in TARGETS.items()
+        if arch != "sm_80" or not alike
     ]
+
+
+def kind(wanted: _triton.Compiled) -> tuple[Any, ...]:
+    return wanted.kernel.__name__, wanted.dtype, wanted.constants.get("PRECISION")
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def plans(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[int(n) for n in os.environ.get("GANKERN_TEST_THREADS", "1 2").split()])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -68,7 +68,8 @@ def test_triton() -> None:
     assert {row["arch"] for row in found} == set(SHARED)
     for row in found:
         assert row["spilled"] == 0, row
-        assert row["shared"] <= SHARED[row["arch"]], row
+        # What is compiled for sm_90 alone is to fit in sm_80, too.
+        assert row["shared"] <= min(SHARED[row["arch"]], SHARED["sm_80"]), row
 
 
 @pytest.mark.parametrize(("kernel", "arch"), NVRTC, ids=lambda value: getattr(value, "label", value))
@@ -86,12 +87,15 @@ def check_resources(log: str, label: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kernel", NVCC, ids=lambda kernel: kernel.label)
-def test_nvcc(kernel: _cuda.Kernel, arch: str, tmp_path: Path) -> None:
+def test_nvcc(kernel: _cuda.Kernel, tmp_path: Path) -> None:
     defines = [f"-D{key}={value}" for key, value in kernel.defines]
     source = _cuda.SOURCES / f"{kernel.source}.cu"
-    command = ["nvcc", "-cubin", f"-arch={arch}", "-std=c++17", "-Xptxas", "-v", *defines, str(source)]
+    # One run for both architectures, most of which is the same.
+    archs = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+    command = ["nvcc", "-fatbin", *archs, "-std=c++17", "-Xptxas", "-v", *defines, str(source)]
     done = subprocess.run([*command, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    for arch in ("sm_80", "sm_90"):
+        assert f"for '{arch}'" in done.stderr
     check_resources(done.stderr, kernel.label)

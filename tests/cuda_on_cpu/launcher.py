@@ -37,7 +37,9 @@ def _built(name: str, text: str, *defines: str) -> Path:
         if not path.exists():
             partial = path.with_suffix(".partial")
             command = ["g++", *flags, "-x", "c++", "-", "-o", str(partial)]
-            done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+            # The compiler itself takes half the time without the sanitizers' memory.
+            plain = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+            done = subprocess.run(command, input=text, text=True, capture_output=True, env=plain, check=False)
             if done.returncode:
                 raise RuntimeError(f"{name} {' '.join(defines)} does not compile for the CPU:\n{done.stderr}")
             os.replace(partial, path)
