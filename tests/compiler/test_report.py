@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gankern
-from gankern import penalties
+from gankern import _native, penalties
 from gankern.compiler import forward, fused, replay, report
 from gankern.compiler.cache import MOST_PLANS, Plans, known_plans
 from gankern.compiler.passes import effects
@@ -178,7 +178,8 @@ def test_fusion_report_and_explain_tell_of_a_fused_modules_plans() -> None:
     assert run.plans == f"{MOST_PLANS + 1} made, 10001 hits, 1 evicted"
     assert {call.module for call in run.calls} >= {"0", "2"}
     told = str(found)
-    assert run.plans in told and "conv" in told and "torch's convolution: no kernel for its sizes or groups" in told
+    assert run.plans in told and "conv" in told
+    assert _native.kernels is None or "torch's convolution: no kernel for its sizes or groups" in told
     assert max(map(len, told.splitlines())) <= 80
     explained = gankern.explain(gankern.fuse, net)
     assert explained.chosen == "plans" and run.plans in str(explained)
