@@ -29,6 +29,13 @@ def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=memory_format(other))
 
 
+def turned(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same elements in another order of memory; the tensor itself where it has that."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def autocast(*tensors: Any) -> list[Any]:
     """Casts as autocast would in front of a convolution or matrix product."""
     first = next(t for t in tensors if t is not None)

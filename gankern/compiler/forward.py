@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends, dispatch
+from gankern._layout import turned
 from gankern.arguments import first_line
 from gankern.compiler import origins
 from gankern.compiler.derive import Functions, coarsest, derive, in_place_of, leaf_like
@@ -25,7 +26,6 @@ from gankern.compiler.guards import Held, make_guards, modules_of
 from gankern.compiler.norms import FIRST_ORDER
 from gankern.compiler.passes import dead, effects, in_place, optimise_first_order
 from gankern.compiler.passes.effects import returned
-from gankern.compiler.passes.layout import turned
 from gankern.compiler.penalty import random_state, set_random_state
 from gankern.compiler.pointwise import Part, group
 from gankern.compiler.refusal import Refused

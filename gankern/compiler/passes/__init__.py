@@ -15,6 +15,7 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
     """Apply all passes, in place; kernels are an adapter's of the critic layers."""
     with origins.inherited(traced.graph):
         dead.forget_detach(traced.graph)
+        written = in_place.forget(traced.graph)
         common.share(traced.graph)
         zeros.fold(traced.graph)
         dead.drop(traced.graph)
@@ -24,6 +25,7 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
             convolutions.lower(traced.graph, adapter)
             layout.settle(traced.graph)
             direct.bind(traced.graph, adapter)
+        in_place.put_back(traced.graph, written)
     traced.graph.lint()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from gankern import _library
+from gankern._layout import dense, turned
 
 aten = torch.ops.aten
 
@@ -17,6 +19,9 @@ returned = _library.define("returned(Tensor output) -> Tensor", torch.empty_like
 
 # Their schemas do not say that they write the running statistics.
 _WRITE_STATISTICS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+
+# Functions that give what they were given, or a part of it.
+_SHARE = (operator.getitem, dense, turned)
 
 
 @functools.cache
@@ -91,11 +96,9 @@ def homes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The node that made the memory of each."""
     home: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        changed = changed_and_returned(node)
-        first = changed or (node.args[0] if node.args else None)
-        shares = node.op == "call_function" and (views(node) or any(used is first for used in written_by(node)))
-        getitem = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
-        if (shares or getitem) and isinstance(first, fx.Node):
+        first = changed_and_returned(node) or (node.args[0] if node.args else None)
+        shares = views(node) or node.target in _SHARE or any(used is first for used in written_by(node))
+        if shares and isinstance(first, fx.Node):
             home[node] = home.get(first, first)
         else:
             home[node] = node

@@ -2,8 +2,8 @@
 
     y = relu_(x); z = conv(x, w)    ->    y = relu(x); z = conv(y, w)    ->    y = relu_(x); z = conv(y, w)
 
-Exact: of tensors that the graph makes itself and has no other view of, whoever reads one afterwards sees what was
-written into it.
+Exact: of tensors that the graph makes itself and of which nobody reads an older view afterwards, whoever reads one then
+sees what was written into it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from gankern.compiler.passes import effects
 
@@ -49,10 +50,10 @@ def forget(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
         if twin is None or effects.written_by(node) != [target] or home[target].op == "placeholder":
             continue
         known = _aliases(node, target)
-        others = [n for n in shared[home[target]] if n not in known and n is not node]
+        others = [n for n in shared[home[target]] if place[n] < place[node] and n not in known]
         if any(place[user] > place[node] for other in others for user in other.users):
             continue
-        if any(a.args and effects.arguments(a)[0] in (target, node) and effects.views(a) for a in shared[home[target]]):
+        if not _is_same(node, twin):
             continue
         found.append((node, node.target))
         node.target = twin
@@ -61,6 +62,15 @@ def forget(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
                 if place[user] > place[node]:
                     user.replace_input_with(alias, node)
     return found
+
+
+def _is_same(node: fx.Node, twin: Any) -> bool:
+    """Whether the result of a call lies in memory as what is written in place, and is of its type."""
+    args, kwargs = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+    value = node.meta["val"]
+    with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+        made = twin(*args, **kwargs)
+    return (made.shape, made.stride(), made.dtype) == (value.shape, value.stride(), value.dtype)
 
 
 def _aliases(node: fx.Node, target: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,7 @@
                                         v = view(z1, ...)
 
 Exact: an operator that works element by element, or sums, does the same in any order of memory; every other gets its
-arguments in the order that stock's graph has them in.
+arguments in the order that stock's graph has them in. What such a one writes in place has that order from the start.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from gankern._layout import dense
+from gankern._layout import dense, turned
 from gankern.compiler import choice, norms
 from gankern.compiler.passes import effects
-from gankern.compiler.refusal import Refused
 
 aten = torch.ops.aten
 
@@ -46,13 +45,6 @@ _ANY_ORDER = {
 _CONVOLUTIONS = {aten.convolution.default: (0,), aten.convolution_backward.default: (0, 1)}
 
 
-def turned(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The same elements in another order of memory."""
-    if tensor.stride() == strides:
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
 def settle(graph: fx.Graph, convolutions: bool = False) -> int:
     """Turn what nodes marked with an ``order`` leave in another order than their readers can take.
 
@@ -60,6 +52,7 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
     that images are turned back for.
     """
     count = 0
+    kept = _keep_order(graph)
     changed = effects.last_writes(graph)
     place_of = {node: place for place, node in enumerate(graph.nodes)}
     actual: dict[fx.Node, Any] = {}
@@ -116,9 +109,6 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
         if node.target is operator.getitem:
             actual[node] = actual[effects.arguments(node)[0]][effects.arguments(node)[1]]
             continue
-        # A copy would be changed in the place of the images.
-        if (effects.views(node) and node in changed) or any(n in effects.written_by(node) for n in moved):
-            raise Refused(f"images are changed in place, by or after {node.target}")
         for source in moved:
             copy = turned_of.get(source)
             if copy is None:
@@ -128,7 +118,42 @@ def settle(graph: fx.Graph, convolutions: bool = False) -> int:
                 if changed.get(source, -1) < place_of[node]:
                     turned_of[source] = copy
             node.replace_input_with(source, copy)
+    for copy in kept:
+        (made, _) = effects.arguments(copy)
+        if not _moved(made, actual):
+            copy.replace_all_uses_with(made)
+            graph.erase_node(copy)
     return count - len(turned_of)
+
+
+def _keep_order(graph: fx.Graph) -> list[fx.Node]:
+    """Give memory stock's order as soon as it is made, where what goes by that writes it, or views what is written.
+
+    A copy that is turned later would be changed in its place. Returns the nodes that turn.
+    """
+    copies = []
+    home = effects.homes(graph)
+    changed = effects.written(graph)
+    roots: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        seen = effects.written_by(node) + ([node] if effects.views(node) and node in changed else [])
+        if not _takes_any_order(node) and node.target is not operator.getitem:
+            roots.update(dict.fromkeys(home[n] for n in seen if home[n].op != "placeholder"))
+    for root in roots:
+        value = root.meta["val"]
+        if root.target is aten.empty_like.default:
+            root.target, root.args = torch.empty_strided, (tuple(value.shape), tuple(value.stride()))
+            root.kwargs = {"dtype": value.dtype, "device": value.device}
+            continue
+        for made in [root] if isinstance(value, Tensor) else list(root.users):
+            with graph.inserting_after(made):
+                copy = graph.call_function(turned, (made, tuple(made.meta["val"].stride())))
+            copy.meta.update(val=made.meta["val"], any_order=True)
+            for user in list(made.users):
+                if user is not copy:
+                    user.replace_input_with(made, copy)
+            copies.append(copy)
+    return copies
 
 
 def _in_channels_last(value: Any) -> Any:
