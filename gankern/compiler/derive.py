@@ -5,6 +5,7 @@ The critic's own code runs once, on fake tensors, under ``make_fx``: no random n
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
 import sys
@@ -25,13 +26,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gankern.compiler import attention, origins
-from gankern.compiler.norms import SUBSTITUTES
 from gankern.compiler.refusal import Refused
 
 aten = torch.ops.aten
 
 _MODULE_GETATTR = _symbolic_trace._orig_module_getattr
-_lock = threading.RLock()
+#: Held while a graph is derived, when make_fx has its own methods in ``nn.Module``, of which it has one set.
+lock = threading.RLock()
 
 
 def _double_backward(
@@ -82,7 +83,7 @@ def bilinear_convolutions() -> Iterator[None]:
     """
     op: Any = aten._convolution_double_backward.default
     key = DispatchKey.CompositeImplicitAutograd
-    with _lock:
+    with lock:
         before = op.py_kernels.get(key)
         op.py_kernels[key] = _double_backward
         op._dispatch_cache.clear()
@@ -95,6 +96,31 @@ def bilinear_convolutions() -> Iterator[None]:
             else:
                 op.py_kernels[key] = before
             op._dispatch_cache.clear()
+
+
+@contextmanager
+def _draws_nothing() -> Iterator[None]:
+    """Random numbers that are drawn inside are those to come, and Python's and numpy's are refused.
+
+    Beside other threads, which draw as well, nothing can be told: the guards have seen none of the forward's.
+    """
+    numpy = sys.modules.get("numpy.random")
+
+    def state() -> tuple[Any, Any, Any]:
+        return torch.get_rng_state(), random.getstate(), numpy and pickle.dumps(numpy.get_state())
+
+    before = state()
+    try:
+        yield
+    finally:
+        after = state() if threading.active_count() == 1 else before
+        if not torch.equal(after[0], before[0]):
+            torch.set_rng_state(before[0])
+        if after[1:] != before[1:]:
+            random.setstate(before[1])
+            if numpy:
+                numpy.set_state(pickle.loads(before[2]))
+            raise Refused("it draws random numbers of Python's or of numpy's")
 
 
 def derive(
@@ -119,35 +145,20 @@ def derive(
     Refused
         Where values decide what is computed, or a tensor is read that is in neither list.
     """
-    given = [*inputs, *state]
-    # make_fx calls modules by those that torch came with.
-    if (nn.Module.__call__, nn.Module.__getattr__) != (_symbolic_trace._orig_module_call, _MODULE_GETATTR):
-        raise Refused("nn.Module's way of calling was replaced")
     names = {id(module): name for name, module in (modules or {}).items()}
 
     def located(*tensors: Tensor) -> Any:
         with origins.noted(names):
             return function(*tensors)
 
-    rng, others = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy.random")
-    numpys = pickle.dumps(numpy.get_state()) if numpy else None
     try:
-        with _lock:
-            traced = make_fx(located, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+        with lock, _draws_nothing():
+            # make_fx calls modules by those that torch came with.
+            if (nn.Module.__call__, nn.Module.__getattr__) != (_symbolic_trace._orig_module_call, _MODULE_GETATTR):
+                raise Refused("nn.Module's way of calling was replaced")
+            traced = make_fx(located, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs, *state)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise Refused(f"values decide what it computes: {error}{origins.at(error)}") from None
-    finally:
-        if not torch.equal(torch.get_rng_state(), rng):
-            torch.set_rng_state(rng)
-        drawn = random.getstate() != others
-        if drawn:
-            random.setstate(others)
-        if numpy is not None and numpys is not None and pickle.dumps(numpy.get_state()) != numpys:
-            numpy.set_state(pickle.loads(numpys))
-            drawn = True
-    if drawn:
-        raise Refused("it draws random numbers of Python's or of numpy's")
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node in list(traced.graph.nodes):
         line = getattr(node.meta.get("origin"), "line", "")
@@ -176,7 +187,15 @@ def coarsest(graph: fx.Graph) -> torch.dtype:
 
 
 class Functions(TorchFunctionMode):
-    """Puts gankern's functions in the place of torch's, and refuses what a graph of operators cannot say."""
+    """Puts gankern's functions in the place of torch's, and refuses what a graph of operators cannot say.
+
+    Parameters
+    ----------
+    substitutes : mapping
+        Functions of gankern's by those of torch's; where one returns NotImplemented torch's runs.
+    tensors, leaves : sequence of Tensor
+        What a forward reads, and what functions compute with where they are given that.
+    """
 
     # Hooks read what no guard knows; the others make a tensor another one, without an operator that says so.
     _REFUSED: tuple[str, ...] = (
@@ -188,16 +207,33 @@ class Functions(TorchFunctionMode):
         "resize_",
     )
 
-    def __init__(self, substitutes: Mapping[Any, Callable[..., Any]] = SUBSTITUTES) -> None:
+    def __init__(
+        self, substitutes: Mapping[Any, Callable[..., Any]], tensors: Sequence[Tensor], leaves: Sequence[Tensor]
+    ) -> None:
         super().__init__()
         self._substitutes = substitutes
+        self._leaf_of = {id(t): leaf for t, leaf in zip(tensors, leaves, strict=True)}
+        self._tensor_of = {id(leaf): t for t, leaf in zip(tensors, leaves, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.on_leaves(self._call, func, *args, **(kwargs or {}))
+
+    def on_leaves(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with leaves; what it changed in place and returns goes by its own name again."""
+        args, kwargs = pytree.tree_map(self._leaf, (args, kwargs))
+        result = function(*args, **kwargs)
+        return self._tensor_of.get(id(result), result)
+
+    def _leaf(self, value: Any) -> Any:
+        if isinstance(value, slice):
+            return slice(*map(self._leaf, (value.start, value.stop, value.step)))
+        return self._leaf_of.get(id(value), value)
+
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         name = getattr(func, "__name__", "")
         if name in self._REFUSED:
             what = getattr(getattr(func, "__self__", None), "__name__", name)
             raise Refused(f"the forward calls {name} of {what} on a tensor" if what != name else f"it calls {name}")
-        kwargs = kwargs or {}
         if func in attention.SUBSTITUTES:
             return attention.SUBSTITUTES[func](*args, **kwargs)
         substitute = self._substitutes.get(func)
@@ -217,22 +253,49 @@ class Functions(TorchFunctionMode):
 
 
 @contextmanager
-def in_place_of(modules: Sequence[nn.Module], tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
-    """Modules hold other parameters and buffers inside; refused where they put others in their place."""
-    swap = {id(t): other for t, other in zip(tensors, others, strict=True)}
+def _replaced(owner: type, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a method calls `function` with itself and its arguments, in this thread alone."""
+    kept: Any = vars(owner)[name]
+    plain, me = getattr(kept, "__func__", kept), threading.get_ident()
+
+    @functools.wraps(plain)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return function(plain, *args, **kwargs) if threading.get_ident() == me else plain(*args, **kwargs)
+
+    setattr(owner, name, method if plain is kept else type(kept)(method))
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+_PUTS = "the forward puts another tensor in the place of a buffer or parameter"
+
+
+def _set_attribute(plain: Callable[..., None], module: nn.Module, name: str, value: Any) -> None:
+    tables = [vars(module).get(table, ()) for table in ("_parameters", "_buffers")]
+    if isinstance(value, Tensor) and any(name in table and table[name] is not value for table in tables):
+        raise Refused(_PUTS)
+    plain(module, name, value)
+
+
+@contextmanager
+def in_place_of(modules: Sequence[nn.Module], functions: Functions) -> Iterator[None]:
+    """Functions compute with leaves where modules hold tensors; refused where a forward makes modules hold others.
+
+    The modules themselves stay as they are: other threads may run them.
+    """
     tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
     before = [dict(table) for table in tables]
-    try:
-        for table, kept in zip(tables, before, strict=True):
-            table.update({name: swap.get(id(t), t) for name, t in kept.items()})
+    # Autograd's Functions are none of those that a mode sees.
+    apply = _replaced(torch.autograd.Function, "apply", functions.on_leaves)
+    with apply, _replaced(nn.Module, "__setattr__", _set_attribute), functions:
         yield
-        for table, kept in zip(tables, before, strict=True):
-            if any(table[name] is not swap.get(id(t), t) for name, t in kept.items()) or len(table) != len(kept):
-                raise Refused("the forward puts another tensor in the place of a buffer or parameter")
-    finally:
-        for table, kept in zip(tables, before, strict=True):
+    for table, kept in zip(tables, before, strict=True):
+        if table.keys() != kept.keys() or any(table[name] is not t for name, t in kept.items()):
             table.clear()
             table.update(kept)
+            raise Refused(_PUTS)
 
 
 def leaf_like(tensor: Tensor, model: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends, dispatch
 from gankern._layout import turned
@@ -127,16 +126,13 @@ class ForwardPlan:
         requires_grad = call["x"].requires_grad
         models = [h.tensor for h in held]
         modules = [h.module for h in held if h.module is not None]
-        given = {id(h.tensor) for h in held if h.module is None}
 
         def step(points: Tensor, *tensors: Tensor) -> list[Tensor | None]:
             leaves = [leaf_like(t, model) for t, model in zip(tensors, models, strict=True)]
-            known = {id(model): leaf for model, leaf in zip(models, leaves, strict=True)}
             with torch.set_grad_enabled(self._kind[0]):
                 points = points.detach().requires_grad_(requires_grad)
-                a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves), _stock.forwards(), Functions(FIRST_ORDER):
-                    output = module(points, *a, **k)
+                with in_place_of(modules, Functions(FIRST_ORDER, models, leaves)), _stock.forwards():
+                    output = module(points, *args, **kwargs)
                 if not isinstance(output, Tensor):
                     raise Refused(f"its output is a {type(output).__name__}")
                 wanted = [(points, *leaves)[i] for i in self.wanted]

@@ -28,6 +28,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.parameter import is_lazy
 
 from gankern.compiler import origins
+from gankern.compiler.derive import lock
 from gankern.compiler.refusal import Refused
 
 _GLOBAL_HOOKS = [
@@ -218,7 +219,11 @@ class Guards:
         if not self._check(call):
             return None
         tensors = self._fetch(call, self._function.__globals__)
-        return tensors if self._world.holds(tensors) else None
+        if self._world.holds(tensors):
+            return tensors
+        # Another thread that derives has methods of its own in classes, until it lets go.
+        with lock:
+            return tensors if self._world.holds(tensors) else None
 
 
 @contextmanager
@@ -338,6 +343,8 @@ def make_guards(
             if isinstance(node.target, HigherOrderOperator) and node.target.name() != "autograd_function_apply":
                 # A checkpoint, say: it runs again in the backward pass, with the random numbers of before.
                 reasons.append(f"the forward calls {node.target.name()}")
+            if getattr(getattr(node.target, "f", None), "__module__", "") == "torch._numpy.random":
+                reasons.append("the forward draws from numpy's random numbers")
             argument = node.meta.get("grapharg") if node.op == "placeholder" else None
             if argument is None:
                 continue

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends
 from gankern.arguments import first_line
@@ -98,17 +97,14 @@ class PenaltyPlan:
         critic, args, kwargs = call["critic"], call["args"], call["kwargs"]
         models = [h.tensor for h in held]
         modules = [h.module for h in held if h.module is not None]
-        given = {id(h.tensor) for h in held if h.module is None}
 
         def step(points: Tensor, *tensors: Tensor) -> list[Tensor | None]:
             leaves = [leaf_like(t, model) for t, model in zip(tensors, models, strict=True)]
-            known = {id(model): leaf for model, leaf in zip(models, leaves, strict=True)}
             wanted = [leaves[i] for i in self._wanted]
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 points = points.detach().requires_grad_()
-                a, k = pytree.tree_map(lambda leaf: known[id(leaf)] if id(leaf) in given else leaf, (args, kwargs))
-                with in_place_of(modules, models, leaves), _stock.forwards(), Functions(SECOND_ORDER):
-                    scores = critic(points, *a, **k)
+                with in_place_of(modules, Functions(SECOND_ORDER, models, leaves)), _stock.forwards():
+                    scores = critic(points, *args, **kwargs)
                 wanted += [points] if self._kind[1] else []
                 (grad,) = torch.autograd.grad(
                     scores, points, torch.ones_like(scores), create_graph=bool(wanted), allow_unused=True

@@ -62,21 +62,21 @@ class _Functions(Functions):
 
     _REFUSED = (*Functions._REFUSED, "retain_grad")
 
-    def __init__(self, backward: Callable[..., None]) -> None:
-        super().__init__({})
+    def __init__(self, backward: Callable[..., None], tensors: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        super().__init__({}, tensors, leaves)
         self._backward = backward
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         if func is Tensor.backward:
-            return self._backward(*args, **(kwargs or {}))
+            return self._backward(*args, **kwargs)
         if func is Tensor.item:
             return _Number(args[0].detach().clone())
         if func in _GRADIENTS:
             raise Refused("it reads .grad, which is known when the plan runs")
         # As stock has it, bit by bit.
         if func in attention.SUBSTITUTES:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+            return func(*args, **kwargs)
+        return super()._call(func, *args, **kwargs)
 
 
 class _Opaque:
@@ -124,17 +124,14 @@ class _Derivation:
 
     def _run(self, *tensors: Tensor) -> list[Tensor]:
         self._leaves = [leaf_like(t, model) for t, model in zip(tensors, self._models, strict=True)]
-        known = {id(model): leaf for model, leaf in zip(self._models, self._leaves, strict=True)}
-        given = self._call["args"], self._call["kwargs"]
         token = compiler.penalty_in_step.set(self._penalty)
         try:
             with ExitStack() as stack:
-                args, kwargs = pytree.tree_map(lambda leaf: known.get(id(leaf), leaf), given)
-                stack.enter_context(in_place_of(self._modules, self._models, self._leaves))
+                functions = _Functions(self._backward, self._models, self._leaves)
+                stack.enter_context(in_place_of(self._modules, functions))
                 stack.enter_context(self._intercepted())
                 stack.enter_context(_stock.forwards())
-                stack.enter_context(_Functions(self._backward))
-                result = self._call["critic"](*args, **kwargs)
+                result = self._call["critic"](*self._call["args"], **self._call["kwargs"])
         finally:
             compiler.penalty_in_step.reset(token)
         if any(leaf.grad is not None for leaf in self._leaves):
@@ -225,7 +222,7 @@ class _Derivation:
             raise Refused("a critic in DistributedDataParallel")
 
         def scored(*args: Any, **more: Any) -> Tensor:
-            with Functions(SECOND_ORDER), sdpa_kernel(SDPBackend.MATH):
+            with Functions(SECOND_ORDER, self._models, self._leaves), sdpa_kernel(SDPBackend.MATH):
                 scores: Tensor = critic(*args, **more)
             self.checks.append(self._output(scores.detach()))
             return scores
@@ -237,7 +234,7 @@ class _Derivation:
         made: list[tuple[Any, ...]] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                place = next((i for i, t in enumerate(self._leaves) if t is leaf), None)
+                place = next((i for i, m in enumerate(self._models) if m is leaf), None)
                 if place is not None:
                     made.append(("given", place))
                     continue
