@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from gankern import _library, _stock, backends, dispatch
 from gankern._layout import turned

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from gankern import _native, workspace
+from gankern._layout import turned
 from gankern.compiler import choice
-from gankern.compiler.passes.layout import turned
 from gankern.compiler.report import Call, call_of
 
 #: Called with each call of a program when it has returned, and with None when the program begins.

@@ -359,3 +359,18 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
     assert sum(t.startswith("planned a penalty of Alpha in ") for t in told) == MOST_PLANS + 1
     assert f"evicted the plan of Alpha that was used least recently: it keeps {MOST_PLANS}" in told
     assert "no plan for a penalty of Alpha: a hook on one of its modules or parameters" in told
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def test_gradients_of_a_norm_that_is_rounding_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    """The mean of what a norm without weights gives depends on nothing."""
+    layers = nn.AvgPool1d(2), nn.ConvTranspose1d(3, 2, 3, 1, 1), nn.GroupNorm(2, 2, affine=False)
+    critic, plans = nn.Sequential(*layers, nn.Flatten(), Mean()), Plans()
+    for n in range(1, 6):
+        loss, *_ = planned(plans, critic, torch.randn(n, 3, 5), (), list(critic.parameters()), GP)
+        assert abs(loss.item() - 10) < 1e-3
+    assert (plans.made, errors(caplog)) == (5, [])

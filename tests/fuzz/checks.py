@@ -620,6 +620,7 @@ _OURS = (
     "critic must return a Tensor",
     "input must be large enough for the convolution",
     "weight must have shape",
+    "weight must have input's dtype",
 )
 
 
