@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from gankern._layout import turned
 from gankern.arguments import first_line
 from gankern.compiler import origins
 from gankern.compiler.passes import effects
-from gankern.compiler.passes.layout import turned
 from gankern.compiler.replay import compile_graph
 
 aten = torch.ops.aten
