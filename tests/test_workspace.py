@@ -31,8 +31,20 @@ def test_a_block_is_used_again_once_nobody_refers_to_it() -> None:
     assert workspace.empty(SIZE, torch.float32).data_ptr() != address
     assert view.storage_offset() == 10
     del view
-    taken = {workspace.empty(SIZE, torch.float32).data_ptr() for _ in range(2)}
-    assert address in taken
+    taken = [workspace.empty(SIZE, torch.float32) for _ in range(2)]
+    assert address in map(torch.Tensor.data_ptr, taken)
+
+
+def test_what_is_given_back_serves_other_sizes() -> None:
+    workspace.empty((1 << 22,), torch.float32)
+    total = workspace.used_bytes() + workspace.idle_bytes()
+    parts = [workspace.empty((1 << 16,), torch.float32) for _ in range(20)]
+    for place, part in enumerate(parts):
+        part.fill_(place)
+    assert [int(part.amin()) for part in parts] == [int(part.amax()) for part in parts] == list(range(20))
+    del part, parts
+    assert workspace.empty((1 << 22,), torch.float32).numel() == 1 << 22
+    assert workspace.used_bytes() + workspace.idle_bytes() == total
 
 
 def test_layouts_and_sizes() -> None:

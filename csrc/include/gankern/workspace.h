@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <map>
+#include <set>
+#include <utility>
 
 namespace gankern {
 
@@ -25,7 +27,14 @@ class Workspace {
     size_t idle() const { return idle_; }
 
  private:
-    std::multimap<size_t, void*> free_;  // by size
+    using Range = std::pair<size_t, char*>;  // size, begin
+
+    void add(char* begin, size_t size) noexcept;
+    void remove(Range range) noexcept;
+
+    // Idle memory: ranges of whole pages, none of which touches another.
+    std::set<Range> by_size_;
+    std::map<char*, size_t> by_place_;
     size_t used_ = 0, idle_ = 0, limit_ = size_t{1} << 30;
 };
 
