@@ -391,9 +391,12 @@ def _read_returned(graph: fx.Graph) -> None:
         if later.isdisjoint(node.users):
             continue
         value = node.meta["val"]
-        with graph.inserting_before(marker):
-            found = graph.call_function(returned, (output,)) if found is None else found
-        found.meta["val"], same = kept, found
+        if found is None:
+            with graph.inserting_before(marker):
+                found = graph.call_function(returned, (output,))
+            found.meta["val"] = kept
+            origins.absorb(found, output)
+        same = found
         if (value.shape, value.stride()) != (kept.shape, kept.stride()):
             if not (value.is_contiguous() and kept.is_contiguous() and value.numel() == kept.numel()):
                 raise Refused("its backward pass reads memory that its output is a part of")

@@ -334,8 +334,11 @@ def make_guards(
     names: set[str] = set()
     reasons: list[str] = []
 
+    # Dynamo keeps the backend, which must not keep the critic.
+    kinds = [type(m) for m in critic.modules()] if isinstance(critic, nn.Module) else []
+
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        reason = _lasting_change(map(type, critic.modules()) if isinstance(critic, nn.Module) else ())
+        reason = _lasting_change(kinds)
         if reason is not None:
             reasons.append(reason)
         names.update(_guarded())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from gankern import _native, workspace
+from gankern import workspace
 from gankern._layout import turned
 from gankern.compiler import choice
 from gankern.compiler.report import Call, call_of
@@ -55,9 +55,6 @@ def _into(op: OpOverload) -> _Into | None:
 def _may_have_room(node: fx.Node) -> bool:
     """Whether the result of a node is large enough for the workspace, and an operator's that can write there."""
     value = node.meta.get("val")
-    # The workspace is the compiled kernels'.
-    if _native.kernels is None:
-        return False
     if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout is not torch.strided:
         return False
     if workspace.kernels is None:
