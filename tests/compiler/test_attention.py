@@ -18,6 +18,7 @@ from gankern.compiler import attention
 from gankern.compiler.attention import scaled_dot_product_attention
 from gankern.compiler.cache import Plans
 from gankern.compiler.derive import Functions
+from gankern.compiler.norms import SECOND_ORDER
 from tests.compiler.test_penalty_plan import R1, planned, same, stock
 
 
@@ -135,7 +136,7 @@ def test_what_is_left_to_stock() -> None:
 
 def test_weights_are_computed_as_stock_has_them_where_no_second_derivative_is_asked_for() -> None:
     layer, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), random(3, 6, 8).requires_grad_()
-    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]), Functions():
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]), Functions(SECOND_ORDER, (), ()):
         output, _ = layer(x, x, x)
     (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     torch.autograd.grad(grad.square().sum(), x)

@@ -33,7 +33,17 @@ def _twin(target: Any) -> Any:
         return None
     packet = getattr(aten, name[:-1], None)
     twin = getattr(packet, target._overloadname, None)
-    return twin if twin is not None and (torch.Tag.pointwise in twin.tags or packet in _POINTWISE) else None
+    return twin if twin is not None and _is_pointwise(twin) else None
+
+
+@functools.cache
+def _is_pointwise(target: Any) -> bool:
+    return torch.Tag.pointwise in target.tags or target.overloadpacket in _POINTWISE
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a node computes each element of the elements at the same place."""
+    return isinstance(node.target, torch._ops.OpOverload) and _is_pointwise(node.target)
 
 
 def forget(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
