@@ -44,7 +44,7 @@ def is_watched() -> bool:
     """Whether somebody may see operators: a mode, a profiler or a tracer."""
     return bool(
         torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._is_torch_function_mode_enabled()
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     )

@@ -154,10 +154,11 @@ class ForwardPlan:
         if tensors is None:
             return None
         inputs = (call["x"], *tensors)
-        if self._backward is None:
-            return self.run_forward(inputs)[0]
-        output: Tensor = _Planned.apply(self, call, *inputs)
-        return output
+        with torch._C.DisableTorchFunction():
+            if self._backward is None:
+                return self.run_forward(inputs)[0]
+            output: Tensor = _Planned.apply(self, call, *inputs)
+            return output
 
     def tensors(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """What the module reads besides its first argument, as it is now; None where the plan is not for this call."""

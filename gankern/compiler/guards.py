@@ -218,12 +218,14 @@ class Guards:
         """The tensors of `held` as they are now; None where the plan is not for this call."""
         if not self._check(call):
             return None
-        tensors = self._fetch(call, self._function.__globals__)
-        if self._world.holds(tensors):
-            return tensors
-        # Another thread that derives has methods of its own in classes, until it lets go.
-        with lock:
-            return tensors if self._world.holds(tensors) else None
+        # A default device is a mode, which would see each look at a tensor.
+        with torch._C.DisableTorchFunction():
+            tensors = self._fetch(call, self._function.__globals__)
+            if self._world.holds(tensors):
+                return tensors
+            # Another thread that derives has methods of its own in classes, until it lets go.
+            with lock:
+                return tensors if self._world.holds(tensors) else None
 
 
 @contextmanager

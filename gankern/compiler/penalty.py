@@ -128,7 +128,7 @@ class PenaltyPlan:
         if tensors is None:
             return None
         # Casts of autocast are in the graph already.
-        with torch.no_grad(), torch.autocast(call["x"].device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(call["x"].device.type, enabled=False):
             loss, *grads = self._attempt(call["x"], *tensors, *options)
         wanted = [tensors[i] for i in self._wanted] + ([None] if wants_points else [])
         return loss, [(t, g) for t, g in zip(wanted, grads, strict=True) if g is not None]

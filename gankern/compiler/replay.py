@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from gankern.compiler.places import Places
@@ -73,7 +74,9 @@ class Program:
         self._compile()
 
     def __call__(self, *given: Any) -> Any:
-        found = self._run(*given)
+        # Each call of a tensor's method would go by way of the mode that a default device is.
+        with torch._C.DisableTorchFunction():
+            found = self._run(*given)
         if not self._seen:
             self._seen = True
             self._compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -308,3 +309,26 @@ def test_the_first_calls_of_a_kind_are_stocks() -> None:
     for _ in range(2):
         net(torch.randn(3, 2, 8, 8, dtype=torch.float64))
     assert plans_of(net).made == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_default_device_sees_no_more_of_a_plan_than_of_a_module(device: str) -> None:
+    seen = 0
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        nonlocal seen
+        seen += event == "call" and frame.f_code.co_name == "__torch_function__"
+
+    net, x = gankern.fuse(deep()), torch.randn(3, 2, 6, 6)
+    with torch.device(device):
+        want = step(gankern.unfuse(copy.deepcopy(net)), x, None)
+        for _ in range(3):
+            got = step(copy.deepcopy(net), x, None)
+        same(got, want)
+        net(x)
+        try:
+            sys.setprofile(count)
+            net(x)
+        finally:
+            sys.setprofile(None)
+    assert plans_of(net).hits == 1 and seen < 20

@@ -14,11 +14,12 @@ from gankern.ops.critic_layers import Chain, find, reference
 
 def watched(*tensors: Tensor) -> str | None:
     """Why functions of gankern's own may not stand in for stock's on these tensors, or at this moment; None if so."""
-    for t in tensors:
-        if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_inference() or t.is_neg():
-            return "tensors of a kind of their own"
-        if t.device.type not in ("cpu", "cuda"):
-            return f"gankern has no kernels for {t.device.type}"
+    with torch._C.DisableTorchFunction():
+        for t in tensors:
+            if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_inference() or t.is_neg():
+                return "tensors of a kind of their own"
+            if t.device.type not in ("cpu", "cuda"):
+                return f"gankern has no kernels for {t.device.type}"
     reason = onlooker()
     return "anomaly detection" if reason is None and torch.is_anomaly_enabled() else reason
 
