@@ -83,7 +83,8 @@ def _fastest(
     say: Callable[[str], None],
 ) -> tuple[str | None, set[tuple[str, int]]]:
     """The backend with the lowest median, and the keys of the op's calls."""
-    want, runs = None, dict[str, Run]()
+    want: Results | None = None
+    runs: dict[str, Run] = {}
     with backends.watched() as calls:
         for name in BACKENDS:
             for variant in _sides(case, size, dtype, device).ours:

@@ -234,4 +234,6 @@ def test_the_profiler_attributes_phases_to_calls_of_plans() -> None:
     }
     assert any(ends_in(call.lines, line("self.norm(h)")) for call in found.plan_calls if call.phase == "penalty/plan")
     told = str(prof.report("my critic"))
-    assert re.search(r"layer_norm_double_backward \(\w+\), \S*test_report\.py:\d+, norm, second", told)
+    # Those that take the longest, which is chance here.
+    assert re.search(r"\w+ \(\w+\), \S*test_report\.py:\d+, \w+, (second|first|forward)", told)
+    assert any(call.kernel.startswith("layer_norm_double_backward") for call in found.plan_calls)
