@@ -29,7 +29,7 @@ AS_STOCK, DIFFERS = "as stock", "differs from stock"
 # or factor that a wrong pass changes. Half types have two or three digits to lose.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Where results cancel (the gradient of a bias before a norm) rounding is of the size of the largest of them.
-_FLOOR = 1e-2
+_FLOOR = 1e-1
 # Units in the last place by which points and target move, to see how far stock's own results move then.
 _NUDGE = 64
 # Rounding inside of a deep network is some times larger than such a nudge of what enters it.
