@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ BY_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, output: torch.ops.aten.threshold_backward(grad, output, 0),
     "tanh": torch.ops.aten.tanh_backward,
 }
+
+
+_derivation = threading.local()
 
 
 def _is_transformed() -> bool:
@@ -70,6 +74,21 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
         return False
     return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+
+
+@contextmanager
+def derived() -> Iterator[None]:
+    """Let a graph that is derived inside hold gankern's operators, where they save more than passes over stock's do."""
+    _derivation.on = True
+    try:
+        yield
+    finally:
+        _derivation.on = False
+
+
+def is_derived() -> bool:
+    """Whether this thread derives a plan."""
+    return getattr(_derivation, "on", False)
 
 
 def onlooker() -> str | None:

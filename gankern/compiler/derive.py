@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from gankern._autograd import derived
 from gankern.compiler import attention, origins
 from gankern.compiler.refusal import Refused
 
@@ -152,7 +153,7 @@ def derive(
             return function(*tensors)
 
     try:
-        with lock, _draws_nothing():
+        with lock, _draws_nothing(), derived():
             # make_fx calls modules by those that torch came with.
             if (nn.Module.__call__, nn.Module.__getattr__) != (_symbolic_trace._orig_module_call, _MODULE_GETATTR):
                 raise Refused("nn.Module's way of calling was replaced")

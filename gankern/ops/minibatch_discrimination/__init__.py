@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from gankern._autograd import is_plain, is_stand_in, is_traced
+from gankern._autograd import is_derived, is_plain, is_stand_in, is_traced
 from gankern.ops import _check
 from gankern.ops.minibatch_discrimination import autograd, reference, small
 
@@ -62,7 +62,7 @@ def minibatch_discrimination(m: Tensor, *, include_self: bool = False) -> Tensor
         return reference.features(m, include_self)
     _check_m(m)
     _check.boolean("include_self", include_self)
-    if not is_plain(m):
+    if not is_plain(m) and (small.is_small(m) or not is_derived()):
         return reference.features(m, include_self)
     if small.is_small(m):
         return small.Features.apply(m, include_self)
@@ -106,7 +106,7 @@ def l1_distance(m: Tensor) -> Tensor:
     if is_stand_in(m):
         return handle_torch_function(l1_distance, (m,), m)
     _check_m(m)
-    if not is_plain(m):
+    if not is_plain(m) and (small.is_small(m) or not is_derived()):
         return reference.distance(m)
     return small.l1_distance(m) if small.is_small(m) else autograd.l1_distance(m)
 
