@@ -10,6 +10,7 @@ shares its memory, afterwards; who shared memory in the first run tells, and wha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from torch._ops import OpOverload
 from gankern import workspace
 from gankern._layout import turned
 from gankern.compiler import choice
+from gankern.compiler.passes import effects
 from gankern.compiler.passes.in_place import is_pointwise
+from gankern.compiler.refusal import Refused
 
 aten = torch.ops.aten
 
@@ -118,6 +121,9 @@ class Places:
         # Who calls may do with the output whatever can be done with a tensor of torch's.
         given_out = results[0] if isinstance(results, list | tuple) and results else results
         self.wanted = {node for node in nodes if node is not given_out and _may_be_told(node)}
+        self._draws = any(map(effects.draws, nodes))
+        #: Whether a run is to be looked at.
+        self.looks = bool(self.wanted) or self._draws
         self._room: dict[fx.Node, Callable[[], Tensor] | None] = {}
         self._layout: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, set[fx.Node]] = {}
@@ -127,6 +133,8 @@ class Places:
         """Learn where torch has put a result, and whose memory that is."""
         shape, strides = tuple(found.shape), found.stride()
         self._layout[node] = shape, strides, found.dtype
+        if self._draws and self._differs(node):
+            raise Refused(f"{node} leaves another order of memory than was derived, by which random numbers go")
         spread = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
         if node in self.wanted:
             self._room[node] = workspace.place(shape, strides, found.dtype) if spread == found.numel() else None
@@ -137,6 +145,16 @@ class Places:
             known = self._of_storage[storage] = set()
         known.add(node)
         self._shared[node] = known
+
+    def _differs(self, node: fx.Node) -> bool:
+        """Whether torch lays a result otherwise than its fake did, of arguments that lie alike."""
+        made = node.all_input_nodes[0] if node.target is operator.getitem else node
+        if not isinstance(made.target, OpOverload):
+            return False
+        given = [n for n in made.all_input_nodes if n in self._layout]
+        return _order(node, self._layout[node][1]) != _order(node) and all(
+            _order(n, self._layout[n][1]) == _order(n) for n in given
+        )
 
     def of(self, node: fx.Node) -> Place | None:
         """What a call is told; None where it is the plain one."""
@@ -154,6 +172,13 @@ class Places:
             return False
         position = self._position[node]
         return all(n.op == "call_function" and self._last_use[n] <= position for n in self._shared[argument])
+
+
+def _order(node: fx.Node, strides: tuple[int, ...] | None = None) -> list[int]:
+    """Strides of what a node was derived to be, or others of the same, without those that are nobody's."""
+    value = node.meta["val"]
+    pairs = zip(value.shape, value.stride() if strides is None else strides, strict=True)
+    return [stride for size, stride in pairs if size != 1]
 
 
 def _may_be_told(node: fx.Node) -> bool:

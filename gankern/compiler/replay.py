@@ -61,7 +61,7 @@ class Program:
     def __init__(self, traced: fx.GraphModule, packed: bool, rooms: bool) -> None:
         self._traced, self._packed = traced, packed
         self._places = Places(traced.graph) if rooms else None
-        self._seen = self._places is None or not self._places.wanted
+        self._seen = self._places is None or not self._places.looks
         found = ((node, call_of(node)) for node in traced.graph.nodes)
         self._calls = {node: call for node, call in found if call is not None}
         self.calls = list(self._calls.values())

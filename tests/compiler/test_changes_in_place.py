@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gankern
+from gankern.compiler import planning
 from gankern.compiler.cache import known_plans
 from gankern.compiler.passes import in_place
 
@@ -188,3 +189,19 @@ def test_writes_that_are_forgotten(change: Callable[[Tensor], Tensor], forgotten
         traced.recompile()
         torch.testing.assert_close(traced(x), change(x * 2), rtol=0, atol=0)
         in_place.put_back(traced.graph, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_are_stocks_where_torch_lays_images_otherwise_than_its_fakes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.LogSigmoid(), nn.Conv2d(8, 8, 1), nn.AlphaDropout(0.3))
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 1)).to(dtype)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
+    stock = copy.deepcopy(net)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = gankern.penalties.r1(net, x)
+        torch.manual_seed(seed)
+        with planning(False):
+            want = gankern.penalties.r1(stock, x)
+        torch.testing.assert_close(loss, want)
