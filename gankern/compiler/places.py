@@ -127,14 +127,15 @@ class Places:
         self._room: dict[fx.Node, Callable[[], Tensor] | None] = {}
         self._layout: dict[fx.Node, Any] = {}
         self._shared: dict[fx.Node, set[fx.Node]] = {}
+        self._as_derived: dict[str, bool] = {}
         self._of_storage: dict[int, set[fx.Node]] = {}
 
     def look(self, node: fx.Node, found: Tensor) -> None:
         """Learn where torch has put a result, and whose memory that is."""
         shape, strides = tuple(found.shape), found.stride()
         self._layout[node] = shape, strides, found.dtype
-        if self._draws and self._differs(node):
-            raise Refused(f"{node} leaves another order of memory than was derived, by which random numbers go")
+        if self._draws:
+            self._follow(node)
         spread = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
         if node in self.wanted:
             self._room[node] = workspace.place(shape, strides, found.dtype) if spread == found.numel() else None
@@ -145,6 +146,16 @@ class Places:
             known = self._of_storage[storage] = set()
         known.add(node)
         self._shared[node] = known
+
+    def _follow(self, node: fx.Node) -> None:
+        """Refuse random numbers for memory whose order was derived of what torch lays otherwise."""
+        self._as_derived[node.name] = not self._differs(node) and all(
+            self._as_derived.get(n.name, True) for n in node.all_input_nodes
+        )
+        if "like" in node.meta and not self._as_derived.get(node.meta["like"], False):
+            self._as_derived[node.name] = False
+        if effects.draws(node) and not self._as_derived[node.name]:
+            raise Refused(f"{node} draws for images whose order in memory is another than was derived")
 
     def _differs(self, node: fx.Node) -> bool:
         """Whether torch lays a result otherwise than its fake did, of arguments that lie alike."""

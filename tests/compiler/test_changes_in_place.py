@@ -142,7 +142,9 @@ def test_changes_in_place_are_planned(name: str, order: torch.memory_format) -> 
         assert (grad - expected).norm() <= 1e-5 * expected.norm()
     plans = known_plans(net)
     assert plans is not None
-    assert (plans.made, plans.hits) == (1, 1), plans
+    # Torch lays what comes before its random slopes otherwise than its fake does.
+    refused = name == "random slopes" and order == torch.channels_last
+    assert (plans.made, plans.hits) == (1, 0 if refused else 1), plans
 
 
 def test_images_that_a_critic_changes_are_changed() -> None:

@@ -142,6 +142,7 @@ def _keep_order(graph: fx.Graph) -> list[fx.Node]:
     for root in roots:
         value = root.meta["val"]
         if root.target is aten.empty_like.default:
+            root.meta["like"] = str(root.args[0])
             root.target, root.args = torch.empty_strided, (tuple(value.shape), tuple(value.stride()))
             root.kwargs = {"dtype": value.dtype, "device": value.device}
             continue
