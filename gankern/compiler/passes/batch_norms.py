@@ -106,6 +106,9 @@ def _fuse(graph: fx.Graph, node: fx.Node, adapter: Any) -> bool:
     backwards = {user for place in (1, 2) if place in results for user in results[place].users}
     if any(user.target is not aten.native_batch_norm_backward.default for user in backwards):
         return False
+    # What was written into the input meanwhile, behind autograd's back, is another.
+    if any(effects.arguments(backward)[1:3] != (x, weight) for backward in backwards):
+        return False
     fused = _activation_of(output, backwards)
     act: tuple[str, float] = ("none", 0.0) if fused is None else fused[1]
     # What others hold tells the derivative of the last activation.
