@@ -37,8 +37,8 @@ class Place(NamedTuple):
     op : callable
     name : str
         Of the argument that is the place.
-    where : fx.Node or callable
-        The argument whose memory it is, or what finds room.
+    where : fx.Node, callable or None
+        The argument whose memory it is, or what finds room; None before it is known.
     more : mapping
         Arguments of its own.
     keeps : bool
@@ -47,14 +47,7 @@ class Place(NamedTuple):
 
     op: Any
     name: str
-    where: Any
-    more: Mapping[str, Any] = {}
-    keeps: bool = True
-
-
-class _Into(NamedTuple):
-    op: Any
-    name: str
+    where: Any = None
     more: Mapping[str, Any] = {}
     keeps: bool = True
 
@@ -79,16 +72,16 @@ def _pad(tensor: Tensor, pad: list[int], value: float = 0, *, out: Tensor) -> Te
 
 
 _OURS = {
-    aten.clone.default: _Into(_copy, "out", keeps=False),
-    aten._to_copy.default: _Into(_copy, "out", keeps=False),
-    aten.constant_pad_nd.default: _Into(_pad, "out"),
-    aten.relu.default: _Into(aten.clamp_min.out, "out", {"min": 0}),
-    turned: _Into(_turn, "out"),
+    aten.clone.default: Place(_copy, "out", keeps=False),
+    aten._to_copy.default: Place(_copy, "out", keeps=False),
+    aten.constant_pad_nd.default: Place(_pad, "out"),
+    aten.relu.default: Place(aten.clamp_min.out, "out", more={"min": 0}),
+    turned: Place(_turn, "out"),
 }
 
 
 @cache
-def _into(op: Any) -> _Into | None:
+def _into(op: Any) -> Place | None:
     """The form of an operator that is told where to write; None where that would be a copy."""
     if op in _OURS:
         return _OURS[op]
@@ -100,7 +93,7 @@ def _into(op: Any) -> _Into | None:
         results = [a.name for a in form._schema.arguments if a.is_out]
         others = [(a.name, str(a.type)) for a in form._schema.arguments if not a.is_out]
         if len(results) == 1 and others == given and torch.Tag.generated not in form.tags:
-            return _Into(form, results[0])
+            return Place(form, results[0])
     return None
 
 
@@ -175,7 +168,7 @@ class Places:
         into = _into(node.target)
         assert into is not None
         where = next((a for a in node.all_input_nodes if self._is_free(a, node)), None) if is_pointwise(node) else None
-        return Place(into.op, into.name, room if where is None else where, into.more, into.keeps)
+        return into._replace(where=room if where is None else where)
 
     def _is_free(self, argument: fx.Node, node: fx.Node) -> bool:
         """Whether a call may write over an argument."""

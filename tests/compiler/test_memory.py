@@ -63,7 +63,7 @@ def stock_penalty(critic: nn.Module, x: Tensor) -> Tensor:
     return 5 * grad.square().sum() / len(x)
 
 
-OVER = pytest.mark.xfail(reason="a third over stock's peak, in gaps of the workspace")
+OVER = pytest.mark.xfail(reason="a third over stock's peak, why is not known yet")
 SMOOTH = "smooth, layer norm without weights"
 
 
