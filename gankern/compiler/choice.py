@@ -78,9 +78,12 @@ def norm_pays(x: Tensor) -> bool:
     return x.numel() >= _MANY if x.device.type == "cpu" else not dispatch.is_small(x)
 
 
-def images_pay(elements: int) -> bool:
-    """Whether convolutions that leave so many elements are worth a plan; a graph without any may be for its norms."""
-    return not 0 < elements < _MANY_IMAGES or _everywhere.get()
+def images_pay(elements: int, weights: int) -> bool:
+    """Whether convolutions that leave so many elements are worth a plan; a graph without any may be for its norms.
+
+    `weights`, those that a pass without derivatives reorders for its kernels, which stock in channels_last need not.
+    """
+    return elements == 0 or elements >= max(_MANY_IMAGES, weights) or _everywhere.get()
 
 
 def order_pays(images: Tensor) -> bool:

@@ -8,7 +8,18 @@ import torch
 from torch import fx
 
 from gankern.compiler import choice, origins
-from gankern.compiler.passes import batch_norms, common, convolutions, dead, direct, in_place, layout, views, zeros
+from gankern.compiler.passes import (
+    batch_norms,
+    common,
+    convolutions,
+    dead,
+    direct,
+    effects,
+    in_place,
+    layout,
+    views,
+    zeros,
+)
 
 
 def optimise(traced: fx.GraphModule, adapter: Any) -> None:
@@ -36,6 +47,7 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     """
     forwards = [node for node in traced.graph.nodes if node.target is torch.ops.aten.convolution.default]
     images = sum(node.meta["val"].numel() for node in forwards)
+    weights = sum(effects.arguments(node)[1].meta["val"].numel() for node in forwards)
     with origins.inherited(traced.graph):
         dead.forget_detach(traced.graph)
         written = in_place.forget(traced.graph)
@@ -51,4 +63,4 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
             kernels += layout.settle(traced.graph, convolutions=True)
         in_place.put_back(traced.graph, written)
     traced.graph.lint()
-    return kernels if choice.images_pay(images) else 0
+    return kernels if choice.images_pay(images, 0 if differentiated else weights) else 0
