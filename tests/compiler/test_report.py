@@ -234,6 +234,7 @@ def test_the_profiler_attributes_phases_to_calls_of_plans() -> None:
     }
     assert any(ends_in(call.lines, line("self.norm(h)")) for call in found.plan_calls if call.phase == "penalty/plan")
     told = str(prof.report("my critic"))
-    # Those that take the longest, which is chance here.
-    assert re.search(r"\w+ \(\w+\), \S*test_report\.py:\d+, \w+, (second|first|forward)", told)
+    # The table holds those that take the longest, which is chance here, and wraps its lines.
+    longest = max(found.plan_calls, key=lambda call: call.seconds)
+    assert longest.kernel.split(",")[0] in told, longest
     assert any(call.kernel.startswith("layer_norm_double_backward") for call in found.plan_calls)
