@@ -118,12 +118,26 @@ def _block(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return block
 
 
-_STOCK_OPS = SimpleNamespace(
+def _in_one_layout(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op with its images in channels_last, as its kernels leave them: what draws a mask of them goes by strides."""
+
+    def in_one_layout(*args: Any, **kwargs: Any) -> Tensor:
+        return op(*args, **kwargs).contiguous(memory_format=torch.channels_last)
+
+    return in_one_layout
+
+
+def _ops(**ops: Callable[..., Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(**{name: _in_one_layout(op) for name, op in ops.items()})
+
+
+_STOCK_OPS = _ops(
     conv2d_act=_conv2d_act,
     batch_norm_act=_batch_norm_act,
     conv2d_bn_act=_block(F.conv2d),
     conv_transpose2d_bn_act=_block(F.conv_transpose2d),
 )
+_OUR_OPS = _ops(**{name: getattr(gankern.ops, name) for name in vars(_STOCK_OPS)})
 
 
 def _stock_penalty(
@@ -194,7 +208,7 @@ class Run:
         self.given = "callable" if options.given == "module" and "), h\n" in source else options.given
         name = "<program>"
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        space: dict[str, Any] = {"__name__": "program", "ops": gankern.ops if ours else _STOCK_OPS}
+        space: dict[str, Any] = {"__name__": "program", "ops": _OUR_OPS if ours else _STOCK_OPS}
         exec(compile(source, name, "exec"), space)
         torch.manual_seed(options.seed)
         net: nn.Module = space["build"]()
