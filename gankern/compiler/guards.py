@@ -8,7 +8,6 @@ hooks, functions and methods that were replaced, and the environment.
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._dynamo.guards import dict_version
+from torch._C._dynamo.guards import TensorGuards, dict_version
 from torch._ops import HigherOrderOperator
 from torch.nn.modules import module as module_hooks
 from torch.nn.parameter import is_lazy
@@ -30,6 +29,7 @@ from torch.nn.parameter import is_lazy
 from gankern.compiler import origins
 from gankern.compiler.derive import lock
 from gankern.compiler.refusal import Refused
+from gankern.compiler.unchanged import Unchanged, dict_of
 
 _GLOBAL_HOOKS = [
     value
@@ -64,9 +64,8 @@ class _Namespace:
     """The functions and descriptors of a class or module; what else it has Dynamo guards where the forward reads it."""
 
     def __init__(self, owner: Any) -> None:
-        # A class shows a proxy of its dict.
-        now: dict[str, Any] = gc.get_referents(vars(owner))[0] if isinstance(owner, type) else vars(owner)
-        self._now, self._names = now, list(now)
+        now: dict[str, Any] = dict_of(owner) if isinstance(owner, type) else vars(owner)
+        self.now, self._names = now, list(now)
         self._version = dict_version(now)
         functions = [name for name, value in now.items() if callable(value) or hasattr(value, "__get__")]
         # All have a docstring, if None; not all have functions.
@@ -74,16 +73,16 @@ class _Namespace:
         self._then = self._read(now)
         # IPython's autoreload puts new code into functions that are there.
         given = [getattr(now[name], "fget", getattr(now[name], "__func__", now[name])) for name in functions]
-        own = (f for f in given if isinstance(f, types.FunctionType) and not f.__module__.startswith("torch."))
-        self._codes = [(f, f.__code__) for f in own]
+        own = (f for f in given if isinstance(f, types.FunctionType) and not str(f.__module__).startswith("torch."))
+        self.codes = [(f, f.__code__) for f in own]
 
     def holds(self) -> bool:
-        version = dict_version(self._now)
+        version = dict_version(self.now)
         if version != self._version:
-            if [*self._now] != self._names or self._read(self._now) != self._then:
+            if [*self.now] != self._names or self._read(self.now) != self._then:
                 return False
             self._version = version
-        return all(f.__code__ is code for f, code in self._codes)
+        return all(f.__code__ is code for f, code in self.codes)
 
 
 class _Names:
@@ -131,17 +130,18 @@ class _World:
         self._namespaces = [_Namespace(owner) for owner in (F, *({Tensor} | classes))]
         self._instances = [_Names(vars(m)) for m in modules]
         self._environment, self._version = _environment(), dict_version(_ENVIRONMENT)
-        self._hooks = [*_GLOBAL_HOOKS, *(vars(m)[name] for m in modules for name in _MODULE_HOOKS)]
-        if any(self._hooks) or any(map(_is_hooked, tensors)):
+        #: Dicts that are empty as long as there are no hooks.
+        self.hooks: list[Any] = [*_GLOBAL_HOOKS, *(vars(m)[name] for m in modules for name in _MODULE_HOOKS)]
+        if any(self.hooks) or any(map(_is_hooked, tensors)):
             raise Refused("a hook on one of its modules or parameters")
-        self._facts = list(map(_facts, tensors))
+        #: Dicts whose versions tell whether anything has changed, but for hooks and code.
+        self.dicts: list[dict[Any, Any]] = [_ENVIRONMENT, *(namespace.now for namespace in self._namespaces)]
+        self.codes = [pair for namespace in self._namespaces for pair in namespace.codes]
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
+    def holds(self) -> bool:
         return (
             self._environment_holds()
-            and not any(self._hooks)
-            and not any(map(_is_hooked, tensors))
-            and list(map(_facts, tensors)) == self._facts
+            and not any(self.hooks)
             and all(namespace.holds() for namespace in self._namespaces)
             and all(names.hold() for names in self._instances)
         )
@@ -155,9 +155,19 @@ class _World:
         return True
 
 
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    """What the graph takes for granted of a tensor; Dynamo of torch 2.8 does not see one frozen."""
-    return tensor.requires_grad, tensor.dtype, tensor.shape, tensor.stride()
+class _Tensors:
+    """What the graph takes for granted of its tensors; Dynamo of torch 2.8 does not see one frozen."""
+
+    def __init__(self, x: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._check = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self._different = len({id(x), *map(id, tensors)})
+
+    def hold(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+        return (
+            self._check(*tensors)
+            and not any(map(_is_hooked, tensors))
+            and len({id(x), *map(id, tensors)}) == self._different
+        )
 
 
 def _is_hooked(tensor: Tensor) -> bool:
@@ -194,18 +204,24 @@ class Guards:
         self,
         critic: Any,
         function: types.FunctionType,
-        check: Callable[[Any], bool],
+        tree: Any,
+        call: dict[str, Any],
         held: list[Held],
         objects: Sequence[Any],
     ) -> None:
         # The guards live as long as the function that they belong to.
         self._function = function
-        self._check = check
+        self._check: Callable[[Any], bool] = tree.check
         code = f"lambda L, G: ({''.join(h.source + ', ' for h in held)})"
         self._fetch: Callable[[Any, Any], tuple[Tensor, ...]] = eval(code, {"__builtins__": {}})
         roots = [critic, *(h.module for h in held), *objects]
         modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
-        self._world = _World(list(modules), objects, [h.tensor for h in held])
+        tensors = [h.tensor for h in held]
+        self._world = world = _World(list(modules), objects, tensors)
+        self._tensors = _Tensors(call["x"], tensors)
+        scope = {"L": call, "G": function.__globals__}
+        self._unchanged = Unchanged(tree, critic, scope, list(modules), world.dicts, world.hooks, tensors)
+        self._then: Any = None
         self.held = held
         self.objects = list(objects)
 
@@ -216,16 +232,22 @@ class Guards:
 
     def fetch(self, call: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """The tensors of `held` as they are now; None where the plan is not for this call."""
-        if not self._check(call):
+        now = self._unchanged.now(call["critic"])
+        same = now is not None and now == self._then and all(f.__code__ is code for f, code in self._world.codes)
+        if not (self._unchanged.check if same else self._check)(call):
             return None
         # A default device is a mode, which would see each look at a tensor.
         with torch._C.DisableTorchFunction():
             tensors = self._fetch(call, self._function.__globals__)
-            if self._world.holds(tensors):
-                return tensors
+            if not self._tensors.hold(call["x"], tensors):
+                return None
+        if not same and not self._world.holds():
             # Another thread that derives has methods of its own in classes, until it lets go.
             with lock:
-                return tensors if self._world.holds(tensors) else None
+                if not self._world.holds():
+                    return None
+        self._then = now
+        return tensors
 
 
 @contextmanager
@@ -394,7 +416,7 @@ def make_guards(
         # Dynamo looks through the cache, in which other calls leave what no guard knows.
         if isinstance(value, functools._lru_cache_wrapper) and not f"{value.__module__}.".startswith("torch."):
             raise Refused(f"the forward calls {value.__name__}, which functools.lru_cache remembers results of")
-    guards = Guards(critic, function, entry.guard_manager.check, list(held), objects)
+    guards = Guards(critic, function, entry.guard_manager.root, call, list(held), objects)
     if guards.fetch(call) is None:
         raise Refused("its guards do not hold for the call that they were made for")
     # Dynamo keeps the backend.
