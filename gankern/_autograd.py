@@ -163,7 +163,7 @@ def gradients(
 
 def _place(tensor: Tensor, wanted: bool) -> Tensor:
     """The tensor as one of its own, to which no other path leads; higher derivatives still find it."""
-    alias = tensor.view_as(tensor)
+    alias = torch.ops.aten.alias.default(tensor)
     # Someone may have switched requires_grad off since.
     return alias.detach().requires_grad_() if wanted and not alias.requires_grad else alias
 

@@ -316,8 +316,9 @@ def _second_order(
                     "a fused module has changed between its forward and a backward with create_graph=True, which runs "
                     "the forward again: call gankern.unfuse on it"
                 )
-        # Each input by itself: one may have been computed from another.
-        places = [t.view_as(t) if i in plan.wanted else t for i, t in enumerate(inputs)]
+        # Each input by itself: one may have been computed from another. A view of it all would not keep the strides of
+        # dims of one element, by which torch's convolutions choose what they call.
+        places = [torch.ops.aten.alias.default(t) if i in plan.wanted else t for i, t in enumerate(inputs)]
         known = {id(t): place for t, place in zip(inputs, places, strict=True)}
         x, args, kwargs = pytree.tree_map(lambda t: known.get(id(t), t), (call["x"], call["args"], call["kwargs"]))
         with plan.put_back(places):
@@ -326,7 +327,7 @@ def _second_order(
         if not by_output:
             return torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
         # Its derivatives go by the output, as stock's do, which others hold and watch.
-        own = grad.view_as(grad)
+        own = torch.ops.aten.alias.default(grad)
         grads = torch.autograd.grad(output, wanted, own, create_graph=True, allow_unused=True)
     return _ByOutput.apply((output, own, wanted, grads), grad, ctx.saved_tensors[-1], *(inputs[i] for i in plan.wanted))
 

@@ -187,6 +187,18 @@ ENDS: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
+def test_a_weight_of_one_channel_in_channels_last_is_differentiated_twice() -> None:
+    stock = nn.Sequential(nn.Conv2d(4, 1, 3), nn.Flatten()).double().to(memory_format=torch.channels_last)
+    fused = gankern.fuse(copy.deepcopy(stock))
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for net in (stock, fused):
+        grads = torch.autograd.grad(net(x).square().sum(), list(net.parameters()), create_graph=True)
+        torch.stack([g.square().sum() for g in grads]).sum().backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+    same(found[1], found[0])
+
+
 def ending(name: str, dtype: torch.dtype, training: bool = True) -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, bias=False), *ENDS[name]()).to(dtype).train(training)
