@@ -90,7 +90,7 @@ class Step(Generic[P, T]):
         if self._plans is None:
             from gankern.compiler.steps import Plans
 
-            self._plans = Plans(self)
+            self._plans = Plans(step=self)
         result: T = self._plans.run(self._function, args, kwargs)
         return result
 

@@ -1,4 +1,4 @@
-"""Plans that were made, found again by the calls that they are for: those of fused modules, and of penalties."""
+"""Plans that were made, found again by the calls that they are for: of fused modules, penalties and whole steps."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class Kind:
         Calls until the next try; 0 before the first.
     reason : str
         Why there is no plan; empty where none was tried.
+    took, again : float
+        Seconds that the last try took, and the moment before which there is no other.
     strides : tuple of int or None
         Of stock's output; None where that was no tensor, or another in each call.
     """
@@ -55,7 +57,14 @@ class Kind:
     calls: int = 0
     wait: int = 0
     reason: str = ""
+    took: float = 0.0
+    again: float = 0.0
     strides: tuple[int, ...] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is too early for another try."""
+        return self.calls < self.wait or time.monotonic() < self.again
 
     def note(self, output: Any) -> None:
         """Learn from what stock returned."""
@@ -91,12 +100,15 @@ class Cache:
     made: int = 0
     evicted: int = 0
     _lock: Any = field(default_factory=threading.RLock)
+    _making: Any = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         CACHES.add(self)
 
     #: How messages call what is planned.
     what: ClassVar[str]
+    #: Tries of a kind are apart by so many times as long as one takes.
+    patience: ClassVar[float] = 0.0
     #: The result of a plan whose first call it is, and in words how that differs from stock's.
     beside_stock: ClassVar[Callable[..., tuple[Any, str]]]
 
@@ -143,10 +155,18 @@ class Cache:
         Raises
         ------
         Refused
-            Where there can be none; the reason is kept.
+            Where there can be none; the reason is kept. Or while another thread makes one.
         """
-        with self._lock:
+        if not self._making.acquire(blocking=False):
+            raise Refused("another thread makes a plan")
+        try:
+            # That thread may have made it since this one has asked.
+            made = self.ask(strictly, call, *how)
+            if made is not None:
+                return made
             plan = self._make(known, call, *how)
+        finally:
+            self._making.release()
         try:
             result = self._compare(plan, call, *how) if strictly else plan(call, *how)
         except Refused:
@@ -192,7 +212,7 @@ class Cache:
     def _make(self, known: Kind, call: dict[str, Any], *how: Any) -> Any:
         for plan in [plan for plan in self.plans if plan.given_up]:
             self._drop(plan, call, plan.given_up, _FOR_EVER if plan.compared == strict.DIFFERS else 0)
-        if known.calls < known.wait:
+        if known.waits:
             raise Refused(known.reason)
         begin = time.perf_counter()
         try:
@@ -203,16 +223,20 @@ class Cache:
             # Stock's own run says what is wrong with the call, if anything is.
             told = str(error) if isinstance(error, Refused) else f"deriving it failed with {first_line(error)}"
             told += origins.at(error)
+            known.took = time.perf_counter() - begin
             self._note(known, call, told)
             raise Refused(told) from None
         took, name = time.perf_counter() - begin, name_of(call["critic"])
+        known.took = took
         log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned %s of %s in %.1f s", self.what, name, took)
         known.reason, plan.known = "", known
-        self.plans.insert(0, plan)
-        self.made += 1
-        while len(self.plans) > MOST_PLANS:
-            self.plans.pop()
-            self.evicted += 1
+        with self._lock:
+            self.plans.insert(0, plan)
+            self.made += 1
+            evicted = len(self.plans) - MOST_PLANS
+            self.evicted += max(evicted, 0)
+            del self.plans[MOST_PLANS:]
+        if evicted > 0:
             log.info("evicted the plan of %s that was used least recently: it keeps %d", name, MOST_PLANS)
         return plan
 
@@ -220,6 +244,7 @@ class Cache:
         known.reason, known.calls = reason, 0
         factor, most = (8, 1 << 20) if reason == NOTHING else (2, _LAST_WAIT)
         known.wait = wait or min(max(factor * known.wait, _FIRST_WAIT), most)
+        known.again = time.monotonic() + self.patience * known.took
         log.info("no plan for %s of %s: %s", self.what, name_of(call["critic"]), reason)
 
 
@@ -251,7 +276,7 @@ class Plans(Cache):
         if is_hooked():
             raise Refused("a hook on all modules")
         known = self.known(call, wants, wants_points)
-        if known.calls < known.wait:
+        if known.waits:
             known.calls += 1
             raise Refused(known.reason)
         result = self.first(known, strictly, call, wants, wants_points, options)

@@ -17,11 +17,9 @@ from torch.optim.optimizer import Optimizer
 from gankern import _library
 from gankern.compiler.guards import _name, _NotTraced
 
-#: Stands where a step calls what runs as itself, and keeps what a backward pass is of.
-mark = _library.define(
-    "step_mark(Tensor x, int number) -> Tensor", lambda x, _: x.new_empty(()), lambda x, _: x.new_empty(())
-)
-torch.fx.node.has_side_effect(mark)
+#: Keeps in Dynamo's graph what a backward pass is of.
+_read = _library.define("step_read(Tensor x) -> Tensor", lambda x: x.new_empty(()), lambda x: x.new_empty(()))
+torch.fx.node.has_side_effect(_read)
 
 #: Methods of an optimizer or module that run as themselves in a planned step.
 OPAQUE = {"step": (Optimizer,), "zero_grad": (Optimizer, nn.Module)}
@@ -38,12 +36,12 @@ def call_step(critic: Any, x: Any, args: Any, kwargs: Any) -> Any:
 def _backward(*tensors: Any, **others: Any) -> None:
     for t in (*tensors, *others.values()):
         if isinstance(t, Tensor):
-            mark(t, 0)
+            _read(t)
 
 
 def _grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     for o in (outputs,) if isinstance(outputs, Tensor) else outputs:
-        mark(o, 0)
+        _read(o)
     return tuple(i.clone() for i in ((inputs,) if isinstance(inputs, Tensor) else inputs))
 
 

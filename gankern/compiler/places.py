@@ -11,7 +11,7 @@ shares its memory, afterwards; who shared memory in the first run tells, and wha
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -106,14 +106,15 @@ class Places:
         Calls that may be told; a program without any need not be looked at.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, given_out: Collection[fx.Node] | None = None) -> None:
         nodes = list(graph.nodes)
         self._position = {node: i for i, node in enumerate(nodes)}
         self._last_use = {node: max((self._position[u] for u in node.users), default=i) for i, node in enumerate(nodes)}
-        results = nodes[-1].args[0]
-        # Who calls may do with the output whatever can be done with a tensor of torch's.
-        given_out = results[0] if isinstance(results, list | tuple) and results else results
-        self.wanted = {node for node in nodes if node is not given_out and _may_be_told(node)}
+        if given_out is None:
+            results = nodes[-1].args[0]
+            given_out = [results[0] if isinstance(results, list | tuple) and results else results]
+        # Who calls may do with these whatever can be done with a tensor of torch's.
+        self.wanted = {node for node in nodes if node not in given_out and _may_be_told(node)}
         self._draws = any(map(effects.draws, nodes))
         #: Whether a run is to be looked at.
         self.looks = bool(self.wanted) or self._draws

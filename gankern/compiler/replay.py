@@ -6,7 +6,7 @@ What torch's operators compute on a CPU they write where :mod:`gankern.compiler.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,13 +20,16 @@ from gankern.compiler.report import Call, call_of
 Tick = Callable[[Call | None], None]
 
 
-def compile_graph(traced: fx.GraphModule, packed: bool = False, rooms: bool = True) -> Program:
+def compile_graph(
+    traced: fx.GraphModule, packed: bool = False, rooms: bool = True, given_out: Collection[fx.Node] | None = None
+) -> Program:
     """The function of a graph's placeholders that its nodes compute.
 
     `packed`, it takes them in one list, which it empties: nobody else then keeps them. Its first run lets torch find a
     place for each result, and later ones put large ones into the workspace, as they lay then; without `rooms` none.
+    What is `given_out` to who calls, the first result where that is left out, lies where torch finds place.
     """
-    return Program(traced, packed, rooms)
+    return Program(traced, packed, rooms, given_out)
 
 
 @contextmanager
@@ -58,9 +61,11 @@ class Program:
         What it runs, in order.
     """
 
-    def __init__(self, traced: fx.GraphModule, packed: bool, rooms: bool) -> None:
+    def __init__(
+        self, traced: fx.GraphModule, packed: bool, rooms: bool, given_out: Collection[fx.Node] | None
+    ) -> None:
         self._traced, self._packed = traced, packed
-        self._places = Places(traced.graph) if rooms else None
+        self._places = Places(traced.graph, given_out) if rooms else None
         self._seen = self._places is None or not self._places.looks
         found = ((node, call_of(node)) for node in traced.graph.nodes)
         self._calls = {node: call for node, call in found if call is not None}

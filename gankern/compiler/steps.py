@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,175 +15,129 @@ from gankern._autograd import onlooker
 from gankern.arguments import first_line
 from gankern.backends import Explanation
 from gankern.compiler import choice
+from gankern.compiler.cache import NOTHING, Cache, Kind
 from gankern.compiler.guards import is_hooked
 from gankern.compiler.penalty import random_state, set_random_state
 from gankern.compiler.refusal import Refused
-from gankern.compiler.step import NotFinite, StepPlan
-from gankern.compiler.strict import _TOLERANCES, differences
+from gankern.compiler.step import StepPlan
+from gankern.compiler.strict import AS_STOCK, DIFFERS, apart
+from gankern.compiler.updates import is_dense
 
-log = logging.getLogger("gankern.compiler")
-
-#: Plans that a step keeps, the last used first.
-MOST_PLANS = 16
-# Seconds that plans may take to make, and one part in so many of the time since.
-_FREE, _PART = 10.0, 50
-_SLOW = 3.0
-_MOST_KINDS = 64
-_FOR_EVER = float("inf")
-_NOT_FINITE = "values that are not finite"
 # Calls without a look at them where there is no plan.
 _RESTS = 32
 
 
-@dataclass
-class _Kind:
-    """Calls of one kind: how many ran as they are, why, and when a plan is tried again."""
-
-    calls: int = 0
-    reason: str = ""
-    again: float = 0.0
-
-
-class Plans:
+@dataclass(eq=False)
+class Plans(Cache):
     """The plans of one step.
 
-    Parameters
+    Attributes
     ----------
     step : Step
         Whose ``idle`` tells how many calls to come are run as they are.
+    reason : str
+        Why the last call ran as it is; empty where a plan ran it.
     """
 
-    def __init__(self, step: Any) -> None:
-        self._step = step
-        self.plans: list[StepPlan] = []
-        self.kinds: dict[Any, _Kind] = {}
-        self.hits = self.made = self.evicted = self._since = 0
-        #: Seconds that plans took to make.
-        self.spent = 0.0
-        self._born = time.monotonic()
-        #: Why the last call ran as it is; empty where a plan ran it.
-        self.reason = ""
-        self._lock = threading.RLock()
+    step: Any = None
+    reason: str = ""
+    _since: int = 0
+    what = "a step"
+    # A step's derivation takes as long as hundreds of steps.
+    patience = 100.0
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the step returns, by a plan where there is one for the call."""
         reason = _watched()
-        if reason is not None:
-            self.reason = reason
-            return function(*args, **kwargs)
-        try:
-            for place, plan in enumerate(self.plans):
-                ran, result = plan(function, args, kwargs)
-                if ran:
-                    self.hits += 1
-                    self._since += 1
-                    self.reason = ""
-                    if place:
-                        self._move_up(plan)
-                    return result
-        except NotFinite:
-            self.reason = _NOT_FINITE
-            return function(*args, **kwargs)
-        kind = _kind_of(args, kwargs)
-        known = self.kinds.setdefault(kind, _Kind())
-        if len(self.kinds) > _MOST_KINDS:
-            self.kinds.pop(next(iter(self.kinds)))
-        if known.calls < choice.calls_first() or (known.reason and time.monotonic() < known.again):
-            known.calls += 1
-            self.reason = known.reason or "too few calls so far"
-            if known.reason:
-                self._rest()
-            return function(*args, **kwargs)
-        with self._lock:
-            new = self._make(known, function, args, kwargs)
-            if new is not None:
-                return self._first(new, known, function, args, kwargs)
+        if reason is None:
+            call = {"critic": function, "x": None, "args": args, "kwargs": kwargs}
+            try:
+                # A plan's first run is compared, strict or not.
+                found = self.ask(True, call)
+                found = self._first(call) if found is None else found
+                self._since += 1
+                self.reason = ""
+                return found[0]
+            except Refused as refused:
+                reason = str(refused)
+        self.reason = reason
         return function(*args, **kwargs)
 
-    def _move_up(self, plan: StepPlan) -> None:
-        with self._lock:
-            if plan in self.plans:
-                self.plans.remove(plan)
-                self.plans.insert(0, plan)
-
-    def _make(self, known: _Kind, function: Callable[..., Any], args: Any, kwargs: Any) -> StepPlan | None:
-        if self.spent > _FREE + (time.monotonic() - self._born) / _PART and not choice.is_everywhere():
-            self._refuse(known, "too few calls for each plan so far: what the step reads changes too often", _SLOW)
-            return None
-        begin, reason = time.perf_counter(), ""
+    def _first(self, call: dict[str, Any]) -> tuple[Any]:
+        known = self.known(call)
+        if known.waits or known.calls < choice.calls_first():
+            known.calls += 1
+            if known.reason:
+                self._rest()
+            raise Refused(known.reason or "too few calls so far")
         try:
-            plan = StepPlan(function, args, kwargs)
-            if not choice.step_pays(plan.largest, plan.device, plan.is_second_order):
-                reason = "stock is as fast: its tensors are large, or it takes no penalty"
-        except Refused as error:
-            reason = str(error)
-        except Exception as error:
-            # The step's own run says what is wrong with the call, if anything is.
-            reason = f"deriving it failed with {first_line(error)}"
-        took = time.perf_counter() - begin
-        self.spent += took
-        if reason:
-            self._refuse(known, reason, took)
-            return None
-        log.log(logging.WARNING if took > _SLOW else logging.INFO, "planned a step in %.1f s", took)
-        return plan
-
-    def _refuse(self, known: _Kind, reason: str, took: float = 0.0) -> None:
-        """Leave calls of a kind as they are for so long that another try costs a hundredth: the world changes."""
-        known.reason = self.reason = reason
-        known.again = time.monotonic() + 100 * took
-        self._rest()
-        log.info("no plan for a step: %s", reason)
+            found: tuple[Any] = self.first(known, True, call)
+        except Refused:
+            self._rest()
+            raise
+        return found
 
     def _rest(self) -> None:
         """Look at no call for a while, where no plan has run one since the last rest."""
         if not self._since:
-            self._step.idle = _RESTS
+            self.step.idle = _RESTS
         self._since = 0
 
-    def _first(self, plan: StepPlan, known: _Kind, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The step's own result, and state; the plan is kept where it gave the same from the same state."""
-        found = plan.world(function, args, kwargs)
+    def kind_of(self, call: dict[str, Any], *how: Any) -> Any:
+        args, kwargs = call["args"], call["kwargs"]
+        tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        return (
+            *((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
+            *(len(args), tuple(kwargs), torch.is_grad_enabled()),
+        )
+
+    def plan_for(self, known: Kind, call: dict[str, Any], *how: Any) -> StepPlan:
+        plan = StepPlan(call)
+        if not choice.step_pays(plan.largest, plan.device, plan.is_second_order):
+            raise Refused(NOTHING)
+        return plan
+
+    @staticmethod
+    def beside_stock(plan: StepPlan, call: dict[str, Any]) -> tuple[tuple[Any] | None, str]:
+        """The step's own result, and state, and in words how the plan's differ from the same state; then as before."""
+        found = plan.world(call)
         if found is None:
-            self._refuse(known, "its guards do not hold for the call that they were made for")
-            return function(*args, **kwargs)
-        world = World(*found, args, kwargs)
-        failed = ""
-        ours: dict[str, Any] = {}
+            return None, ""
+        world = World(*found, call["args"], call["kwargs"])
+        told, ours = "", {}
         try:
-            _, result = plan(function, args, kwargs)
-            ours = world.named(result)
-        except NotFinite:
-            failed = _NOT_FINITE
+            run = plan(call)
+            assert run is not None
+            ours = world.named(run[0])
+        except Refused as refused:
+            plan.given_up = str(refused)
+            raise
         except Exception as error:
-            failed = f"its replay failed with {first_line(error)}"
+            told = f"its replay failed with {first_line(error)}"
         random = random_state(world.device)
-        world.restore()
-        result = function(*args, **kwargs)
-        if not failed:
-            failed = _apart(ours, world.named(result))
-            if not failed and not all(map(torch.equal, random, random_state(world.device))):
-                failed = "it differed from the step's own run: the random numbers to come"
-        if failed:
-            log.warning("no plan for a step: %s", failed)
-            self._refuse(known, failed, 0.1 if failed == _NOT_FINITE else _FOR_EVER)
-            return result
-        known.reason = self.reason = ""
-        self.plans.insert(0, plan)
-        self.made += 1
-        while len(self.plans) > MOST_PLANS:
-            self.plans.pop()
-            self.evicted += 1
-        return result
+
+        def stock(nudge: float = 0.0, trial: int = 0) -> Any:
+            world.restore()
+            world.nudge(nudge, trial)
+            return call["critic"](*call["args"], **call["kwargs"])
+
+        result = stock()
+        if not told:
+            want, drawn = world.named(result), random_state(world.device)
+            told = _apart(ours, want, lambda nudge, trial: world.named(stock(nudge, trial)))
+            if not told and not all(map(torch.equal, random, drawn)):
+                told = "the random numbers to come"
+            if world.nudged and not told:
+                result = stock()
+        if told:
+            world.restore()
+        plan.compared = DIFFERS if told else AS_STOCK
+        return (result,), told
 
     def explain(self, name: str) -> Explanation:
-        counts = f"{self.made} plans made, {self.hits} hits, {self.evicted} evicted"
         sizes = [f"a program of {p.size[1]} calls, {p.size[0]} before the passes" for p in self.plans[:1]]
-        others = dict.fromkeys(k.reason for k in self.kinds.values() if k.reason and k.reason != self.reason)
-        notes = (counts, *sizes, *(f"none for some calls: {reason}" for reason in others))
-        return Explanation(
-            name, "python" if self.reason else "plan", {"plan": self.reason} if self.reason else {}, notes=notes
-        )
+        reasons = {"plan": self.reason} if self.reason else {}
+        return Explanation(name, "python" if self.reason else "plan", reasons, notes=(str(self), *sizes))
 
 
 def _watched() -> str | None:
@@ -200,14 +151,6 @@ def _watched() -> str | None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     return onlooker()
-
-
-def _kind_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-    return (
-        *((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
-        *(len(args), tuple(kwargs), torch.is_grad_enabled()),
-    )
 
 
 class World:
@@ -232,6 +175,7 @@ class World:
         self._stepped = {id(p) for p in stepped}
         self.device = next((t.device for t in tensors if t.device.type == "cuda"), tensors[0].device)
         self._random = random_state(self.device)
+        self.nudged = False
         self._before = [(t.detach().clone(), t.requires_grad, t.grad if t.is_leaf else None) for t in self._tensors]
         self._grads = [None if g is None else g.detach().clone() for _, _, g in self._before]
         self._states = [_copied(o) for o in self._optimizers]
@@ -250,6 +194,17 @@ class World:
         for optimizer, (state, groups) in zip(self._optimizers, self._states, strict=True):
             _put_back(optimizer, state, groups)
         set_random_state(self.device, self._random)
+
+    def nudge(self, by: float, trial: int) -> None:
+        """Move numbers by so much of themselves."""
+        if not by:
+            return
+        self.nudged, generator = True, torch.Generator().manual_seed(trial)
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self._tensors)):
+            for t in self._tensors:
+                # An expanded one, say, cannot be written.
+                if t.is_floating_point() and is_dense(t):
+                    t.mul_(1 + by * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t))
 
     def named(self, result: Any) -> dict[str, Any]:
         """Copies of all that a run gave and left."""
@@ -290,10 +245,10 @@ def _put_back(optimizer: Any, state: dict[Any, Any], groups: list[dict[str, Any]
         group.update(before)
 
 
-def _apart(got: Mapping[str, Any], want: Mapping[str, Any]) -> str:
-    """What differs by more than rounding; empty where nothing does."""
+def _apart(got: Mapping[str, Any], want: Mapping[str, Any], again: Callable[[float, int], dict[str, Any]]) -> str:
+    """What differs by more than rounding explains; empty where nothing does. `again` is as for a comparison."""
     if got.keys() != want.keys():
-        return "it returned another number of values than the step's own run"
+        return "another number of values"
     tensors = {k: v for k, v in want.items() if isinstance(v, Tensor)}
     told = [k for k, v in want.items() if k not in tensors and (type(got[k]) is not type(v) or got[k] != v)]
     for name, v in tensors.items():
@@ -302,6 +257,6 @@ def _apart(got: Mapping[str, Any], want: Mapping[str, Any]) -> str:
             told.append(name)
     both = {k: v for k, v in tensors.items() if k not in told}
     numbers = [v.dtype for v in both.values() if v.is_floating_point()]
-    coarsest = max(numbers, key=lambda d: torch.finfo(d).eps, default=torch.float64)
-    told += differences({k: got[k] for k in both}, both, _TOLERANCES.get(coarsest, 1.0))
-    return f"it differed from the step's own run: {', '.join(told[:5])}" if told else ""
+    coarsest: torch.dtype = max(numbers, key=lambda d: torch.finfo(d).eps, default=torch.float64)
+    told += apart({k: got[k] for k in both}, both, coarsest, again)
+    return ", ".join(told[:5])

@@ -116,7 +116,7 @@ def _plain(source: str) -> str:
     return re.sub(r"^L\['(\w+)'\]", r"\1", _CONTAINER.sub(r".\1", source)).removeprefix("critic.")
 
 
-def _told(
+def apart(
     got: dict[str, Any], want: dict[str, Any], dtype: torch.dtype, again: Callable[[float, int], dict[str, Any]]
 ) -> list[str]:
     """What differs by more than rounding explains.
@@ -194,7 +194,7 @@ class _Beside(ABC):
         if result is None or stock is None:
             return result, ""
         after = self._state()
-        told = _told(self._with(self._named(result), after), stock, self._plan.coarsest, self._again)
+        told = apart(self._with(self._named(result), after), stock, self._plan.coarsest, self._again)
         if not after.draws_as(left):
             told.insert(0, "the random numbers to come")
         (self._before if told else after).restore()
@@ -298,7 +298,7 @@ class _Forward(_Beside):
             plan.compared = f"stock raises {first_line(error)}"
             return run()
         grads = run()
-        told = "; ".join(_told(self._with(_gradients(self._wanted, grads), self._state()), stock, plan.coarsest, again))
+        told = "; ".join(apart(self._with(_gradients(self._wanted, grads), self._state()), stock, plan.coarsest, again))
         now.restore()
         plan.compared = DIFFERS if told else AS_STOCK
         if not told:

@@ -64,3 +64,26 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
         in_place.put_back(traced.graph, written)
     traced.graph.lint()
     return kernels if choice.images_pay(images, 0 if differentiated else weights) else 0
+
+
+def optimise_step(
+    traced: fx.GraphModule, adapter: Any = None, norm_adapter: Any = None, *, folds: bool = False
+) -> None:
+    """Apply those that serve a whole training step, in place; without kernels where there are no adapters.
+
+    `folds`, zeros fall away that come before the first update.
+    """
+    with origins.inherited(traced.graph):
+        written = in_place.forget(traced.graph)
+        common.share(traced.graph)
+        if folds:
+            zeros.fold(traced.graph)
+        dead.drop(traced.graph)
+        dead.narrow_masks(traced.graph)
+        views.relax(traced.graph)
+        if hasattr(adapter, "takes_conv"):
+            batch_norms.fuse(traced.graph, norm_adapter)
+            convolutions.lower(traced.graph, adapter, choice.convolution_pays)
+            layout.settle(traced.graph, convolutions=True)
+        in_place.put_back(traced.graph, written)
+    traced.graph.lint()

@@ -2,7 +2,8 @@
 
     a = t(w); ...; b = t(w)    ->    a = t(w); ...
 
-Exact: only of calls that draw no random number and neither of whose arguments nor results is ever changed in place.
+Exact: only of calls that draw no random number and neither of whose arguments nor results is ever changed in place, and
+not across an update of parameters.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ def _key(value: Any) -> Any:
 
 
 def share(graph: fx.Graph) -> None:
-    changed = effects.written(graph)
+    changed = effects.written(graph, marks=False)
     known: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
+        if node.target is effects.mark:
+            known.clear()
         if node.op != "call_function" or not effects.is_pure(node):
             continue
         if node in changed or any(used in changed for used in node.all_input_nodes):

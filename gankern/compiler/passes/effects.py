@@ -17,6 +17,9 @@ aten = torch.ops.aten
 #: Stands for the output as whoever got it has left it when a backward pass reads it.
 returned = _library.define("returned(Tensor output) -> Tensor", torch.empty_like, torch.empty_like)
 
+#: Stands where a step calls what runs as itself, which may change parameters; numbered by what comes before.
+mark = _library.define("step_mark(Tensor(a!)[] parameters, int number) -> ()", lambda *_: None, lambda *_: None)
+
 # Their schemas do not say that they write the running statistics.
 _WRITE_STATISTICS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
 
@@ -105,16 +108,16 @@ def homes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return home
 
 
-def written(graph: fx.Graph) -> set[fx.Node]:
+def written(graph: fx.Graph, marks: bool = True) -> set[fx.Node]:
     """Nodes whose memory is changed after they were computed, in whatever view of it."""
-    return set(last_writes(graph))
+    return set(last_writes(graph, marks))
 
 
-def last_writes(graph: fx.Graph) -> dict[fx.Node, int]:
+def last_writes(graph: fx.Graph, marks: bool = True) -> dict[fx.Node, int]:
     """Where in the graph the memory of a node is changed for the last time, of those whose is."""
     home = homes(graph)
     last: dict[fx.Node, int] = {}
     for place, node in enumerate(graph.nodes):
-        for used in written_by(node):
+        for used in written_by(node) if marks or node.target is not mark else ():
             last[home[used]] = place
     return {node: last[home[node]] for node in graph.nodes if home[node] in last}

@@ -63,9 +63,12 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
 
 
 def fold(graph: fx.Graph) -> None:
+    """Up to the first update in it: before that, a run whose values are not finite can begin anew."""
     changed = effects.written(graph)
     zero: set[fx.Node] = set()
     for node in list(graph.nodes):
+        if node.target is effects.mark:
+            break
         if node.op != "call_function" or node in changed:
             continue
         if node.target in _SOURCES or (node.target is aten.full_like.default and node.args[1] == 0):
