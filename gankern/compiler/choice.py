@@ -59,16 +59,15 @@ def plan_pays(points: Tensor) -> bool:
     return points.device.type == "cpu" and (points.numel() < _MANY_VALUES or _everywhere.get())
 
 
-def step_pays(values: int, device: torch.device, second_order: bool) -> bool:
-    """Whether a whole step is faster as a plan, by the values of its largest tensor and whether it has a penalty.
+def step_pays(device: torch.device, faster: int, values: int) -> bool:
+    """Whether a whole step is faster as a plan, by how much in it is `faster` and the values of its largest tensor.
 
-    On a CPU autograd's own calls, of the first order, take no longer than a plan's. On a GPU a plan is a graph.
+    On a CPU autograd's own calls, of the first order, take no longer than a plan's: there it needs a penalty, kernels
+    or optimizers that go from parameter to parameter (AMD EPYC, 2 cores). On a GPU a plan is a graph.
     """
     if _everywhere.get():
         return True
-    if device.type == "cpu":
-        return second_order and values < _MANY_VALUES
-    return values < dispatch.FEW_BYTES // 4
+    return faster > 0 if device.type == "cpu" else values < dispatch.FEW_BYTES // 4
 
 
 def norm_pays(x: Tensor) -> bool:

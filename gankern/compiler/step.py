@@ -26,7 +26,7 @@ from gankern.compiler.penalty import random_state, set_random_state
 from gankern.compiler.refusal import Refused
 from gankern.compiler.segments import cut, owner_of, separate
 from gankern.compiler.step_graph import Derivation, Opaque
-from gankern.compiler.updates import accumulate, call_opaque, check_opaque, runs_as_itself
+from gankern.compiler.updates import accumulate, call_opaque, check_opaque, is_slow, runs_as_itself
 
 aten = torch.ops.aten
 
@@ -46,6 +46,10 @@ class StepPlan:
     ----------
     size : tuple of int
         Operators in the graph before and after the passes.
+    faster : int
+        Kernels in it, derivatives that are differentiated, as a penalty's are, and updates by one call.
+    largest : int
+        Elements of the largest tensor in it.
     given_up : str
         Why it never runs again.
     compared : str
@@ -57,7 +61,7 @@ class StepPlan:
     """
 
     given_up = compared = ""
-    PROGRAMS = ()
+    PROGRAMS: tuple[str, ...] = ()
 
     def __init__(self, call: dict[str, Any]) -> None:
         opaque: dict[str, Any] = {}
@@ -79,8 +83,7 @@ class StepPlan:
         devices = sorted({h.tensor.device.type for h in held})
         self._casts = [d for d in devices if torch.is_autocast_enabled(d)]
         self.device = held[0].tensor.device
-        #: Whether derivatives are differentiated, as a penalty's are.
-        self.is_second_order = bool(derivatives)
+        self.faster = len(derivatives) + sum(map(is_slow, things))
         # Of a penalty that it takes by itself nobody knows which forwards are differentiated twice.
         substitutes = SECOND_ORDER if torch.autograd.grad in derivatives else FIRST_ORDER
         derived = Derivation(call, held, things, substitutes)
@@ -108,7 +111,7 @@ class StepPlan:
         like = next((t for t in tensors if t.is_floating_point()), tensors[0])
         ops = ("critic_layers", "batch_norm_act") if self._folds else ()
         adapters = [backends.select(op, like) for op in ops]
-        optimise_step(traced, *adapters, folds=self._folds)
+        self.faster += optimise_step(traced, *adapters, folds=self._folds)
         self.size = before, len(graph.nodes)
         outputs = effects.arguments(output)[0]
         owners = list(map(owner_of, outputs))
@@ -118,6 +121,8 @@ class StepPlan:
             raise Refused("it returns a view of what it was given")
         fixed = {i for i, h in enumerate(held) if h.module is not None}
         self._segments, place_of = cut(traced, fixed, [outputs[what] for what in made], *adapters[:1])
+        self.PROGRAMS = tuple(f"program_{number}" for number in range(len(self._segments)))
+        vars(self).update(zip(self.PROGRAMS, (segment.run for segment in self._segments), strict=True))
         self._count = len(place_of)
         needed = {place for segment in self._segments for place in segment.needs}
         crossing = {owner_of(node) for node, place in place_of.items() if place in needed}

@@ -93,7 +93,7 @@ class Plans(Cache):
 
     def plan_for(self, known: Kind, call: dict[str, Any], *how: Any) -> StepPlan:
         plan = StepPlan(call)
-        if not choice.step_pays(plan.largest, plan.device, plan.is_second_order):
+        if not choice.step_pays(plan.device, plan.faster, plan.largest):
             raise Refused(NOTHING)
         return plan
 
@@ -135,7 +135,11 @@ class Plans(Cache):
         return (result,), told
 
     def explain(self, name: str) -> Explanation:
-        sizes = [f"a program of {p.size[1]} calls, {p.size[0]} before the passes" for p in self.plans[:1]]
+        ours = sum(call.by != "torch" for call in self.calls)
+        sizes = [
+            f"a program of {p.size[1]} calls, {p.size[0]} before the passes; {ours} are of gankern's kernels"
+            for p in self.plans[:1]
+        ]
         reasons = {"plan": self.reason} if self.reason else {}
         return Explanation(name, "python" if self.reason else "plan", reasons, notes=(str(self), *sizes))
 

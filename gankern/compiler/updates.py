@@ -44,6 +44,11 @@ def runs_as_itself(thing: Any) -> bool:
     return not (any(hooks) or any(globals_) or replaced or "zero_grad" in own)
 
 
+def is_slow(thing: Any) -> bool:
+    """Whether it would make several calls for each parameter by itself."""
+    return type(thing) in _UPDATES and type(thing) is not torch.optim.SGD
+
+
 def call_opaque(thing: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """A call of an optimizer's or module's ``step`` or ``zero_grad``."""
     if name != "step" or args or kwargs or not _update(thing):

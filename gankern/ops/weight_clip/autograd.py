@@ -70,7 +70,7 @@ def _increment_version(tensors: list[Tensor]) -> None:
 
 def clip(params: list[Tensor], c: float) -> None:
     """Clamp by the kernels where they may, else as torch does."""
-    if _autograd.is_plain(*params):
+    if _autograd.is_plain(*params) or _autograd.is_derived():
         clip_weights_(params, c)
         return
     with torch.no_grad():
