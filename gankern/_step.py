@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -14,6 +15,7 @@ from gankern.backends import Explanation
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_lock = threading.Lock()
 
 
 def step(function: Callable[P, T]) -> Step[P, T]:
@@ -90,7 +92,9 @@ class Step(Generic[P, T]):
         if self._plans is None:
             from gankern.compiler.steps import Plans
 
-            self._plans = Plans(step=self)
+            # Of two threads one makes them.
+            with _lock:
+                self._plans = self._plans or Plans(step=self)
         result: T = self._plans.run(self._function, args, kwargs)
         return result
 

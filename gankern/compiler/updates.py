@@ -74,6 +74,8 @@ def _update(optimizer: Any) -> bool:
         if steps:
             torch._foreach_add_(steps, 1)
         op(*args, **kwargs)
+        # Torch's fused operators count no versions.
+        torch.autograd.graph.increment_version(args[0])
     if "step" in vars(optimizer):
         # A scheduler's wrapper notes the call.
         optimizer._opt_called = True

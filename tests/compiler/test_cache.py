@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from gankern.compiler import cache, fused
+from gankern.compiler import cache, fused, steps
 from gankern.compiler.cache import MOST_PLANS, Cache, Kind
 from gankern.compiler.refusal import Refused
 
@@ -43,8 +45,8 @@ class Numbers(Cache):
         return self.first(self.known(call), strictly, call) if found is None else found
 
 
-def test_both_kinds_of_plans_are_kept_in_it() -> None:
-    assert issubclass(cache.Plans, Cache) and issubclass(fused.Plans, Cache)
+def test_all_kinds_of_plans_are_kept_in_it() -> None:
+    assert all(issubclass(kind.Plans, Cache) for kind in (cache, fused, steps))
 
 
 def test_the_plan_used_least_recently_goes_first() -> None:
@@ -119,3 +121,29 @@ def test_dead_caches_are_not_watched() -> None:
     del plans
     gc.collect()
     assert not any(isinstance(found, Numbers) for found in cache.CACHES)
+
+
+def test_of_two_threads_that_ask_at_once_one_makes_the_plan() -> None:
+    """The other one's call is stock's; and where it came too late to know, the plan is not made again."""
+    plans, begun, done = Numbers(), threading.Event(), threading.Event()
+    made: list[int] = []
+
+    def make(number: int) -> Plan:
+        made.append(number)
+        begun.set()
+        assert done.wait(10)
+        return Plan(number)
+
+    plans.make = make
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(plans.run, 1)
+        assert begun.wait(10)
+        with pytest.raises(Refused, match="another thread makes a plan"):
+            plans.run(1)
+        assert not plans.kinds[1].reason
+        done.set()
+        assert first.result() == 1
+    call = {"critic": torch.nn.Identity(), "x": 1}
+    # As if it had asked before.
+    assert plans.first(plans.known(call), False, call) == 1
+    assert (made, plans.made, len(plans.plans)) == ([1], 1, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import pickle
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -640,10 +642,36 @@ def test_threads() -> None:
     data = [torch.randn(6, 2, dtype=torch.float64) for _ in range(8)]
     for gan in gans:
         gan.latent = lambda real: real  # type: ignore[method-assign]
+
+    def run(gan: Gan) -> list[Tensor]:
+        return [step(gan, x).detach() for x in data]
+
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda gan: [step(gan, x).detach() for x in data], gans))
+        futures = [pool.submit(contextvars.copy_context().run, run, gan) for gan in gans]
+        found = [future.result() for future in futures]
     for other in found[1:]:
         same(other, found[0])
+    assert step._plans.made >= 1
+
+
+def test_threads_that_ask_at_once() -> None:
+    """One of them makes the plan, the others' calls run as they are meanwhile; each call is one step."""
+    gan, together = Gan(optimizer=sgd), threading.Barrier(4)
+    x = torch.randn(6, 4, dtype=torch.float64)
+
+    @gankern.step
+    def scores(real: Tensor) -> Tensor:
+        return gan.critic(real).mean().detach()
+
+    def run() -> Tensor:
+        together.wait()
+        return scores(x)
+
+    want = gan.critic(x).mean().detach()
+    with ThreadPoolExecutor(4) as pool:
+        found = [future.result() for future in [pool.submit(contextvars.copy_context().run, run) for _ in range(4)]]
+    same(found, [want] * 4)
+    assert scores._plans.made == 1
 
 
 def test_when_plans_are_off_or_somebody_looks_on() -> None:
