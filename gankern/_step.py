@@ -22,16 +22,17 @@ def step(function: Callable[P, T]) -> Step[P, T]:
     """Plan a training step whole: losses, penalty, backward passes and updates as one flat program.
 
     A decorator of a function or method with ordinary code in it. From the third call on, what it computes between the
-    calls of optimizers is replayed without autograd, without a call from Python for each module; optimizers run as
-    themselves, so that learning rates, state and ``state_dict`` are theirs as ever. Parameters, gradients, buffers,
-    optimizer states, random numbers and what the function returns are those of the function run as it is.
+    calls of optimizers is replayed without autograd, without a call from Python for each module, with gankern's kernels
+    for convolutions, norms and activations. Optimizers are as ever: learning rates, state and ``state_dict`` are
+    theirs; torch's Adam, AdamW, RMSprop and SGD with momentum update all parameters by one call. Parameters, gradients,
+    buffers, optimizer states, random numbers and what the function returns are those of the function run as it is.
 
     At each call it is made sure that nothing has changed that the program depends on: shapes, layers, modes, flags,
     numbers and whatever else the function and its modules read. Another program is made where something has; and
     where one cannot be made, the function runs as it is: :func:`gankern.explain` tells why. That is so where it goes by
     the values of tensors, prints, changes what outlives it other than tensors, reads gradients, or has hooks on what
-    it uses. On a CPU it is also so where that is as fast: where tensors are large, and without a penalty. On a GPU what
-    lies between updates is a CUDA graph each.
+    it uses. On a CPU it is also so where that is as fast: without a penalty, a kernel or an update by one call. On a
+    GPU what lies between updates is a CUDA graph each, of torch's operators.
 
     Parameters
     ----------

@@ -83,7 +83,8 @@ class StepPlan:
         devices = sorted({h.tensor.device.type for h in held})
         self._casts = [d for d in devices if torch.is_autocast_enabled(d)]
         self.device = held[0].tensor.device
-        self.faster = len(derivatives) + sum(map(is_slow, things))
+        self._derivatives = len(derivatives)
+        self.faster = self._derivatives + sum(map(is_slow, things))
         # Of a penalty that it takes by itself nobody knows which forwards are differentiated twice.
         substitutes = SECOND_ORDER if torch.autograd.grad in derivatives else FIRST_ORDER
         derived = Derivation(call, held, things, substitutes)
@@ -111,7 +112,7 @@ class StepPlan:
         like = next((t for t in tensors if t.is_floating_point()), tensors[0])
         ops = ("critic_layers", "batch_norm_act") if self._folds else ()
         adapters = [backends.select(op, like) for op in ops]
-        self.faster += optimise_step(traced, *adapters, folds=self._folds)
+        self.faster += optimise_step(traced, *adapters, folds=self._folds, second_order=bool(self._derivatives))
         self.size = before, len(graph.nodes)
         outputs = effects.arguments(output)[0]
         owners = list(map(owner_of, outputs))

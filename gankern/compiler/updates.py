@@ -46,7 +46,8 @@ def runs_as_itself(thing: Any) -> bool:
 
 def is_slow(thing: Any) -> bool:
     """Whether it would make several calls for each parameter by itself."""
-    return type(thing) in _UPDATES and type(thing) is not torch.optim.SGD
+    known = type(thing) in _UPDATES and type(thing) is not torch.optim.SGD
+    return known and all(map(_is_plain, thing.param_groups))
 
 
 def call_opaque(thing: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -21,6 +21,9 @@ from gankern.compiler.passes import (
     zeros,
 )
 
+# In a step of the first order kernels pay where images have this part of the elements of weights (AMD EPYC, 2 cores).
+_OF_WEIGHTS = 4
+
 
 def optimise(traced: fx.GraphModule, adapter: Any) -> None:
     """Apply all passes, in place; kernels are an adapter's of the critic layers."""
@@ -66,13 +69,17 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
     return kernels if choice.images_pay(images, 0 if differentiated else weights) else 0
 
 
-def optimise_step(traced: fx.GraphModule, adapter: Any = None, norm_adapter: Any = None, *, folds: bool = False) -> int:
+def optimise_step(
+    traced: fx.GraphModule, adapter: Any = None, norm_adapter: Any = None, *, folds: bool = False, second_order: bool
+) -> int:
     """Apply those that serve a whole training step, in place; without kernels where there are no adapters.
 
-    Returns how many calls got faster.
-
-    `folds`, zeros fall away that come before the first update.
+    `folds`, zeros fall away that come before the first update; `second_order`, it has a penalty in it. Returns how many
+    calls got faster.
     """
+    forwards = [node for node in traced.graph.nodes if node.target is torch.ops.aten.convolution.default]
+    images = sum(node.meta["val"].numel() for node in forwards)
+    weights = sum(effects.arguments(node)[1].meta["val"].numel() for node in forwards)
     with origins.inherited(traced.graph):
         written = in_place.forget(traced.graph)
         common.share(traced.graph)
@@ -82,10 +89,11 @@ def optimise_step(traced: fx.GraphModule, adapter: Any = None, norm_adapter: Any
         dead.narrow_masks(traced.graph)
         views.relax(traced.graph)
         kernels = 0
-        if hasattr(adapter, "takes_conv"):
+        if hasattr(adapter, "takes_conv") and (second_order or choice.images_pay(images, weights // _OF_WEIGHTS)):
             kernels = batch_norms.fuse(traced.graph, norm_adapter)
             kernels += convolutions.lower(traced.graph, adapter, choice.convolution_pays)
-            kernels += layout.settle(traced.graph, convolutions=True)
+            # What it turns back at the ends are gradients of weights, too.
+            kernels += max(layout.settle(traced.graph, convolutions=True), 0)
         in_place.put_back(traced.graph, written)
     traced.graph.lint()
     return kernels
