@@ -18,8 +18,6 @@ _CALLS_FIRST = 2
 # Elements from which on batch norm's kernels are faster on a CPU (AMD Zen 5, 2 cores).
 _MANY = 1 << 17
 
-# Values of a batch of points below which calls count for more than arithmetic (AMD Zen 5, 2 cores).
-_MANY_VALUES = 1 << 17
 
 # Bytes from which on malloc may give memory back to the system, which then maps it page by page.
 _LARGE = 1 << 17
@@ -55,8 +53,11 @@ def calls_first() -> int:
 
 
 def plan_pays(points: Tensor) -> bool:
-    """Whether a plan runs the penalty of a plain critic faster than gankern's layers, one by one."""
-    return points.device.type == "cpu" and (points.numel() < _MANY_VALUES or _everywhere.get())
+    """Whether a plan runs the penalty of a plain critic faster than gankern's layers, one by one.
+
+    On a GPU plans have no kernels for convolutions.
+    """
+    return points.device.type == "cpu"
 
 
 def step_pays(device: torch.device, faster: int, values: int) -> bool:
