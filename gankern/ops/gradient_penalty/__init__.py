@@ -44,10 +44,10 @@ def gradient_penalty(
     all dimensions of a sample. One ordinary ``backward()`` of the critic's whole loss works, under torch.compile,
     DistributedDataParallel, autocast and GradScaler too.
 
-    A plain critic, torch's own modules one after the other without hooks, is run once by gankern's layers; any other by
-    a plan, where one can be made: see the notes. Second derivatives are taken inside: the result's graph is one
-    first-order node that holds the gradients of the critic's parameters. Where there is no plan either, the critic is
-    called once, unmodified, and stock autograd makes the graph.
+    A critic is run by a plan, where one can be made: see the notes. Of torch's own modules one after the other without
+    hooks, a plain one, it is run once by gankern's layers on a GPU and where plans are off. Second derivatives are
+    taken inside: the result's graph is one first-order node that holds the gradients of the critic's parameters.
+    Otherwise the critic is called once, unmodified, and stock autograd makes the graph.
     ``gankern.explain(gankern.gradient_penalty, critic, real, fake)`` tells which, and why.
 
     Parameters
@@ -101,17 +101,14 @@ def gradient_penalty(
     (``find_unused_parameters``): DDP learns from this function that a backward is coming. With ``static_graph``, and
     under torch.compile, the wrapper's own forward must be part of the loss.
 
-    A critic that is not plain is planned when its first penalty is asked for, and again for each new kind of call: its
-    own code runs once on fake tensors under ``make_fx``, and the graph of both orders of derivatives is replayed
-    without autograd as long as its guards hold. That takes a second, in which nothing is drawn or written. Where the
-    forward does what no graph can say or no guard can check (control flow on values, hooks, attributes that it sets,
-    ``checkpoint``), stock autograd runs. ``GANKERN_PLAN=0`` switches plans off, ``gankern.explain`` tells of them.
+    A critic is planned when its first penalty is asked for, and again for each new kind of call: its own code runs once
+    on fake tensors under ``make_fx``, and the graph of both orders of derivatives is replayed without autograd as long
+    as its guards hold. That takes a second, in which nothing is drawn or written. Where the forward does what no graph
+    can say or no guard can check (control flow on values, hooks, attributes that it sets, ``checkpoint``), stock
+    autograd runs. ``GANKERN_PLAN=0`` switches plans off, ``gankern.explain`` tells of them.
 
     A graph of torch.compile holds the penalty of a plain critic as one operator. That of any other breaks the graph:
     what a critic writes and reads in its forward (spectral norm's vectors, batch norm's statistics) is then right.
-
-    Where critic and batch are so small that calls from Python cost more than the arithmetic (a perceptron of points),
-    a plan or stock autograd runs a plain critic too. ``gankern.backend("cpu")`` asks for the kernels at any size.
 
     For a critic that is piecewise linear between its parameters (convolution, linear, ReLU, LeakyReLU) four passes of
     the size of a forward are made: forward, gradient to the input, tangent forward of d penalty / d gradient, weight
