@@ -39,7 +39,9 @@ class Worker:
 
     def __init__(self, first: int, stop: int, step: int) -> None:
         self._next, self._stop, self._step = first, stop, step
-        self._context = mp.get_context("spawn")
+        # Torch is loaded once, by the process that the others are forked from.
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "torch._dynamo"])
         self.done = False
         self._start()
 
