@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +53,15 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slowest first, so that no process ends long after the others."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded and collected stays: no garbage collection goes through it again."""
+    import torch._dynamo
+    import torch.fx.experimental.proxy_tensor  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
