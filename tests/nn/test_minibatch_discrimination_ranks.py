@@ -103,7 +103,7 @@ def worker(rank: int, store: str, results: Any) -> None:
         layer = make(case, {"object": pair}.get(case.get("group", "world"), case.get("group", "world")))
         call = torch.compile(layer) if case.get("compile") else layer
         found = run(call, layer, case, *(t[rank].flatten(0, 1) for t in data(case)))
-        answers[name] = [t.double().numpy() for t in found]
+        answers[name] = [t.detach().double().numpy() for t in found]
     alone = [dist.new_group([r]) for r in range(WORLD)][rank]
     found = run(layer := make({}, alone), layer, {}, *(t[rank].flatten(0, 1) for t in data({})))
     answers["lone group"] = [t.numpy() for t in found]
