@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import gankern
 from gankern import backends
+from gankern._layout import like_layout
 from gankern.compiler import choice, planning
 from gankern.compiler import step as step_plan
 from gankern.compiler.strict import differences
@@ -115,6 +116,12 @@ def spectral() -> nn.Module:
     return net
 
 
+def weight_normed() -> nn.Module:
+    net = critic()
+    weight_norm(net[2])
+    return net
+
+
 def partly_frozen() -> nn.Module:
     net = critic(norm=nn.BatchNorm2d)
     net[2].requires_grad_(False)
@@ -212,9 +219,22 @@ def near(got: Any, want: Any, tolerance: float) -> None:
 CRITICS: list[Any] = [
     *(critic, lambda: critic(norm=nn.BatchNorm2d), lambda: critic(nn.Dropout2d(0.3), nn.Dropout(0.3))),
     *(lambda: critic(norm=lambda c: nn.GroupNorm(1, c)), lambda: critic(nn.LayerNorm([32, 4, 4]))),
-    *(Residual, Attentive, Tied, spectral, partly_frozen, in_channels_last),
+    *(Residual, Attentive, Tied, spectral, partly_frozen, in_channels_last, weight_normed),
 ]
-NAMES = ["plain", "batch", "dropout", "group", "layer", "residual", "attention", "tied", "spectral", "frozen", "last"]
+NAMES = [
+    "plain",
+    "batch",
+    "dropout",
+    "group",
+    "layer",
+    "residual",
+    "attention",
+    "tied",
+    "spectral",
+    "frozen",
+    "last",
+    "weight norm",
+]
 
 
 class Doubles:
@@ -233,7 +253,9 @@ class Doubles:
         dx = reference.activate_backward(reference.conv_input_grad(grad, weight, x, options), x, act, slope)
         return dx.contiguous(memory_format=torch.channels_last)
 
-    conv_weight_grad = staticmethod(reference.conv_weight_grad)
+    @staticmethod
+    def conv_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, options: Any) -> Tensor:
+        return like_layout(reference.conv_weight_grad(grad, x, weight, options), weight)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(backends.select("critic_layers", torch.ones(1)), name)
