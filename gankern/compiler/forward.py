@@ -186,10 +186,12 @@ class ForwardPlan:
             self._proven = True
             return found
 
-    def run_backward(self, grad: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
+    def run_backward(self, given: list[Tensor]) -> list[Tensor | None]:
+        """Gradients, of the output's and what was saved; the list is emptied, so that each is let go after its use."""
         with self._plain():
             assert self._backward is not None
-            found: list[Tensor | None] = self._backward([turned(grad, self._strides), *saved])
+            given[0] = turned(given[0], self._strides)
+            found: list[Tensor | None] = self._backward(given)
             return found
 
     def _plain(self) -> Any:
@@ -270,29 +272,32 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: ForwardPlan = ctx.plan
-        found: list[Tensor | None] = [None] * (2 + len(ctx.inputs))
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(found)
+        keeps = torch._C._autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
             grads = _second_order(plan, ctx, grad)
         else:
-            saved = ctx.saved_tensors
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            given = [grad, *ctx.saved_tensors]
+            if not keeps:
                 ctx.maybe_clear_saved_tensors()
-            grads = _first_order(plan, ctx, grad, saved)
+            grads = plan.run_backward(given) if plan.is_backward_proven else _first_backward(plan, ctx, given)
+        if not keeps:
+            # A loss that somebody keeps holds no images.
+            ctx.call = ctx.inputs = None
         for place, value in zip(plan.wanted, grads, strict=True):
             found[2 + place] = value
         return tuple(found)
 
 
-def _first_order(plan: ForwardPlan, ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def _first_backward(plan: ForwardPlan, ctx: Any, given: list[Tensor]) -> Sequence[Tensor | None]:
     """Gradients by the plan; by stock, and the plan is given up, where its first backward pass fails."""
-    if plan.is_backward_proven:
-        return plan.run_backward(grad, saved)
+    grad = given[0]
     # Stock's run of the forward, in strict mode.
     beside = getattr(ctx, "beside", None)
     try:
-        run = functools.partial(plan.run_backward, grad, saved)
+        run = functools.partial(plan.run_backward, given)
         grads: Sequence[Tensor | None] = run() if beside is None else beside.gradients(grad, run)
     except Exception as error:
         reason = f"its backward pass failed with {first_line(error)}"
@@ -306,6 +311,8 @@ def _second_order(
     plan: ForwardPlan, ctx: Any, grad: Tensor, reason: str = "somebody differentiated its gradient"
 ) -> Sequence[Tensor | None]:
     """Gradients that can be differentiated, of stock's own forward run again; the plan is given up."""
+    if ctx.inputs is None:
+        raise RuntimeError("Trying to backward through the graph a second time, which a backward has freed")
     plan.given_up = reason
     by_output = plan.reads_output and torch.is_grad_enabled()
     call, inputs = ctx.call, ctx.inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -18,22 +19,24 @@ from gankern import workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:the critic has batch norm")
 
-# The workspace maps whole huge pages, with gaps between tensors: counted as used, they weigh on small networks.
-_SLACK = 10 << 20
+# What the workspace maps beyond 32 MiB ends with a whole huge page.
+_SLACK = 2 << 20
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Most bytes that a run holds at once, beside what there was."""
+    """Most bytes that a run holds at once, beside what is left of the run before when it has let that go."""
+    # Two calls by stock, one that makes the plans, one by their programs as they stay.
     for _ in range(4):
         run()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         run()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
+    held = least = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
+        least = min(least, held)
+        most = max(most, held - least)
     return most + workspace.used_bytes() + workspace.idle_bytes()
 
 
@@ -63,14 +66,10 @@ def stock_penalty(critic: nn.Module, x: Tensor) -> Tensor:
     return 5 * grad.square().sum() / len(x)
 
 
-OVER = pytest.mark.xfail(reason="a third over stock's peak, why is not known yet")
-SMOOTH = "smooth, layer norm without weights"
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OVER) if name == SMOOTH else name for name in CRITICS])
+@pytest.mark.parametrize("name", CRITICS)
 def test_critic_steps(name: str) -> None:
     """The scores of real and fake images with the penalty, on images enough that memory is theirs."""
-    critic, images = CRITICS[name](), torch.randn(2048, 3, 8, 8)
+    critic, images = CRITICS[name](), torch.randn(1024, 3, 8, 8)
 
     def step(penalty: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module], Tensor]:
         return lambda net: net(images).mean() - net(images + 1).mean() + penalty(net, images)
@@ -80,7 +79,7 @@ def test_critic_steps(name: str) -> None:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "critic of attributes": (lambda: AttributeDiscriminator(16), (32, 3, 64, 64)),
-    "residual": (lambda: ResGenerator(width=32), (256, 5)),
+    "residual": (lambda: ResGenerator(width=32), (128, 5)),
     "pix2pix": (pix2pix, (32, 3, 32, 32)),
 }
 
@@ -94,3 +93,14 @@ def test_generator_steps(name: str) -> None:
         return net(noise).square().mean()
 
     compare(make(), step, step)
+
+
+def test_a_kept_loss_holds_no_images() -> None:
+    net = gankern.fuse(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten()))
+    for _ in range(4):
+        images = torch.randn(32, 3, 32, 32)
+        loss, held = net(images).mean(), weakref.ref(images)
+        loss.backward()
+        del images
+        assert held() is None
+    assert "1 made" in str(gankern.fusion_report(net))
