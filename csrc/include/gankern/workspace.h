@@ -29,12 +29,14 @@ class Workspace {
  private:
     using Range = std::pair<size_t, char*>;  // size, begin
 
+    void grow(size_t size);
     void add(char* begin, size_t size) noexcept;
     void remove(Range range) noexcept;
 
     // Idle memory: ranges of whole pages, none of which touches another.
     std::set<Range> by_size_;
     std::map<char*, size_t> by_place_;
+    char* end_ = nullptr;  // of what was mapped last
     size_t used_ = 0, idle_ = 0, limit_ = size_t{1} << 30;
 };
 
