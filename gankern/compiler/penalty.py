@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ class PenaltyPlan:
         try:
             loss, scores, *grads = self._run(x, *rest)
             # Zeros were folded that are none beside an infinite value.
-            if x.device.type == "cpu" and not (loss + scores.sum()).isfinite():
+            if x.device.type == "cpu" and not math.isfinite(loss.item() + scores.sum().item()):
                 failed = "values that are not finite"
         except Exception as error:
             if self._proven:

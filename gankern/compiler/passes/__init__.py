@@ -34,6 +34,7 @@ def optimise(traced: fx.GraphModule, adapter: Any) -> None:
         zeros.fold(traced.graph)
         dead.drop(traced.graph)
         dead.narrow_masks(traced.graph)
+        views.turn_back(traced.graph)
         views.relax(traced.graph)
         if hasattr(adapter, "takes_conv"):
             convolutions.lower(traced.graph, adapter)
@@ -57,6 +58,7 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
         common.share(traced.graph)
         dead.drop(traced.graph)
         dead.narrow_masks(traced.graph)
+        views.turn_back(traced.graph)
         views.relax(traced.graph)
         kernels = 0
         if hasattr(adapter, "takes_conv"):
@@ -87,6 +89,7 @@ def optimise_step(
             zeros.fold(traced.graph)
         dead.drop(traced.graph)
         dead.narrow_masks(traced.graph)
+        views.turn_back(traced.graph)
         views.relax(traced.graph)
         kernels = 0
         if hasattr(adapter, "takes_conv") and (second_order or choice.images_pay(images, weights // _OF_WEIGHTS)):
