@@ -193,6 +193,7 @@ def test_writes_that_are_forgotten(change: Callable[[Tensor], Tensor], forgotten
         in_place.put_back(traced.graph, found)
 
 
+@pytest.mark.filterwarnings("ignore:the critic has batch norm")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_masks_are_stocks_where_torch_lays_images_otherwise_than_its_fakes(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
