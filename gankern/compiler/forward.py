@@ -368,7 +368,8 @@ class _ByOutput(torch.autograd.Function):
                     [g for g, _ in pairs],
                     [t for t in places if t.requires_grad],
                     [gg for _, gg in pairs],
-                    retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
+                    # What came of this one's own gradients, in the same pass, leads into that graph as well.
+                    retain_graph=True,
                     create_graph=torch.is_grad_enabled(),
                     allow_unused=True,
                 )

@@ -199,6 +199,33 @@ def test_a_weight_of_one_channel_in_channels_last_is_differentiated_twice() -> N
     same(found[1], found[0])
 
 
+class Inner(nn.Module):
+    """Differentiates its fused part in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        points = x.clone()
+        h = self.part(points)
+        (grad,) = torch.autograd.grad(h.sum(), points, create_graph=True)
+        return h + grad.mean((1, 2, 3), keepdim=True)
+
+
+def test_a_gradient_inside_of_a_forward_that_is_differentiated_twice() -> None:
+    stock = Inner().double()
+    fused = gankern.fuse(copy.deepcopy(stock))
+    found = []
+    for net in (stock, fused):
+        x = torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 3, 4, 4).requires_grad_()
+        wanted = [x, *net.parameters()]
+        grads = torch.autograd.grad(net(x).square().sum(), wanted, create_graph=True)
+        torch.stack([g.square().sum() for g in grads]).sum().backward()
+        found.append({str(i): t.grad for i, t in enumerate(wanted)})
+    same(found[1], found[0])
+
+
 def ending(name: str, dtype: torch.dtype, training: bool = True) -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, bias=False), *ENDS[name]()).to(dtype).train(training)
