@@ -13,6 +13,7 @@ import os
 import re
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import itemgetter
@@ -86,18 +87,22 @@ class _Namespace:
 
 
 class _Names:
-    """The names of a dict's entries."""
+    """The names in a module's dict, as long as there is the module."""
 
-    def __init__(self, now: dict[Any, Any]) -> None:
-        # Not the module itself, which its plans must not keep alive.
-        self._now, self._then, self._version = now, set(now), dict_version(now)
+    def __init__(self, module: nn.Module) -> None:
+        now = vars(module)
+        self._then, self._version = set(now), dict_version(now)
+        # The dict has the layers and tensors, which plans must not keep alive.
+        self._now = now_ = [now]
+        self._module = weakref.ref(module, lambda _: now_.clear())
 
     def hold(self) -> bool:
-        version = dict_version(self._now)
-        if version != self._version:
-            if self._now.keys() != self._then:
-                return False
-            self._version = version
+        for now in self._now:
+            version = dict_version(now)
+            if version != self._version:
+                if now.keys() != self._then:
+                    return False
+                self._version = version
         return True
 
 
@@ -128,7 +133,7 @@ class _World:
         types_of = {value if isinstance(value, type) else type(value) for value in (*modules, *objects)}
         classes = {base for found in types_of for base in found.__mro__ if base.__flags__ & _CAN_BE_PATCHED}
         self._namespaces = [_Namespace(owner) for owner in (F, *({Tensor} | classes))]
-        self._instances = [_Names(vars(m)) for m in modules]
+        self._instances = [_Names(m) for m in modules]
         self._environment, self._version = _environment(), dict_version(_ENVIRONMENT)
         #: Dicts that are empty as long as there are no hooks.
         self.hooks: list[Any] = [*_GLOBAL_HOOKS, *(vars(m)[name] for m in modules for name in _MODULE_HOOKS)]

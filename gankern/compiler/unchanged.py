@@ -67,11 +67,12 @@ class Unchanged:
     ) -> None:
         # Plans must not keep the critic alive.
         self._critic = weakref.ref(critic) if isinstance(critic, nn.Module) else None
-        self._modules = [weakref.ref(m) for m in modules]
         self._types = [type(m) for m in modules]
         own = (d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules))
         found = {id(d): d for d in (scope["G"], *own, *dicts) if type(d) is dict}
-        self._dicts = list(found.values())
+        self._dicts = watched = list(found.values())
+        # Nor what is in the dicts of a module that is gone.
+        self._modules = [weakref.ref(m, lambda _: watched.clear()) for m in modules]
         self._empty = list(empty)
         self._sets: list[Any] = []
         self._watched = {*found, *map(id, modules)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import enum
+import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -154,6 +156,19 @@ def test_a_change_after_calls_that_were_alike(change: str, monkeypatch: pytest.M
     if found is not None:
         assert change in _ALIKE
         assert {id(t) for t in found} <= {id(t) for t in (*critic.parameters(), *critic.buffers())}
+
+
+def test_a_layer_that_is_gone_is_let_go() -> None:
+    critic = Reader()
+    guards, call = guarded(critic)
+    guards.take()
+    assert guards.fetch(call) is not None
+    gone = weakref.ref(critic.first.weight)
+    critic.first = nn.Linear(4, 6)
+    gc.collect()
+    assert gone() is None
+    found = guards.fetch(call)
+    assert found is None or critic.first.weight in set(found)
 
 
 def test_a_tensor_of_the_critic_as_its_argument() -> None:
