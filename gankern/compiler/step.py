@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils import _pytree as pytree
 
 from gankern import backends
+from gankern.arguments import first_line
 from gankern.compiler.following import call_step, followed
 from gankern.compiler.guards import Held, make_guards
 from gankern.compiler.norms import FIRST_ORDER, SECOND_ORDER
@@ -158,7 +159,8 @@ class StepPlan:
         Raises
         ------
         Refused
-            Where values are not finite, which zeros that were folded are none beside; everything is as before.
+            Where values are not finite, which zeros that were folded are none beside, or an operator raises an error
+            before the first update; everything is as before.
         """
         found = self.world(call)
         return None if found is None else (self._replay(*found),)
@@ -181,6 +183,13 @@ class StepPlan:
         random = random_state(device) if self._draws and self._folds else None
         values: list[Any] = [*tensors, *[None] * (self._count - len(tensors))]
         captured = False
+
+        def before() -> None:
+            for t, value in kept:
+                t.data.copy_(value)
+            if random is not None:
+                set_random_state(device, random)
+
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for d in self._casts:
@@ -188,16 +197,20 @@ class StepPlan:
             for number, segment in enumerate(self._segments):
                 if segment.gives or segment.needs:
                     graph = segment.graph
-                    found = (segment.run if graph is None else graph)([values[i] for i in segment.needs])
+                    try:
+                        found = (segment.run if graph is None else graph)([values[i] for i in segment.needs])
+                    except Exception as error:
+                        if number == 0 and self._folds:
+                            # The step's own run raises it where it should: after its zero_grad, say.
+                            before()
+                            raise Refused(f"a call of it failed with {first_line(error)}") from None
+                        raise
                     captured = captured or (graph is not None and graph.is_captured)
                     for i, value in zip(segment.gives, found, strict=True):
                         values[i] = value
                     del found
                 if number == 0 and self._folds and not all(_is_finite(values[i]) for i in self._checks):
-                    for t, before in kept:
-                        t.data.copy_(before)
-                    if random is not None:
-                        set_random_state(device, random)
+                    before()
                     raise Refused(NOT_FINITE)
                 for effect in self._effects[number]:
                     if isinstance(effect, Opaque):
