@@ -109,6 +109,8 @@ class Cache:
     what: ClassVar[str]
     #: Tries of a kind are apart by so many times as long as one takes.
     patience: ClassVar[float] = 0.0
+    #: Plans that are made before any has paid.
+    free: ClassVar[int] = MOST_PLANS
     #: The result of a plan whose first call it is, and in words how that differs from stock's.
     beside_stock: ClassVar[Callable[..., tuple[Any, str]]]
 
@@ -216,7 +218,7 @@ class Cache:
             raise Refused(known.reason)
         begin = time.perf_counter()
         try:
-            if self.made >= MOST_PLANS + self.hits // _HITS_A_PLAN:
+            if self.made >= self.free + self.hits // _HITS_A_PLAN:
                 raise Refused("too few calls for each plan so far: what the forward reads changes too often")
             plan = self.plan_for(known, call, *how)
         except Exception as error:

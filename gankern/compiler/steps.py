@@ -45,6 +45,8 @@ class Plans(Cache):
     what = "a step"
     # A step's derivation takes as long as hundreds of steps.
     patience = 100.0
+    # One for each size, penalty or not; more where a number changes from call to call.
+    free = 4
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the step returns, by a plan where there is one for the call."""

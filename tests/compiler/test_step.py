@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import gc
 import pickle
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -519,6 +521,69 @@ def test_errors_are_the_functions_own() -> None:
         step(gan, real())
 
 
+def test_errors_that_values_make_leave_what_the_function_leaves() -> None:
+    """The plan has nothing done yet when an operator of its first program raises; the function has."""
+
+    def make() -> tuple[Any, nn.Module]:
+        torch.manual_seed(0)
+        net = nn.ModuleList([nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Embedding(3, 8)]).double()
+        optimizer = adam(net.parameters(), 1e-2)
+
+        def step(x: Tensor, labels: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            h = net[2](net[1](net[0](x)))
+            loss = (h * net[3](labels)).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step, net
+
+    (plain, want), (function, got) = make(), make()
+    step = gankern.step(function)
+    for call, wrong in enumerate((0, 0, 7, 0)):
+        labels = torch.arange(6) % 3 + wrong
+        drawn = []
+        for run in (plain, step):
+            torch.manual_seed(call)
+            with pytest.raises(IndexError) if wrong else nullcontext():
+                run(real(), labels)
+            drawn.append(torch.get_rng_state())
+        assert torch.equal(*drawn)
+        same([*got.state_dict().values()], [*want.state_dict().values()])
+        assert [p.grad is None for p in got.parameters()] == [p.grad is None for p in want.parameters()]
+    assert step._plans.hits >= 1
+
+
+def test_a_number_that_changes_from_call_to_call() -> None:
+    """Each value has a program of its own: they end before they cost more than they ever save."""
+
+    @gankern.step
+    def step(gan: Gan, real: Tensor, sigma: float) -> Tensor:
+        return gan.wgan_gp(real + sigma * torch.randn_like(real))
+
+    gan = Gan()
+    for call in range(8):
+        step(gan, real(), 1 / (1 + call))
+    assert 1 <= step._plans.made <= 4
+
+
+def test_networks_and_layers_that_are_gone_are_let_go() -> None:
+    step = gankern.step(Gan.wgan_gp)
+    gan, other = Gan(), Gan()
+    for _ in range(3):
+        step(gan, real()), step(other, real())
+    assert step._plans.hits >= 2
+    layer = other.critic[0]
+    gone = [weakref.ref(p) for p in (*gan.critic.parameters(), *gan.generator.parameters(), *layer.parameters())]
+    other.critic[0] = nn.Linear(4, 8).double()
+    other.critic_optimizer = adam(other.critic.parameters(), lr=1e-2)
+    del gan, layer
+    step(other, real())
+    gc.collect()
+    assert not [r for r in gone if r() is not None]
+
+
 def test_numbers_and_results() -> None:
     @gankern.step
     def step(gan: Gan, real: Tensor) -> Any:
@@ -691,7 +756,8 @@ def test_when_plans_are_off_or_somebody_looks_on() -> None:
 def test_what_pays_and_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is planned for a call or two, nor where nothing gets faster; then no call is looked at for a while."""
     choice._everywhere.set(False)
-    for method, optimizer, pays in (("wgan_gp", sgd, True), ("generate", adam, True), ("generate", sgd, False)):
+    cases = (("wgan_gp", sgd, True), ("generate", adam, True), ("generate", torch.optim.RMSprop, False))
+    for method, optimizer, pays in (*cases, ("generate", sgd, False)):
         gan, step = Gan(optimizer=optimizer), gankern.step(getattr(Gan, method))
         for _ in range(2):
             step(gan, real())
