@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from gankern.compiler import origins
 from gankern.compiler.derive import lock
 from gankern.compiler.refusal import Refused
-from gankern.compiler.unchanged import Unchanged, dict_of
+from gankern.compiler.unchanged import IS_TOLD, Unchanged, dict_of
 
 _GLOBAL_HOOKS = [
     value
@@ -99,7 +99,7 @@ class _Names:
     def hold(self) -> bool:
         for now in self._now:
             version = dict_version(now)
-            if version != self._version:
+            if version != self._version or not IS_TOLD:
                 if now.keys() != self._then:
                     return False
                 self._version = version

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import gc
+import sys
 import types
 import weakref
 from collections import OrderedDict
@@ -18,6 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import dict_version
+
+#: Whether the dict of an instance gets another version when an attribute is set: from Python 3.13 on not always, as
+#: the values may stand in the instance.
+IS_TOLD = sys.version_info < (3, 13)
 
 _CONSTANTS = {
     *(bool, int, float, complex, str, bytes, type(None), types.BuiltinFunctionType),
@@ -85,7 +90,7 @@ class Unchanged:
 
     def now(self, critic: Any) -> Any:
         """What is the same as long as nothing watched has changed; None where it cannot be told."""
-        if self._critic is not None and self._critic() is not critic:
+        if not IS_TOLD or (self._critic is not None and self._critic() is not critic):
             return None
         if any(self._empty) or any(now != then for now, then in self._sets):
             return None
