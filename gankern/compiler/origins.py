@@ -72,9 +72,9 @@ def at_store(classes: Iterable[type], names: Collection[str]) -> str:
     """In words, the first line of classes of the user's that sets an attribute under one of the names; or nothing."""
     codes = (f.__code__ for kind in classes for f in vars(kind).values() if isinstance(f, FunctionType))
     for code in (code for code in codes if _is_users(code.co_filename)):
-        line = code.co_firstlineno
+        line, begins = code.co_firstlineno, dict(dis.findlinestarts(code))
         for op in dis.get_instructions(code):
-            line = (op.positions.lineno if op.positions else None) or line
+            line = begins.get(op.offset) or line
             if op.opname == "STORE_ATTR" and op.argval in names:
                 return f", at {line_of(code.co_filename, line)}"
     return ""
