@@ -265,7 +265,7 @@ class _Planned(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.before = plan.state(inputs, plan.feeds_back)
         output, *saved = plan.run_forward(inputs)
-        ctx.plan, ctx.call, ctx.inputs = plan, call, inputs
+        ctx.plan, ctx.call, ctx.inputs, ctx.version = plan, call, inputs, call["x"]._version
         ctx.save_for_backward(*saved, *([output] if plan.reads_output else []))
         return output
 
@@ -316,6 +316,11 @@ def _second_order(
     plan.given_up = reason
     by_output = plan.reads_output and torch.is_grad_enabled()
     call, inputs = ctx.call, ctx.inputs
+    if call["x"]._version != ctx.version:
+        raise RuntimeError(
+            "the input of a fused module was changed in place between its forward and a backward with "
+            "create_graph=True, which runs the forward again: call gankern.unfuse on it"
+        )
     with plan.again(inputs, ctx.before), _stock.forwards(), torch.enable_grad():
         with plan.put_back(inputs):
             if plan._guards.fetch(call) is None:

@@ -199,6 +199,15 @@ def test_a_weight_of_one_channel_in_channels_last_is_differentiated_twice() -> N
     same(found[1], found[0])
 
 
+def test_an_input_that_was_changed_meanwhile_is_not_differentiated_twice() -> None:
+    fused = gankern.fuse(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3)).double())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    output = fused(x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between its forward"):
+        torch.autograd.grad(output.sum(), list(fused.parameters()), create_graph=True)
+
+
 class Inner(nn.Module):
     """Differentiates its fused part in its forward."""
 
