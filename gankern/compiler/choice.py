@@ -18,7 +18,6 @@ _CALLS_FIRST = 2
 # Elements from which on batch norm's kernels are faster on a CPU (AMD Zen 5, 2 cores).
 _MANY = 1 << 17
 
-
 # Bytes from which on malloc may give memory back to the system, which then maps it page by page.
 _LARGE = 1 << 17
 

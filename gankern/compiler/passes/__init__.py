@@ -49,9 +49,7 @@ def optimise_first_order(traced: fx.GraphModule, adapter: Any, norm_adapter: Any
 
     `differentiated`, the graph has a backward pass in it.
     """
-    forwards = [node for node in traced.graph.nodes if node.target is torch.ops.aten.convolution.default]
-    images = sum(node.meta["val"].numel() for node in forwards)
-    weights = sum(effects.arguments(node)[1].meta["val"].numel() for node in forwards)
+    images, weights = _elements(traced.graph)
     with origins.inherited(traced.graph):
         dead.forget_detach(traced.graph)
         written = in_place.forget(traced.graph)
@@ -79,9 +77,7 @@ def optimise_step(
     `folds`, zeros fall away that come before the first update; `second_order`, it has a penalty in it. Returns how many
     calls got faster.
     """
-    forwards = [node for node in traced.graph.nodes if node.target is torch.ops.aten.convolution.default]
-    images = sum(node.meta["val"].numel() for node in forwards)
-    weights = sum(effects.arguments(node)[1].meta["val"].numel() for node in forwards)
+    images, weights = _elements(traced.graph)
     with origins.inherited(traced.graph):
         written = in_place.forget(traced.graph)
         common.share(traced.graph)
@@ -100,3 +96,10 @@ def optimise_step(
         in_place.put_back(traced.graph, written)
     traced.graph.lint()
     return kernels
+
+
+def _elements(graph: fx.Graph) -> tuple[int, int]:
+    """Elements of the images that a graph's convolutions leave, and of their weights."""
+    forwards = [node for node in graph.nodes if node.target is torch.ops.aten.convolution.default]
+    images = sum(node.meta["val"].numel() for node in forwards)
+    return images, sum(effects.arguments(node)[1].meta["val"].numel() for node in forwards)
